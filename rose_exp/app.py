@@ -1,0 +1,48 @@
+"""The ``rose-exp`` command: one run, or with ``-m`` a sweep."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from .command import check_command, config_folder
+from .errors import RoseExpError, SettingsError
+from .report import format_table
+from .settings import read_settings
+from .tracking.record import FILE_NAME
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Check the whole command first, so that no mistake is found after hours of work; then hand over to Hydra."""
+    try:
+        check_command(sys.argv[1:])
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    _run()
+
+
+@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
+def _run(config: DictConfig) -> None:
+    from .experiment import run_experiment  # slow to import, and --help needs none of it
+
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    try:
+        record = run_experiment(read_settings(resolved), resolved, folder)
+    except RoseExpError as error:
+        log.error("%s", error)
+        if hydra_config.mode == RunMode.RUN:
+            sys.exit(1)
+        return  # a sweep goes on with its other jobs; the table at its end tells, and so does the exit status
+    if hydra_config.mode == RunMode.RUN:
+        print(f"\n{format_table([record])}\n\nfull record: {folder / FILE_NAME}")

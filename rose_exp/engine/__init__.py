@@ -1,0 +1,31 @@
+"""The pruning engine: tensors in, tensors out. It imports torch and nothing else of this project.
+
+>>> moments = InputMoments(columns)
+>>> moments.update(inputs)                       # (..., columns), as often as there are batches
+>>> result = prune_layer(weight, moments, sparsity=Unstructured(0.7), ordering=Ordering.rose())
+"""
+
+from .hessian import NotPositiveDefiniteError
+from .methods import METHODS, DSnoT, Magnitude, Method, SparseGPT, Wanda
+from .moments import InputMoments
+from .ordering import Ordering
+from .patterns import SemiStructured, Sparsity, Unstructured
+from .prune import PruneResult, prune_layer, relative_error
+
+__all__ = [
+    "METHODS",
+    "DSnoT",
+    "InputMoments",
+    "Magnitude",
+    "Method",
+    "NotPositiveDefiniteError",
+    "Ordering",
+    "PruneResult",
+    "SemiStructured",
+    "SparseGPT",
+    "Sparsity",
+    "Unstructured",
+    "Wanda",
+    "prune_layer",
+    "relative_error",
+]

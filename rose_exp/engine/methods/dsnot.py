@@ -1,0 +1,161 @@
+"""DSnoT (Zhang et al., 2024): grow and prune weights of a given mask to cancel the mean output error; no weight is updated.
+
+For each row the expected output error is e = Σ W·E[x] over its pruned weights. In each cycle the pruned weight whose
+return reduces e most for the variance of its input is grown, and a kept one of low Wanda score on the other side of zero
+is pruned in its place. The authors sum over a calibration sequence of 2048 tokens; their threshold is kept on that
+scale here, whatever the number or length of the sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..patterns import SemiStructured
+from .base import Layer, Method, Solution, drop
+
+SEQUENCE_LENGTH = 2048  # tokens over which the authors sum the error that update_threshold is compared with
+
+
+@dataclass(frozen=True)
+class DSnoT(Method):
+    """Defaults are those of the authors' own code and example.
+
+    Args:
+        initial: where the mask to improve comes from: ``wanda``, ``magnitude``, or ``sparsegpt`` (saliency
+            (w / Uⱼⱼ)² without updates, compared inside each row; what the ROSE paper's baseline starts from).
+        max_cycles: of growing and pruning one weight a row.
+        update_threshold: a row is left alone once its absolute error is not above this.
+        variance_power: of the input variance that a weight's growing is weighed down by; 0: not at all.
+        same_sign: stop a row when its error would change sign; None: for N:M only, as the authors do.
+    """
+
+    initial: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
+    max_cycles: int = 50
+    update_threshold: float = 0.1
+    variance_power: float = 1.0
+    same_sign: bool | None = None
+
+    def __post_init__(self):
+        if self.initial not in ("wanda", "magnitude", "sparsegpt"):
+            raise ValueError(f"initial: expected wanda, magnitude or sparsegpt, got {self.initial!r}")
+        for name in ("max_cycles", "update_threshold", "variance_power"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+    def prune(self, layer: Layer) -> Solution:
+        metric, damping = self._initial_metric(layer)
+        mask = layer.sparsity.select_by_row(metric)
+        if self.max_cycles and mask.any() and not mask.all():
+            mask = self._grow_and_prune(layer, metric, mask)
+        return Solution(drop(layer.weight, mask), mask, damping=damping)
+
+    def _initial_metric(self, layer: Layer) -> tuple[Tensor, float]:
+        if self.initial != "sparsegpt":
+            return layer.scores(self.initial), 0.0
+        saliency = (layer.weight / layer.factor.upper.diagonal()).square().masked_fill(layer.dead, 0)
+        return saliency, layer.factor.damping
+
+    def _grow_and_prune(self, layer: Layer, metric: Tensor, mask: Tensor) -> Tensor:
+        grouped = isinstance(layer.sparsity, SemiStructured)
+        same_sign = grouped if self.same_sign is None else self.same_sign
+        mean = layer.moments.mean().to(layer.weight)
+        variance = layer.moments.variance().to(layer.weight)
+        effect = layer.weight * mean * SEQUENCE_LENGTH  # what a weight adds to the error when pruned, (rows, columns)
+        error = (effect * mask).sum(dim=1)  # (rows,)
+        first_sign = error.sign()
+        limits = torch.finfo(variance.dtype)
+        benefit = effect / variance.clamp_min(limits.tiny).pow(self.variance_power)  # a constant input is the best to have
+        benefit.clamp_(limits.min, limits.max)
+        candidates = _Candidates(benefit, mask)
+        if grouped:
+            victims = _GroupVictims(metric, mask, layer.sparsity.group)
+        else:
+            victims = _RowVictims(layer.scores("wanda"), effect, mask)
+
+        mask = mask.clone()
+        rows = torch.arange(len(mask), device=mask.device)
+        active = torch.ones_like(error, dtype=torch.bool)
+        for _ in range(self.max_cycles):
+            active &= error.abs() > self.update_threshold
+            grown, can_grow = candidates.next(error > 0)
+            pruned, can_prune = victims.next(error > 0, grown)
+            after = error + effect[rows, pruned] - effect[rows, grown]
+            if same_sign:
+                active &= (after.sign() == first_sign) | ~can_prune
+            active &= can_grow
+            swap = active & can_prune
+            mask[rows[swap], grown[swap]] = False
+            mask[rows[swap], pruned[swap]] = True
+            victims.take(rows[swap], pruned[swap])
+            error = torch.where(swap, after, error)
+            if not active.any():
+                break
+        return mask
+
+
+class _Candidates:
+    """Pruned weights to grow: by benefit, the largest for a positive error and the smallest for a negative one."""
+
+    def __init__(self, benefit: Tensor, mask: Tensor):
+        self.count = mask.sum(dim=1)
+        self.order = benefit.masked_fill(~mask, torch.inf).argsort(dim=1, stable=True)  # the pruned ones come first
+        self.low = torch.zeros_like(self.count)
+        self.high = self.count - 1
+
+    def next(self, positive: Tensor) -> tuple[Tensor, Tensor]:
+        left = self.low <= self.high
+        place = torch.where(positive, self.high, self.low).clamp(0, self.order.shape[1] - 1)
+        self.high = self.high - positive.long()
+        self.low = self.low + (~positive).long()
+        return self.order.gather(1, place[:, None])[:, 0], left
+
+
+class _RowVictims:
+    """Kept weights to prune, in any column: by Wanda score, those whose loss moves the error towards zero."""
+
+    def __init__(self, scores: Tensor, effect: Tensor, mask: Tensor):
+        self.lists = {}
+        for positive in (True, False):
+            fitting = ~mask & ((effect < 0) if positive else (effect > 0))
+            order = scores.masked_fill(~fitting, torch.inf).argsort(dim=1, stable=True)
+            self.lists[positive] = (
+                order,
+                fitting.sum(dim=1),
+                torch.zeros(len(mask), dtype=torch.int64, device=mask.device),
+            )
+
+    def next(self, positive: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, left = [], []
+        for sign, (order, count, place) in self.lists.items():
+            wanted = positive if sign else ~positive
+            chosen.append(order.gather(1, place.clamp_max(order.shape[1] - 1)[:, None])[:, 0])
+            left.append(place < count)
+            place += wanted.long()
+        return torch.where(positive, *chosen), torch.where(positive, *left)
+
+    def take(self, rows: Tensor, columns: Tensor) -> None:
+        """Places move on with every :meth:`next`."""
+
+
+class _GroupVictims:
+    """Kept weights to prune, in the group of the grown one: the smallest initial metric not yet touched."""
+
+    def __init__(self, metric: Tensor, mask: Tensor, group: int):
+        columns = metric.shape[1]
+        padding = -columns % group
+        self.group = group
+        self.metric = torch.nn.functional.pad(metric.masked_fill(mask, torch.inf), (0, padding), value=torch.inf)
+
+    def next(self, positive: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+        start = grown - grown % self.group
+        columns = start[:, None] + torch.arange(self.group, device=grown.device)
+        smallest, place = self.metric.gather(1, columns).min(dim=1)
+        possible = smallest < torch.inf
+        return torch.where(possible, start + place, grown), possible
+
+    def take(self, rows: Tensor, columns: Tensor) -> None:
+        self.metric[rows, columns] = torch.inf

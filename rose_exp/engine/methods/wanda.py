@@ -1,0 +1,16 @@
+"""Wanda (Sun et al., 2024): weight times activation norm, compared inside each output row; no weight is updated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Layer, Method, Solution, drop
+
+
+@dataclass(frozen=True)
+class Wanda(Method):
+    """Prunes the smallest |W|·sqrt(E[x²]) of each row, every calibration token counting the same."""
+
+    def prune(self, layer: Layer) -> Solution:
+        mask = layer.sparsity.select_by_row(layer.scores("wanda"))
+        return Solution(drop(layer.weight, mask), mask)

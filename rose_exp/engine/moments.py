@@ -1,0 +1,85 @@
+"""Streaming second moments of a layer's inputs: all that the pruning methods need to know of the calibration data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InputMoments:
+    """Sums over calibration tokens of ``x xᵀ``, ``x`` and 1, from which every statistic is derived.
+
+    Only plain sums are kept, so the order of the updates and the split into batches do not matter (beyond rounding)
+    and every token counts the same: H = 2·E[x xᵀ], and the Wanda norm is sqrt(E[x²]), with no decay.
+
+    Args:
+        columns: width of the layer's input.
+        device: where the sums are kept; inputs are moved there.
+        dtype: float32 or float64; inputs of any float type are converted before they are multiplied.
+    """
+
+    def __init__(self, columns: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32):
+        if columns < 1:
+            raise ValueError(f"columns: expected at least 1, got {columns}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+        self.columns = columns
+        self.gram = torch.zeros(columns, columns, device=device, dtype=dtype)  # Σ w x xᵀ
+        self.sum = torch.zeros(columns, device=device, dtype=dtype)  # Σ w x
+        self.weight = 0.0  # Σ w, over tokens
+        self.tokens = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.gram.device
+
+    @torch.no_grad()
+    def update(self, inputs: Tensor, weight: float = 1.0) -> None:
+        """Add the tokens of ``inputs`` (..., columns), each counted ``weight`` times.
+
+        Raises:
+            ValueError: a last dimension other than ``columns``, a type that is not floating, or a negative weight.
+        """
+        if inputs.ndim == 0 or inputs.shape[-1] != self.columns:
+            raise ValueError(f"inputs: expected shape (..., {self.columns}), got {tuple(inputs.shape)}")
+        if not inputs.is_floating_point():
+            raise ValueError(f"inputs: expected a floating type, got {inputs.dtype}")
+        if not weight >= 0:
+            raise ValueError(f"weight: expected a number of at least 0, got {weight}")
+        tokens = inputs.reshape(-1, self.columns).to(self.gram)  # (tokens, columns)
+        self.gram.addmm_(tokens.T, tokens, alpha=weight)
+        self.sum.add_(tokens.sum(dim=0), alpha=weight)
+        self.weight += weight * len(tokens)
+        self.tokens += len(tokens)
+
+    def merge(self, other: InputMoments) -> None:
+        """Add what ``other`` has seen, as if its inputs had come here."""
+        if other.columns != self.columns:
+            raise ValueError(f"other: expected moments of {self.columns} columns, got {other.columns}")
+        self.gram += other.gram.to(self.gram)
+        self.sum += other.sum.to(self.sum)
+        self.weight += other.weight
+        self.tokens += other.tokens
+
+    def hessian(self) -> Tensor:
+        """H = 2·E[x xᵀ] of the layer-wise squared error, (columns, columns). A new tensor."""
+        return self.gram * (2 / self._total)
+
+    def mean_square(self) -> Tensor:
+        """E[x²] of each column, (columns,): the square of Wanda's activation norm, up to the number of tokens."""
+        return self.gram.diagonal() / self._total
+
+    def mean(self) -> Tensor:
+        """E[x] of each column, (columns,)."""
+        return self.sum / self._total
+
+    def variance(self) -> Tensor:
+        """E[x²] − E[x]² of each column, (columns,), never negative."""
+        return (self.mean_square() - self.mean().square()).clamp_min_(0)
+
+    @property
+    def _total(self) -> float:
+        return self.weight or 1.0  # nothing seen: all sums are zero, and so are all statistics
+
+    def __repr__(self) -> str:
+        return f"InputMoments(columns={self.columns}, tokens={self.tokens})"

@@ -1,0 +1,142 @@
+"""In which order the columns of a layer are pruned.
+
+ROSE: what is pruned late can no longer be compensated, so the columns and blocks that will lose most go first, and only
+in layers whose loss is concentrated in some blocks (the columnar ones).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .patterns import Sparsity
+
+Direction = Literal["descending", "ascending", "none"]
+Score = Literal["wanda", "obs", "magnitude"]
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """How to order the columns of a layer by the loss that pruning them is expected to cost.
+
+    Args:
+        columns: order of the columns inside each block, by column loss.
+        blocks: order of the blocks, by block loss.
+        threshold: reorder only where the relative range of the block losses is above this; None: always.
+        score: what a weight is expected to cost: ``wanda`` |W|·sqrt(E[x²]), ``magnitude`` |W|,
+            ``obs`` W²/[H⁻¹]ⱼⱼ with the damped Hessian.
+    """
+
+    columns: Direction = "descending"
+    blocks: Direction = "descending"
+    threshold: float | None = 0.5
+    score: Score = "wanda"
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("columns", self.columns, get_args(Direction)),
+            ("blocks", self.blocks, get_args(Direction)),
+            ("score", self.score, get_args(Score)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold: expected a number from 0 to 1 or None, got {self.threshold}")
+
+    @classmethod
+    def rose(cls) -> Ordering:
+        """The order of the ROSE paper: columns and blocks descending where the relative range exceeds 0.5."""
+        return cls("descending", "descending", 0.5, "wanda")
+
+
+@dataclass(frozen=True)
+class ColumnOrder:
+    """The order found for one layer.
+
+    Attributes:
+        order: (columns,) int64; position i of the pruning order holds column ``order[i]``.
+        widths: widths of the blocks in pruning order; they sum to the number of columns.
+        relative_range: of the block losses, a float tensor of no dimensions.
+        reordered: whether the order differs from left to right because the relative range asked for it, bool tensor.
+    """
+
+    order: Tensor
+    widths: tuple[int, ...]
+    relative_range: Tensor
+    reordered: Tensor
+
+
+@dataclass(frozen=True)
+class ExpectedLosses:
+    """Loss of pre-pruning a layer without compensation, from its scores.
+
+    Attributes:
+        columns: (columns,) sum of the scores that would be pruned in each column.
+        blocks: (blocks,) the same of each block, per column of the block: a narrower last block is no smaller for that.
+        width: of all blocks but perhaps the last.
+    """
+
+    columns: Tensor
+    blocks: Tensor
+    width: int
+
+    @property
+    def relative_range(self) -> Tensor:
+        """(max − min) / max of the block losses, in 0 to 1; 0 where nothing is lost."""
+        largest, smallest = self.blocks.max(), self.blocks.min()
+        return torch.where(largest > 0, (largest - smallest) / largest, torch.zeros_like(largest))
+
+
+def expected_losses(scores: Tensor, sparsity: Sparsity, block_size: int) -> ExpectedLosses:
+    """Pre-prune each block of ``scores`` (rows, columns) by itself and add up what is lost.
+
+    The blocks are ``block_size`` columns wide, or one group for N:M patterns.
+    """
+    columns = scores.shape[1]
+    width = min(sparsity.block_width(block_size), columns)
+    whole = columns - columns % width
+    column_losses = torch.empty(columns, dtype=scores.dtype, device=scores.device)
+    blocks = scores[:, :whole].unflatten(1, (-1, width)).transpose(0, 1)  # (blocks, rows, width)
+    column_losses[:whole] = (blocks * sparsity.select_expected(blocks)).sum(dim=1).flatten()
+    block_losses = column_losses[:whole].unflatten(0, (-1, width)).sum(dim=1) / width
+    if whole < columns:
+        rest = scores[:, whole:]
+        column_losses[whole:] = (rest * sparsity.select_expected(rest)).sum(dim=0)
+        block_losses = torch.cat([block_losses, column_losses[whole:].mean(dim=0, keepdim=True)])
+    return ExpectedLosses(column_losses, block_losses, width)
+
+
+def arrange(ordering: Ordering | None, losses: ExpectedLosses) -> ColumnOrder:
+    """Turn expected losses into an order of columns; equal losses keep their natural order."""
+    columns, width = len(losses.columns), losses.width
+    device = losses.columns.device
+    natural = torch.arange(columns, device=device)
+    relative_range = losses.relative_range
+    narrow = columns % width
+    widths = [width] * (columns // width) + [narrow] * (narrow > 0)
+    if ordering is None or (ordering.columns == "none" and ordering.blocks == "none"):
+        return ColumnOrder(natural, tuple(widths), relative_range, torch.zeros_like(relative_range, dtype=torch.bool))
+
+    # two stable sorts, the later key first: by loss inside the block, then by the block's place
+    inside = _argsort(losses.columns, ordering.columns)
+    place = torch.empty_like(losses.blocks, dtype=torch.int64)
+    block_order = _argsort(losses.blocks, ordering.blocks)
+    place[block_order] = torch.arange(len(widths), device=device)
+    order = inside[place[inside // width].argsort(stable=True)]
+
+    reordered = torch.ones_like(relative_range, dtype=torch.bool)
+    if ordering.threshold is not None:
+        reordered = relative_range > ordering.threshold
+        order = torch.where(reordered, order, natural)
+    if narrow and bool(reordered):
+        widths = [widths[block] for block in block_order.tolist()]
+    return ColumnOrder(order, tuple(widths), relative_range, reordered)
+
+
+def _argsort(losses: Tensor, direction: Direction) -> Tensor:
+    if direction == "none":
+        return torch.arange(len(losses), device=losses.device)
+    return losses.argsort(descending=direction == "descending", stable=True)

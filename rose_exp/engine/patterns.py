@@ -1,0 +1,134 @@
+"""What a mask may look like: how many of which weights are pruned together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Mark exactly ``count`` smallest entries along the last dimension; among equals, those that come first.
+
+    Args:
+        scores: (..., n), without NaN.
+    Returns:
+        bool, the shape of ``scores``.
+    """
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if count >= scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
+    below = scores < threshold
+    tied = scores == threshold
+    missing = count - below.sum(dim=-1, keepdim=True)
+    return below | (tied & (tied.cumsum(dim=-1) <= missing))
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go: ``int(n · ratio)`` of the n weights that are compared with each other.
+
+    Args:
+        ratio: share of the weights to prune, 0 to 1.
+    """
+
+    ratio: float
+
+    def __post_init__(self):
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio: expected a number from 0 to 1, got {self.ratio}")
+
+    def block_width(self, block_size: int) -> int:
+        """Width of the column blocks in which the weights are compared when pruning in blocks."""
+        return block_size
+
+    def select(self, scores: Tensor) -> Tensor:
+        """The mask of one block: the smallest of all its scores, (..., rows, columns) to bool of the same shape."""
+        flat = scores.flatten(-2)
+        return smallest(flat, int(flat.shape[-1] * self.ratio)).view(scores.shape)
+
+    def select_by_row(self, scores: Tensor) -> Tensor:
+        """The mask when each row keeps the same number of weights: (rows, columns) to bool of the same shape."""
+        return smallest(scores, int(scores.shape[-1] * self.ratio))
+
+    def select_expected(self, scores: Tensor) -> Tensor:
+        """What an ordering expects to go from one block: all scores up to the one at sorted index int(n · ratio).
+
+        That is one more than :meth:`select` takes, and all of its equals. It is the rule of the authors' code, and is
+        kept because the order hangs on it: a column's loss moves by a whole score. It decides no mask.
+        """
+        flat = scores.flatten(-2)
+        count = int(flat.shape[-1] * self.ratio)
+        if count in (0, flat.shape[-1]):
+            return self.select(scores)
+        return (flat <= flat.kthvalue(count + 1, dim=-1, keepdim=True).values).view(scores.shape)
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.0%} unstructured" if self.ratio * 100 % 1 == 0 else f"{self.ratio} unstructured"
+
+
+@dataclass(frozen=True)
+class SemiStructured:
+    """N:M sparsity: in each row, ``pruned`` of every ``group`` consecutive weights go, as in SparseGPT and Wanda.
+
+    2:4 is ``SemiStructured(2, 4)``. Where the width is no multiple of the group, the last, narrower group of w weights
+    loses ``w · pruned // group`` of them.
+
+    Args:
+        pruned: N, weights to prune in each group.
+        group: M, weights in a group.
+    """
+
+    pruned: int
+    group: int
+
+    def __post_init__(self):
+        if self.group < 1:
+            raise ValueError(f"group: expected at least 1, got {self.group}")
+        if not 0 <= self.pruned <= self.group:
+            raise ValueError(f"pruned: expected 0 to {self.group} (the group), got {self.pruned}")
+
+    @property
+    def ratio(self) -> float:
+        return self.pruned / self.group
+
+    def block_width(self, block_size: int) -> int:
+        """The group: the blocks that an ordering may move are whole groups, whatever the block size."""
+        return self.group
+
+    def select(self, scores: Tensor) -> Tensor:
+        """The mask of whole groups that lie side by side, (..., rows, columns) to bool of the same shape."""
+        columns = scores.shape[-1]
+        whole = columns - columns % self.group
+        grouped = scores[..., :whole].unflatten(-1, (-1, self.group))
+        mask = _smallest_of_few(grouped, self.pruned).flatten(-2)
+        if whole < columns:
+            rest = _smallest_of_few(scores[..., whole:], (columns - whole) * self.pruned // self.group)
+            mask = torch.cat([mask, rest], dim=-1)
+        return mask
+
+    select_by_row = select  # a group never leaves its row
+    select_expected = select
+
+    def __str__(self) -> str:
+        return f"{self.pruned}:{self.group}"
+
+
+def _smallest_of_few(scores: Tensor, count: int) -> Tensor:
+    """:func:`smallest` for a short last dimension, by counting how many entries come before each."""
+    width = scores.shape[-1]
+    if width > 16:
+        return smallest(scores, count)
+    rank = torch.zeros_like(scores, dtype=torch.uint8)
+    for i in range(width):
+        for j in range(i):
+            later_wins = scores[..., i] < scores[..., j]  # of equals, j < i comes first
+            rank[..., j] += later_wins
+            rank[..., i] += ~later_wins
+    return rank < count
+
+
+Sparsity = Unstructured | SemiStructured

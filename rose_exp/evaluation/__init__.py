@@ -1,0 +1,5 @@
+"""Measuring a model: perplexity."""
+
+from .perplexity import perplexity
+
+__all__ = ["perplexity"]

@@ -1,0 +1,150 @@
+"""One run, top to bottom: read texts, load, prune, measure, save, and keep the record."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .calibration import Windows, contiguous_windows, draw_windows, load_text
+from .errors import RoseExpError
+from .evaluation import perplexity
+from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
+from .pipeline import PruningPlan, chosen, prune_model
+from .settings import Settings
+from .tracking import RunRecord, Stopwatch, environment
+
+log = logging.getLogger(__name__)
+
+
+def run_experiment(settings: Settings, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Do what ``settings`` say and leave ``run.json`` (and with ``save`` the model) in ``folder``.
+
+    Args:
+        config: the resolved configuration that the settings were read from, for the record.
+    Returns:
+        The run record.
+    Raises:
+        RoseExpError: something outside the code is wrong; the record says ``failed`` and why.
+    """
+    record = RunRecord(folder, config, settings.label)
+    try:
+        _run(settings, record, folder)
+    except BaseException as error:
+        record.fail(error)
+        raise
+    record.finish()
+    return record.data
+
+
+def _run(settings: Settings, record: RunRecord, folder: Path) -> None:
+    watch = Stopwatch(record.data["seconds"])
+    device = _device(settings.device)
+    protocol = record.data["protocol"]
+    protocol |= {"seed": settings.seed} | environment(device)
+    torch.manual_seed(settings.seed)
+
+    with watch.stage("texts"):
+        tokenizer = load_tokenizer(settings.model)
+        calibration = _calibration_windows(settings, tokenizer) if settings.pruned else None
+        evaluation = _evaluation_windows(settings, tokenizer)
+    protocol["calibration"] = calibration.protocol if calibration else None
+    protocol["evaluation"] = {name: windows.protocol for name, windows in evaluation.items()}
+
+    with watch.stage("loading"):
+        loaded = load_model(settings.model)
+    model = loaded.model
+    protocol["model"] = loaded.protocol
+    _check_window_lengths(settings, model)
+    record.write()
+
+    if calibration:
+        log.info("pruning with %s, %s", settings.label, settings.sparsity.build())
+        with watch.stage("pruning"):
+            reports = prune_model(model, calibration.tokens, _plan(settings), device)
+        record.data["layers"] = [report.as_dict() for report in reports]
+        watch.seconds["solving"] = round(sum(report.seconds for report in reports), 3)  # a part of pruning
+        record.write()
+    record.data["metrics"]["sparsity"] = _sparsity(settings, model)
+
+    if evaluation:
+        with watch.stage("evaluation"):
+            model.to(device)
+            for name, windows in evaluation.items():
+                value = perplexity(model, windows.tokens, settings.evaluation.batch, f"perplexity {name}")
+                record.data["metrics"][f"perplexity.{name}"] = value
+                log.info("%s: perplexity on %s %.4g", settings.label, name, value)
+    if settings.save:
+        with watch.stage("saving"):
+            log.info("saved the model to %s", save_model(model.to("cpu"), tokenizer, folder / "model"))
+    del model, loaded
+    gc.collect()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RoseExpError(f"device: expected auto, cpu or a CUDA device of this machine, got {name!r}: {error}") from error
+    return device
+
+
+def _calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    wanted = settings.calibration
+    text = load_text(wanted, "calibration")
+    return draw_windows(text, tokenizer, wanted.window, wanted.samples, settings.seed, wanted.draw, "calibration")
+
+
+def _evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Windows]:
+    windows = {}
+    for name, wanted in settings.evaluation.perplexity.items():
+        where = f"evaluation.perplexity.{name}"
+        windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, wanted.windows, where)
+    return windows
+
+
+def _check_window_lengths(settings: Settings, model: nn.Module) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    wanted = {f"evaluation.perplexity.{name}.window": text.window for name, text in settings.evaluation.perplexity.items()}
+    if settings.pruned:
+        wanted["calibration.window"] = settings.calibration.window
+    for where, window in wanted.items():
+        if limit is not None and window > limit:
+            raise RoseExpError(f"{where}: expected at most {limit}, the positions that the model has, got {window}")
+
+
+def _plan(settings: Settings) -> PruningPlan:
+    method, engine, pipeline = settings.method, settings.engine, settings.pipeline
+    return PruningPlan(
+        method=method.build(),
+        methods={pattern: method.build((pattern,)) for pattern in method.layer_options},
+        sparsity=settings.sparsity.build(),
+        ordering=settings.reorder.build(),
+        block_size=engine.block_size,
+        damping=engine.damping,
+        refine=engine.refine,
+        layers=pipeline.layers,
+        skip=pipeline.skip,
+        true_sequential=pipeline.true_sequential,
+        batch=pipeline.batch,
+        blocks=settings.model.blocks,
+    )
+
+
+def _sparsity(settings: Settings, model: nn.Module) -> float:
+    """Measured share of zeros among the weights that the pipeline's patterns choose, pruned or not."""
+    pipeline = settings.pipeline
+    layers = [
+        layer
+        for layer in all_linear_layers(find_blocks(model, settings.model.blocks))
+        if chosen(layer.name, pipeline.layers, pipeline.skip)
+    ]
+    return sum(int((layer.weight == 0).sum()) for layer in layers) / sum(layer.weight.numel() for layer in layers)

@@ -1,0 +1,116 @@
+"""Reading a model and its tokenizer: the embedded one, a local folder or GGUF file, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import RoseExpError
+from ..settings import ModelSettings
+from ..wheels import WHEELS, fetch, file_sha256
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on the CPU.
+
+    Attributes:
+        protocol: what the weights are: source, revision or fingerprint, dtype, number of parameters.
+    """
+
+    model: nn.Module
+    protocol: dict[str, Any]
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        RoseExpError: it cannot be had.
+    """
+    return _from_pretrained(AutoTokenizer, settings)
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
+    """The model, every weight as the checkpoint has it (of a GGUF: made whole again, float32).
+
+    Raises:
+        RoseExpError: it cannot be had, or is no causal language model.
+    """
+    log.info("loading %s", settings.name)
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    model = _from_pretrained(AutoModelForCausalLM, settings, dtype=dtype).eval()
+    _forget_quantization(model)
+    return LoadedModel(model, _protocol(settings, model))
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """transformers marks a model read from GGUF as quantised, though its weights are whole: take the mark away, or the
+    model cannot be saved."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if str(getattr(method, "value", method)) != "gguf":
+        raise RoseExpError(f"model: expected plain weights, got a checkpoint quantised with {method}: it cannot be pruned")
+    del model.config.quantization_config
+    model.hf_quantizer = None
+
+
+def _from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
+    options |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    where = fetch(settings.embedded) if settings.path is None else Path(settings.path).expanduser()
+    if where.suffix == ".gguf" and where.is_file():
+        source, options = str(where.parent), options | {"gguf_file": where.name}
+    else:
+        source = str(where) if where.exists() else settings.path
+    try:
+        return auto.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # missing, unreachable, unknown or damaged
+        setting = "model.path" if settings.path is not None else "model.embedded"
+        what = source if settings.path is not None else settings.embedded
+        hint = "" if where.exists() else " (no such folder here, and not to be had from the hub)"
+        raise RoseExpError(f"{setting}: cannot load {what!r}{hint}: {_first_lines(error)}") from error
+
+
+def _first_lines(error: Exception, limit: int = 400) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+def _protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": settings.name,
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if settings.path is None:
+        wheel_file = WHEELS[settings.embedded]
+        return found | {"source": wheel_file.source, "sha256": wheel_file.sha256}
+    path = Path(settings.path).expanduser()
+    if path.exists():
+        return found | {"source": str(path), "sha256": _weights_sha256(path)}
+    return found | {
+        "source": settings.path,
+        "revision": getattr(model.config, "_commit_hash", None) or settings.revision,
+    }
+
+
+def _weights_sha256(path: Path) -> str:
+    """One fingerprint over the weight files of a folder (or one file), by name and content."""
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".gguf"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""The table at the end of a run or a sweep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from ..tracking.record import FILE_NAME, read_record
+
+
+def collect_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The run records below ``folder``, in the order in which the runs were started.
+
+    Raises:
+        RoseExpError: a record that cannot be read.
+    """
+    records = [(path, read_record(path)) for path in folder.rglob(FILE_NAME)]
+    return sorted(records, key=lambda item: (item[1].get("started", ""), str(item[0])))
+
+
+def format_table(records: Sequence[dict[str, Any]]) -> str:
+    """A table in plain text: method, pattern, sparsity reached, every metric, seconds."""
+    measured = list(dict.fromkeys(name for record in records for name in record["metrics"] if name != "sparsity"))
+    header = ["method", "pattern", "sparsity", *measured, "seconds"]
+    rows = [_row(record, measured) for record in records]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _row(record: dict[str, Any], measured: Sequence[str]) -> list[str]:
+    metrics, config = record["metrics"], record["config"]
+    sparsity = config["sparsity"]
+    dense = config["method"]["name"] == "dense"
+    pattern = "-" if dense else sparsity["pattern"]
+    if record["status"] != "finished":
+        return [record["label"], pattern, record["status"], *("" for _ in measured), ""]
+    reached = f"{metrics['sparsity']:.4f}"
+    values = [_number(metrics[name]) if name in metrics else "" for name in measured]
+    stages = [s for name, s in record["seconds"].items() if name != "solving"]  # solving is a part of pruning
+    return [record["label"], pattern, reached, *values, f"{sum(stages):.0f}"]
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
+class SweepTable(Callback):
+    """A Hydra callback: prints the table once a sweep has ended, and fails the command if a run has failed."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        found = collect_records(folder)
+        if not found:
+            return
+        records = [record for _, record in found]
+        print(f"\n{format_table(records)}\n\nfull records: {folder.resolve()}{'/*/' + FILE_NAME}")
+        failed = [(path, record) for path, record in found if record["status"] != "finished"]
+        for path, record in failed:
+            print(f"{record['status']}: {path.parent}: {record['error']}", file=sys.stderr)
+        if failed:
+            sys.exit(1)

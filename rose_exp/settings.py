@@ -1,0 +1,327 @@
+"""Typed settings of a run, and every check of them that needs no model and no data.
+
+Each section mirrors a group of ``conf/``. :func:`read_settings` reports all mistakes together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .engine import METHODS, Method, Ordering, SemiStructured, Sparsity, Unstructured
+from .engine.ordering import Direction, Score
+from .errors import SettingsError, suggest
+from .wheels import WHEELS
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+DENSE = "dense"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def problems(self, where: str) -> list[str]:
+        """Mistakes that no single field shows; ``where`` is the section's name."""
+        return []
+
+
+class ModelSettings(Section):
+    """Which model to prune: ``path`` where it is set, else the embedded one."""
+
+    embedded: str | None = None
+    path: str | None = None  # a folder in Hugging Face format, a GGUF file, or a hub id
+    revision: str | None = None  # of the hub's repository
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: as the checkpoint says
+    blocks: str | None = None  # dotted name of the list of decoder blocks; None: found by structure
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name if self.path else str(self.embedded)
+
+    def problems(self, where: str) -> list[str]:
+        if self.path is None:
+            return _embedded_problem(f"{where}.embedded", self.embedded, "model")
+        return _file_problem(f"{where}.path", self.path) if _looks_local(self.path) else []
+
+
+class SparsitySettings(Section):
+    pattern: str  # unstructured, or N:M, which prunes N of every M consecutive weights of a row
+    ratio: Annotated[float, Field(ge=0, le=1)] | None = None  # unstructured only
+
+    def problems(self, where: str) -> list[str]:
+        if self.pattern == "unstructured":
+            return [] if self.ratio is not None else [f"{where}.ratio: expected a number from 0 to 1, got null"]
+        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        if not found:
+            hint = suggest(self.pattern, ["unstructured", "2:4", "4:8"])
+            return [f"{where}.pattern: expected 'unstructured' or 'N:M' such as 2:4, got {self.pattern!r}{hint}"]
+        pruned, group = int(found[1]), int(found[2])
+        if group < 1 or pruned > group:
+            return [f"{where}.pattern: expected N:M with N at most M and M at least 1, got {self.pattern!r}"]
+        if self.ratio is not None and not math.isclose(self.ratio, pruned / group):
+            expected = f"null or {pruned / group:g}, as pattern {self.pattern} says"
+            return [f"{where}.ratio: expected {expected}, got {self.ratio:g}"]
+        return []
+
+    def build(self) -> Sparsity:
+        if self.pattern == "unstructured":
+            return Unstructured(self.ratio)
+        return SemiStructured(*map(int, self.pattern.split(":")))
+
+
+class MethodSettings(Section):
+    name: str
+    options: dict[str, Any] = {}  # of the method, for all layers
+    layer_options: dict[str, dict[str, Any]] = {}  # the same for layers whose full name matches a pattern
+
+    def problems(self, where: str) -> list[str]:
+        known = [DENSE, *METHODS]
+        if self.name not in known:
+            return [f"{where}.name: expected one of {', '.join(known)}, got {self.name!r}{suggest(self.name, known)}"]
+        found = []
+        for place, options in [
+            ("options", self.options),
+            *((f"layer_options.{p}", o) for p, o in self.layer_options.items()),
+        ]:
+            found += self._option_problems(f"{where}.{place}", options)
+        return found
+
+    def _option_problems(self, where: str, options: dict[str, Any]) -> list[str]:
+        if self.name == DENSE:
+            return [f"{where}: expected none for {DENSE}, got {', '.join(options)}"] if options else []
+        known = [field.name for field in dataclasses.fields(METHODS[self.name])]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            expected = f"one of {', '.join(known)}" if known else f"none, {self.name} has no options"
+            return [f"{where}.{name}: expected {expected}{suggest(name, known)}" for name in unknown]
+        try:
+            METHODS[self.name](**options)
+        except (TypeError, ValueError) as error:
+            return [f"{where}.{error}"]
+        return []
+
+    def build(self, patterns: tuple[str, ...] = ()) -> Method:
+        """The method with its options, and with those of the ``layer_options`` named."""
+        options = dict(self.options)
+        for pattern in patterns:
+            options |= self.layer_options[pattern]
+        return METHODS[self.name](**options)
+
+
+class ReorderSettings(Section):
+    """See :class:`rose_exp.engine.Ordering`."""
+
+    columns: Direction = "none"
+    blocks: Direction = "none"
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = 0.5  # null: every layer is reordered
+    score: Score = "wanda"
+
+    def build(self) -> Ordering | None:
+        if self.columns == "none" and self.blocks == "none":
+            return None
+        return Ordering(self.columns, self.blocks, self.threshold, self.score)
+
+
+class TextSettings(Section):
+    """Where a text comes from: the embedded set, a local file, or a data set of the hub; the first of these that is set."""
+
+    path: str | None = None  # a text file, or a .jsonl file with the text in ``field``
+    embedded: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    data_files: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    field: str = "text"
+    rows: Positive | None = None  # only the first so many documents
+    separator: str = "\n\n"  # between documents that are joined
+
+    def problems(self, where: str) -> list[str]:
+        if self.path is not None:
+            return _file_problem(f"{where}.path", self.path, folder=False)
+        if self.embedded is not None:
+            return _embedded_problem(f"{where}.embedded", self.embedded, "text")
+        if self.dataset is None:
+            return [f"{where}: expected one of path, embedded or dataset, got none of them"]
+        return [] if self.split else [f"{where}.split: expected a split of {self.dataset}, got null"]
+
+
+class CalibrationSettings(TextSettings):
+    samples: Positive  # windows
+    window: Annotated[int, Field(ge=2)]  # tokens
+    draw: Literal["windows", "documents"] = "windows"  # from the joined text, or one from each of random long documents
+
+
+class PerplexitySettings(TextSettings):
+    window: Annotated[int, Field(ge=2)]  # tokens
+    windows: Positive | None = None  # only the first so many; null: all
+
+
+class EvaluationSettings(Section):
+    perplexity: dict[str, PerplexitySettings] = {}
+    batch: Positive = 4  # windows at once; no result depends on it beyond rounding
+
+    def problems(self, where: str) -> list[str]:
+        return [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
+
+
+class EngineSettings(Section):
+    """See :func:`rose_exp.engine.prune_layer`."""
+
+    block_size: Positive = 128
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    refine: Count = 0
+
+
+class PipelineSettings(Section):
+    layers: list[str] = ["*"]  # patterns of full layer names to prune
+    skip: list[str] = []  # patterns of full layer names to leave dense
+    true_sequential: bool = False  # each group of layers inside a block sees inputs made by the groups already pruned
+    batch: Positive = 4  # windows at once; no result depends on it beyond rounding
+
+
+class Settings(Section):
+    model: ModelSettings
+    sparsity: SparsitySettings
+    method: MethodSettings
+    reorder: ReorderSettings
+    calibration: CalibrationSettings
+    evaluation: EvaluationSettings
+    engine: EngineSettings
+    pipeline: PipelineSettings
+    seed: Count
+    device: str
+    save: bool
+
+    @property
+    def label(self) -> str:
+        """The method as the literature calls it; any ordering that is not ROSE's is spelt out."""
+        names = {DENSE: "Dense", "magnitude": "Magnitude", "wanda": "Wanda", "dsnot": "DSnoT", "sparsegpt": "SparseGPT"}
+        label = names.get(self.method.name, self.method.name)
+        ordering = self.reorder.build()
+        if ordering is None:
+            return label
+        if self.method.name == "sparsegpt" and ordering == Ordering.rose():
+            return "ROSE"
+        always = "always" if ordering.threshold is None else f"over {ordering.threshold:g}"
+        return f"{label} (columns {ordering.columns}, blocks {ordering.blocks}, {always}, by {ordering.score})"
+
+    @property
+    def pruned(self) -> bool:
+        return self.method.name != DENSE
+
+
+def read_settings(config: Mapping[str, Any]) -> Settings:
+    """Check a resolved configuration and turn it into settings.
+
+    Raises:
+        SettingsError: with every mistake found, each naming the setting, what was expected and what came.
+    """
+    problems = [f"{where}: expected a value, got none" for where in _missing(config)]
+    if problems:
+        raise SettingsError(problems)
+    try:
+        settings = Settings.model_validate(dict(config))
+    except ValidationError as error:
+        settings = None
+        problems += [_explain(mistake) for mistake in error.errors()]
+    wrong = {problem.split(".")[0].split(":")[0] for problem in problems}
+    sections = {}
+    for name, field in Settings.model_fields.items():
+        if name in wrong or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            continue
+        sections[name] = field.annotation.model_validate(config[name])
+        problems += sections[name].problems(name)
+    problems += _cross_problems(sections)
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def _missing(config: Mapping[str, Any], where: str = "") -> list[str]:
+    """Names of the settings that a configuration file leaves to the user ('???') and nobody has set."""
+    found = []
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found += _missing(value, f"{where}{name}.")
+        elif value == "???":
+            found.append(f"{where}{name}")
+    return found
+
+
+def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
+    """Mistakes that take two sections to see, of those sections that are sound."""
+    method, reorder = sections.get("method"), sections.get("reorder")
+    if method is None or reorder is None or reorder.build() is None:
+        return []
+    sequential = [name for name, kind in METHODS.items() if kind.sequential]
+    if method.name in sequential or method.name not in (DENSE, *METHODS):
+        return []
+    return [
+        f"reorder: expected none, since method {method.name} prunes no column before another; "
+        f"an order goes with {', '.join(sequential)}"
+    ]
+
+
+def _explain(mistake: Mapping[str, Any]) -> str:
+    """One pydantic error as 'setting: expected …, got …'."""
+    where = ".".join(str(part) for part in mistake["loc"])
+    got = f"got {mistake['input']!r}"
+    kind, context = mistake["type"], mistake.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{where}: no such setting, {got}{_nearest_setting(mistake['loc'])}"
+    if kind == "missing":
+        return f"{where}: expected a value, got none"
+    if kind == "literal_error":
+        hint = suggest(mistake["input"], re.findall(r"'([^']+)'", context["expected"]))
+        return f"{where}: expected {context['expected']}, {got}{hint}"
+    bounds = {
+        "greater_than_equal": "at least {ge:g}",
+        "less_than_equal": "at most {le:g}",
+        "finite_number": "a finite number",
+    }
+    if kind in bounds:
+        return f"{where}: expected {bounds[kind].format(**context)}, {got}"
+    expected = mistake["msg"].removeprefix("Input should be ").split(",")[0]
+    return f"{where}: expected {expected}, {got}"
+
+
+def _nearest_setting(location: tuple) -> str:
+    section: Any = Settings
+    for part in location[:-1]:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = field.annotation if field else (PerplexitySettings if section is not Settings else None)
+        if get_args(section):
+            section = get_args(section)[-1]
+    return suggest(location[-1], getattr(section, "model_fields", {}))
+
+
+def _embedded_problem(where: str, name: str | None, kind: str) -> list[str]:
+    known = [key for key, wheel_file in WHEELS.items() if wheel_file.kind == kind]
+    if name in known:
+        return []
+    return [f"{where}: expected one of {', '.join(known)}, got {name!r}{suggest(name, known)}"]
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a model path can only be meant as one of this machine: hub ids are 'name' or 'owner/name'."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf") or Path(path).exists()
+
+
+def _file_problem(where: str, path: str, folder: bool = True) -> list[str]:
+    place = Path(path).expanduser()
+    if place.is_file() or (folder and place.is_dir()):
+        return []
+    what = "a folder or file" if folder else "a file"
+    near = ""
+    if place.parent.is_dir():
+        near = suggest(place.name, [entry.name for entry in place.parent.iterdir()])
+    return [f"{where}: expected {what} that exists, got {str(path)!r}{near}"]

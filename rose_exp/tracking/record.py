@@ -1,0 +1,182 @@
+"""The run record, ``run.json``: everything needed to trust and repeat a number."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RoseExpError
+
+FILE_NAME = "run.json"
+LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core")
+
+
+class RunRecord:
+    """``run.json`` of one run, on disk from the start and rewritten whole at each step.
+
+    Fields: ``status`` (running, finished, failed), ``label``, ``config``, ``metrics``, ``layers``, ``protocol``,
+    ``seconds`` by stage, ``peak_memory_bytes``, ``error``, ``started`` and ``ended``.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], label: str):
+        self.path = folder / FILE_NAME
+        self.data: dict[str, Any] = {
+            "status": "running",
+            "label": label,
+            "started": _now(),
+            "ended": None,
+            "error": None,
+            "metrics": {},
+            "seconds": {},
+            "peak_memory_bytes": {},
+            "protocol": {},
+            "config": config,
+            "layers": [],
+        }
+        _reset_peak_memory()
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            RoseExpError: the disk refuses.
+        """
+        self.data["peak_memory_bytes"] = _peak_memory()
+        write_atomically(self.path, json.dumps(self.data, indent=1, allow_nan=True) + "\n")
+
+    def finish(self) -> None:
+        self.data |= {"status": "finished", "ended": _now()}
+        self.write()
+
+    def fail(self, error: BaseException) -> None:
+        self.data |= {"status": "failed", "ended": _now(), "error": f"{type(error).__name__}: {error}"}
+        self.write()
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One ``run.json``.
+
+    Raises:
+        RoseExpError: it cannot be read, or is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RoseExpError(f"cannot read the run record {path}: {error}") from error
+    if not isinstance(data, dict) or "status" not in data:
+        raise RoseExpError(f"{path} is no run record: expected a field 'status'")
+    return data
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and revision that a number may depend on."""
+    return {
+        "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "revision": _git_revision(),
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that at no moment a part of it stands there.
+
+    Raises:
+        RoseExpError: the disk refuses.
+    """
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8") as file:
+            scratch = file.name
+            file.write(text)
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except OSError as error:
+        if scratch is not None and os.path.exists(scratch):
+            os.unlink(scratch)
+        raise RoseExpError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Commit of the checkout that this package runs from, with '+changes' where files differ from it; None if no checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        tracked = _git(folder, "ls-files", Path(__file__).name)
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return None if not tracked else commit + ("+changes" if changes else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}"
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of this run, not of the process since its start
+    except OSError:
+        return
+
+
+def _peak_memory() -> dict[str, int | None]:
+    """Peak resident memory of this process and peak allocation on the CUDA device, bytes."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    if status.exists():
+        high_water = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        host = int(high_water[0].split()[1]) * 1024 if high_water else host
+    return {"host": host, "device": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None}

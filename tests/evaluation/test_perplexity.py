@@ -1,0 +1,37 @@
+"""Perplexity, against its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rose_exp.errors import RoseExpError
+from rose_exp.evaluation import perplexity
+
+from ..models.families import build, tokens
+
+
+def test_perplexity_is_that_of_the_definition():
+    model, windows = build("llama").double(), tokens(5, 20)
+    with torch.no_grad():
+        logits = model(windows).logits
+    total = 0.0
+    for window, scores in zip(windows, logits, strict=True):
+        log_probabilities = scores.log_softmax(dim=-1)
+        total -= sum(float(log_probabilities[i - 1, window[i]]) for i in range(1, 20)) / 19
+    assert perplexity(model, windows) == pytest.approx(math.exp(total / 5), rel=1e-5)
+
+
+def test_the_batch_does_not_matter():
+    model, windows = build("gemma3"), tokens(5, 20)
+    assert perplexity(model, windows, batch=1) == pytest.approx(perplexity(model, windows, batch=4), rel=1e-5)
+
+
+def test_a_broken_model_is_told():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(RoseExpError, match="wiki: the model's predictions are not finite"):
+        perplexity(model, tokens(), name="wiki")

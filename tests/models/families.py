@@ -1,0 +1,47 @@
+"""Tiny models of every family, random weights, each built from its own configuration class."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import nn
+
+VOCABULARY = 96
+POSITIONS = 64
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA_LIKE = SIZES | {"intermediate_size": 52, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
+WIDE_HEADS = LLAMA_LIKE | {"head_dim": 8}
+LOCAL = WIDE_HEADS | {"sliding_window": 8}
+
+CONFIGS = {
+    "llama": ("LlamaConfig", WIDE_HEADS),
+    "mistral": ("MistralConfig", LOCAL),
+    "qwen2": ("Qwen2Config", LLAMA_LIKE | {"hidden_size": 40}),
+    "qwen3": ("Qwen3Config", WIDE_HEADS),
+    "gemma2": ("Gemma2Config", LOCAL),
+    "gemma3": ("Gemma3TextConfig", LOCAL | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "opt": ("OPTConfig", SIZES | {"ffn_dim": 52, "word_embed_proj_dim": 36, "max_position_embeddings": POSITIONS}),
+    "gpt2": ("GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 36, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS}),
+    "gpt_neox": ("GPTNeoXConfig", LLAMA_LIKE | {"num_attention_heads": 3}),
+    "phi": ("PhiConfig", LLAMA_LIKE | {"hidden_size": 32}),
+}
+
+SHARED_INPUTS = {  # the layers of the first block, those fed by the same tensor together, in the order of their calls
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    "phi": [["q_proj", "k_proj", "v_proj", "fc1"], ["dense"], ["fc2"]],  # attention and MLP side by side
+}
+
+
+def build(family: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    name, arguments = CONFIGS[family]
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed" not in parameter_name and "wte" not in parameter_name:
+            nn.init.normal_(parameter, std=0.25)  # large enough that every layer matters to the output
+    return model
+
+
+def tokens(windows: int = 5, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))

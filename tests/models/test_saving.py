@@ -1,0 +1,96 @@
+"""Saved models load in transformers with the zeros in place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rose_exp.engine import SemiStructured, SparseGPT
+from rose_exp.errors import RoseExpError
+from rose_exp.models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
+from rose_exp.pipeline import PruningPlan, prune_model
+from rose_exp.settings import ModelSettings
+
+from .families import build, tokens
+
+
+@pytest.fixture
+def stories(shared):
+    return ModelSettings(path=str(shared / "data/models/stories260k-llama"))
+
+
+def test_a_saved_model_is_the_pruned_one(stories, tmp_path):
+    model, tokenizer = load_model(stories).model, load_tokenizer(stories)
+    windows = torch.randint(0, 512, (2, 32))
+    prune_model(model, windows, PruningPlan(method=SparseGPT(), sparsity=SemiStructured(2, 4)))
+    folder = save_model(model, tokenizer, tmp_path / "pruned")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    with torch.no_grad():
+        torch.testing.assert_close(again(windows).logits, model(windows).logits)
+    assert all((layer.weight == 0).any() for layer in all_linear_layers(find_blocks(again)))
+    assert AutoTokenizer.from_pretrained(folder)("Once upon a time").input_ids == tokenizer("Once upon a time").input_ids
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3"])
+def test_other_families_save_too(family, tmp_path, stories):
+    model = build(family)
+    prune_model(model, tokens(), PruningPlan(method=SparseGPT(), sparsity=SemiStructured(2, 4)))
+    again = AutoModelForCausalLM.from_pretrained(save_model(model, load_tokenizer(stories), tmp_path / "pruned"))
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_nothing_is_written_over_and_nothing_half_written_is_left(stories, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(stories)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RoseExpError, match="there exists already"):
+        save_model(build("llama"), tokenizer, tmp_path / "there")
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    with pytest.raises(RoseExpError, match=r"cannot write the model to .*No space left on device"):
+        save_model(build("llama"), tokenizer, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_dtype_and_fingerprint(stories, tmp_path):
+    loaded = load_model(stories.model_copy(update={"dtype": "bfloat16"}))
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.protocol["dtype"] == "bfloat16"
+    plain = load_model(stories)
+    assert plain.protocol["sha256"] == loaded.protocol["sha256"]
+    with torch.no_grad():
+        next(plain.model.parameters()).add_(1)
+    save_model(plain.model, load_tokenizer(stories), tmp_path / "other")
+    assert load_model(ModelSettings(path=str(tmp_path / "other"))).protocol["sha256"] != loaded.protocol["sha256"]
+
+
+def test_a_folder_without_a_model_and_an_unreachable_hub_are_told(tmp_path):
+    with pytest.raises(RoseExpError, match=r"model.path: cannot load"):
+        load_model(ModelSettings(path=str(tmp_path)))
+    with pytest.raises(RoseExpError, match=r"model.path: cannot load 'nobody/nothing' \(no such folder here"):
+        load_tokenizer(ModelSettings(path="nobody/nothing"))
+
+
+def test_a_damaged_checkpoint_is_told(stories, tmp_path):
+    folder = save_model(load_model(stories).model, load_tokenizer(stories), tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RoseExpError, match=r"model.path: cannot load"):
+        load_model(ModelSettings(path=str(folder)))
+
+
+def test_a_quantised_checkpoint_is_refused(stories, tmp_path):
+    folder = save_model(load_model(stories).model, load_tokenizer(stories), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RoseExpError, match="model"):
+        load_model(ModelSettings(path=str(folder)))

