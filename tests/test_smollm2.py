@@ -12,7 +12,7 @@ from rose_exp.models import load_model, load_tokenizer, save_model
 from rose_exp.pipeline import PruningPlan, prune_model
 from rose_exp.settings import ModelSettings, TextSettings
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.slow
 MODEL = ModelSettings(embedded="smollm2-135m")
 
 
