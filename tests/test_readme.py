@@ -1,0 +1,62 @@
+"""The README's commands: each is checked as the command itself checks it, and those that need no hub are run, made small."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from rose_exp.command import check_command
+
+from .conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?:rose-exp|bash) .*$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
+PRUNING = [command for command in COMMANDS if command.startswith("rose-exp")]
+SMALL = [
+    "calibration.samples=2",
+    "calibration.window=64",
+    "evaluation.perplexity.embedded.windows=2",
+    "pipeline.layers=['*.0.*']",
+]
+
+
+def test_the_readme_has_its_commands():
+    assert [command.split("#")[0].strip() for command in COMMANDS[:2]] == ["bash scripts/demo.sh", "bash scripts/test.sh"]
+    assert len(PRUNING) == 5
+
+
+@pytest.mark.parametrize("command", PRUNING)
+def test_every_command_is_sound(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FILE").write_text("text")
+    check_command(shlex.split(command)[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in PRUNING if "llama" not in c and "local" not in c and "-m" not in c])
+def test_commands_that_need_no_hub_run(command, tmp_path):
+    arguments = [*shlex.split(command)[1:], *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-m", "rose_exp", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "perplexity.embedded" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "_venv.sh"])
+def test_the_scripts_parse_and_can_be_run(script):
+    path = REPOSITORY / "scripts" / script
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    assert script.startswith("_") or os.access(path, os.X_OK)
+
+
+def test_every_choice_of_every_group_is_told():
+    for path in (REPOSITORY / "conf").glob("*/*.yaml"):
+        if path.parent.name not in ("engine", "experiment") and not path.stem.startswith("_"):
+            assert f"`{path.stem}`" in README, path
