@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .calibration import Windows, contiguous_windows, draw_windows, load_text
+from .engine.kernels import resolve
 from .errors import RoseExpError
 from .evaluation import perplexity
 from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
@@ -47,6 +48,7 @@ def _run(settings: Settings, record: RunRecord, folder: Path) -> None:
     device = _device(settings.device)
     protocol = record.data["protocol"]
     protocol |= {"seed": settings.seed} | environment(device)
+    protocol["backend"] = _backend(settings, device) if settings.pruned else None
     torch.manual_seed(settings.seed)
 
     with watch.stage("texts"):
@@ -97,6 +99,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _backend(settings: Settings, device: torch.device) -> str:
+    """The engine's backend for this device, its name as resolved (layers of float64 models are solved in plain torch)."""
+    try:
+        return resolve(settings.engine.backend, device, torch.float32)
+    except ValueError as error:
+        raise RoseExpError(f"engine.{error}") from error
+
+
 def _calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Windows:
     wanted = settings.calibration
     text = load_text(wanted, "calibration")
@@ -131,6 +141,7 @@ def _plan(settings: Settings) -> PruningPlan:
         block_size=engine.block_size,
         damping=engine.damping,
         refine=engine.refine,
+        backend=engine.backend,
         layers=pipeline.layers,
         skip=pipeline.skip,
         true_sequential=pipeline.true_sequential,

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .engine import METHODS, Method, Ordering, SemiStructured, Sparsity, Unstructured
+from .engine.kernels import Backend
 from .engine.ordering import Direction, Score
 from .errors import SettingsError, suggest
 from .wheels import WHEELS
@@ -179,6 +180,7 @@ class EngineSettings(Section):
     block_size: Positive = 128
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     refine: Count = 0
+    backend: Backend = "auto"
 
 
 class PipelineSettings(Section):

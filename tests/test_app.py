@@ -57,6 +57,7 @@ def test_one_run_leaves_its_record_and_its_model(small, tmp_path):
     assert protocol["versions"]["torch"]
     assert len(protocol["model"]["sha256"]) == 64
     assert protocol["seed"] == 0
+    assert protocol["backend"] == "numba"
 
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     for name, value in saved.state_dict().items():

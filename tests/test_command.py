@@ -106,6 +106,10 @@ def test_all_mistakes_are_told_together():
         ("calibration=local", "calibration: expected one of path, embedded or dataset, got none of them"),
         ("model=local", "model.path: expected a value, got none"),
         ("engine.damping=nan", "engine.damping: expected"),
+        (
+            "engine.backend=nmba",
+            "engine.backend: expected 'auto', 'torch', 'numba' or 'triton', got 'nmba'; did you mean 'numba'?",
+        ),
     ],
 )
 def test_each_mistake_is_named(argument, expected, monkeypatch):

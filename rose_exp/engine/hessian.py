@@ -10,6 +10,8 @@ from torch import Tensor
 DAMPING_TRIES = 5  # the damping asked for, then four times ten times more
 LEAST_RAISED_DAMPING = 1e-4  # what a damping of 0 is raised to first
 
+SMALL_TRIANGLE = 128  # columns below which a triangular inverse is left to one solve
+
 
 class NotPositiveDefiniteError(ArithmeticError):
     """The Hessian could not be factorised at any damping tried."""
@@ -54,14 +56,27 @@ def factorise(hessian: Tensor, damping: float) -> Factor:
         damped.diagonal().copy_(filled + tried * scale)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            upper = lower.flip(0, 1)
-            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            return Factor(torch.linalg.solve_triangular(upper, identity, upper=True), tried)
+            return Factor(invert_upper(lower.flip(0, 1)), tried)
     raise NotPositiveDefiniteError(
         f"the Hessian of {len(hessian)} columns is not positive definite at damping "
         f"{', '.join(f'{d:g}' for d in _dampings(damping))}: the calibration inputs hold values too large or too small for "
         f"{str(hessian.dtype).removeprefix('torch.')}"
     )
+
+
+def invert_upper(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix (n, n), by halves: nearly all of the work is in large matrix products, which a
+    triangular solve against the identity is not."""
+    n = len(upper)
+    if n <= SMALL_TRIANGLE:
+        identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
+    half = n // 2
+    inverse = torch.zeros_like(upper)
+    first, last = invert_upper(upper[:half, :half]), invert_upper(upper[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    torch.mm(first @ upper[:half, half:], last.neg(), out=inverse[:half, half:])
+    return inverse
 
 
 def _dampings(first: float) -> list[float]:

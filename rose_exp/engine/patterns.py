@@ -7,24 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-def smallest(scores: Tensor, count: int) -> Tensor:
-    """Mark exactly ``count`` smallest entries along the last dimension; among equals, those that come first.
-
-    Args:
-        scores: (..., n), without NaN.
-    Returns:
-        bool, the shape of ``scores``.
-    """
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if count >= scores.shape[-1]:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
-    below = scores < threshold
-    tied = scores == threshold
-    missing = count - below.sum(dim=-1, keepdim=True)
-    return below | (tied & (tied.cumsum(dim=-1) <= missing))
+from .selection import kth_smallest, smallest
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,7 @@ class Unstructured:
         count = int(flat.shape[-1] * self.ratio)
         if count in (0, flat.shape[-1]):
             return self.select(scores)
-        return (flat <= flat.kthvalue(count + 1, dim=-1, keepdim=True).values).view(scores.shape)
+        return (flat <= kth_smallest(flat, count + 1)).view(scores.shape)
 
     def __str__(self) -> str:
         return f"{self.ratio:.0%} unstructured" if self.ratio * 100 % 1 == 0 else f"{self.ratio} unstructured"
@@ -99,14 +82,18 @@ class SemiStructured:
         """The group: the blocks that an ordering may move are whole groups, whatever the block size."""
         return self.group
 
+    def count(self, width: int) -> int:
+        """Weights to prune in a group of ``width``, the last of which may be narrower than the others."""
+        return width * self.pruned // self.group
+
     def select(self, scores: Tensor) -> Tensor:
         """The mask of whole groups that lie side by side, (..., rows, columns) to bool of the same shape."""
         columns = scores.shape[-1]
         whole = columns - columns % self.group
         grouped = scores[..., :whole].unflatten(-1, (-1, self.group))
-        mask = _smallest_of_few(grouped, self.pruned).flatten(-2)
+        mask = smallest(grouped, self.pruned).flatten(-2)
         if whole < columns:
-            rest = _smallest_of_few(scores[..., whole:], (columns - whole) * self.pruned // self.group)
+            rest = smallest(scores[..., whole:], self.count(columns - whole))
             mask = torch.cat([mask, rest], dim=-1)
         return mask
 
@@ -115,20 +102,6 @@ class SemiStructured:
 
     def __str__(self) -> str:
         return f"{self.pruned}:{self.group}"
-
-
-def _smallest_of_few(scores: Tensor, count: int) -> Tensor:
-    """:func:`smallest` for a short last dimension, by counting how many entries come before each."""
-    width = scores.shape[-1]
-    if width > 16:
-        return smallest(scores, count)
-    rank = torch.zeros_like(scores, dtype=torch.uint8)
-    for i in range(width):
-        for j in range(i):
-            later_wins = scores[..., i] < scores[..., j]  # of equals, j < i comes first
-            rank[..., j] += later_wins
-            rank[..., i] += ~later_wins
-    return rank < count
 
 
 Sparsity = Unstructured | SemiStructured

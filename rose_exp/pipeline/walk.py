@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..engine import InputMoments, Method, NotPositiveDefiniteError, Ordering, PruneResult, Sparsity, prune_layer
+from ..engine.kernels import Backend
 from ..errors import RoseExpError, suggest
 from ..models import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 from .capture import BlockCall, _Enough, capture_calls, first_inputs
@@ -44,6 +45,7 @@ class PruningPlan:
     block_size: int = 128
     damping: float = 0.01
     refine: int = 0
+    backend: Backend = "auto"
     layers: Sequence[str] = ("*",)
     skip: Sequence[str] = ()
     true_sequential: bool = False
@@ -208,6 +210,7 @@ class _BlockWalk:
                 block_size=plan.block_size,
                 damping=plan.damping,
                 refine=plan.refine,
+                backend=plan.backend,
             )
         except (ValueError, NotPositiveDefiniteError) as error:
             raise RoseExpError(f"{layer.name}: {error}") from error

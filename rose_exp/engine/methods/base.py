@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hessian import Factor, factorise
+from ..kernels import Backend
 from ..moments import InputMoments
 from ..ordering import ColumnOrder, ExpectedLosses, Ordering, Score, arrange, expected_losses
 from ..patterns import Sparsity
@@ -30,6 +31,7 @@ class Layer:
     ordering: Ordering | None
     block_size: int
     damping: float
+    backend: Backend = "auto"
     _losses: dict[Score, ExpectedLosses] = field(default_factory=dict, repr=False)
 
     @cached_property

@@ -1,0 +1,101 @@
+"""Kernels for CUDA, float32, in Triton: one program sweeps one block for a tile of rows.
+
+Rows are independent once a block's mask is known, or choose it by themselves (N:M), so a program keeps its tile of the
+block, (columns, rows), in registers from the first column to the last and needs nothing from the others. A column is read
+out of the tile by a masked sum, pruned, and its error taken from the columns still to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 32  # in a tile: with 128 columns, 32 registers of each of 128 threads
+WARPS = 4
+
+
+def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
+    """Sweep one block ``w`` (width, rows) in place where ``mask`` is True; returns the errors (width, rows)."""
+    width, rows = w.shape
+    errors = torch.empty_like(w)
+    upper = upper.contiguous()
+    grid = (triton.cdiv(rows, ROWS),)
+    _sweep_chosen[grid](w, upper, mask, errors, width, rows, triton.next_power_of_2(width), ROWS, num_warps=WARPS)
+    return errors
+
+
+def sweep_groups(w: Tensor, upper: Tensor, mask: Tensor, widths: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The same, choosing the mask of each group (``counts`` of ``widths`` columns) in each row when it is reached."""
+    width, rows = w.shape
+    errors = torch.empty_like(w)
+    upper = upper.contiguous()
+    ends = torch.tensor([*widths, *counts], dtype=torch.int32)
+    ends[: len(widths)] = ends[: len(widths)].cumsum(0)
+    plan = ends.to(w.device, non_blocking=True)  # where each group ends, and how many of it go
+    grid = (triton.cdiv(rows, ROWS),)
+    size = triton.next_power_of_2(width)
+    _sweep_groups[grid](w, upper, mask, errors, plan, len(widths), width, rows, size, ROWS, num_warps=WARPS)
+    return errors
+
+
+@triton.jit
+def _column(tile, column, j):
+    """Row j of the tile (columns, rows): one column of the layer."""
+    return tl.sum(tl.where(column[:, None] == j, tile, 0.0), axis=0)
+
+
+@triton.jit
+def _prune_column(tile, column, gone, upper, errors, j, width, rows, row, inside):
+    """Prune column j of the tile where ``gone`` (rows,), store its error, and compensate in the columns after it."""
+    lost = tl.where(gone, _column(tile, column, j), 0.0)
+    error = lost / tl.load(upper + j * width + j)
+    tl.store(errors + j * rows + row, error, mask=inside)
+    factors = tl.load(upper + j * width + column, mask=(column > j) & (column < width), other=0.0)
+    tile -= factors[:, None] * error[None, :]
+    return tl.where((column[:, None] == j) & gone[None, :], 0.0, tile)
+
+
+@triton.jit
+def _sweep_chosen(w, upper, mask, errors, width, rows, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    column = tl.arange(0, WIDTH)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = row < rows
+    place = column[:, None] * rows + row[None, :]
+    held = (column[:, None] < width) & inside[None, :]
+    tile = tl.load(w + place, mask=held, other=0.0)
+    for j in range(width):
+        gone = tl.load(mask + j * rows + row, mask=inside, other=0) != 0
+        tile = _prune_column(tile, column, gone, upper, errors, j, width, rows, row, inside)
+    tl.store(w + place, tile, mask=held)
+
+
+@triton.jit
+def _sweep_groups(w, upper, mask, errors, plan, groups, width, rows, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    column = tl.arange(0, WIDTH)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = row < rows
+    place = column[:, None] * rows + row[None, :]
+    held = (column[:, None] < width) & inside[None, :]
+    tile = tl.load(w + place, mask=held, other=0.0)
+    scale = tl.load(upper + column * width + column, mask=column < width, other=1.0)
+    start = 0
+    for group in range(groups):
+        stop = tl.load(plan + group)
+        count = tl.load(plan + groups + group)
+        scaled = tile / scale[:, None]
+        saliency = scaled * scaled
+        before = tl.zeros((WIDTH, TILE), dtype=tl.int32)  # how many of the group go sooner
+        for j in range(start, stop):
+            other = _column(saliency, column, j)[None, :]
+            before += ((other < saliency) | ((other == saliency) & (column[:, None] > j))).to(tl.int32)
+        chosen = (before < count).to(tl.float32)
+        for j in range(start, stop):
+            gone = _column(chosen, column, j) > 0.5
+            tl.store(mask + j * rows + row, gone, mask=inside)
+            tile = _prune_column(tile, column, gone, upper, errors, j, width, rows, row, inside)
+        start = stop
+    tl.store(w + place, tile, mask=held)

@@ -1,0 +1,181 @@
+"""How long the engine takes to prune one layer, beside the loop as published and beside the limit of the hardware.
+
+    python scripts/benchmark_engine.py                                    # the shapes of SmolLM2-135M, on the CPU
+    python scripts/benchmark_engine.py --shapes 4096x4096 4096x11008 --device cuda --json results.json
+
+For each shape (rows x columns of W) and pattern, medians of repeated runs, interleaved, in milliseconds:
+
+published   the loop of the released SparseGPT and ROSE, written out below: one step a column, ten small operations a step
+engine      prune_layer, SparseGPT, by each backend that works here; it measures the layer's error as well
+rose        prune_layer with ROSE's order, by the automatic backend
+limit       Cholesky, inverse, Cholesky, and one rows x columns^2 product, as torch does them in the same run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rose_exp.engine import InputMoments, Ordering, SemiStructured, Unstructured, prune_layer
+from rose_exp.engine.kernels import resolve
+from rose_exp.tracking.record import write_atomically
+
+SMOLLM2 = ["576x576", "192x576", "1536x576", "576x1536"]
+BLOCK = 128
+DAMPING = 0.01
+
+
+def published(weight: Tensor, hessian: Tensor, sparsity: Unstructured | SemiStructured) -> Tensor:
+    """SparseGPT as its released code runs it: a sort for each block's threshold, then column by column."""
+    w, h = weight.clone(), hessian.clone()
+    columns = w.shape[1]
+    dead = h.diagonal() == 0
+    h[dead, dead] = 1
+    w[:, dead] = 0
+    h.diagonal().add_(DAMPING * h.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    grouped = isinstance(sparsity, SemiStructured)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        block, u = w[:, start:stop].clone(), factor[start:stop, start:stop]
+        kept, errors, losses = torch.zeros_like(block), torch.zeros_like(block), torch.zeros_like(block)
+        if grouped:
+            mask = torch.zeros_like(block, dtype=torch.bool)
+        else:
+            saliency = block**2 / u.diagonal().reshape(1, -1) ** 2
+            threshold = torch.sort(saliency.flatten())[0][int(saliency.numel() * sparsity.ratio)]
+            mask = saliency <= threshold
+        for j in range(stop - start):
+            column, scale = block[:, j], u[j, j]
+            if grouped and j % sparsity.group == 0:
+                end = j + sparsity.group
+                saliency = block[:, j:end] ** 2 / u.diagonal()[j:end].reshape(1, -1) ** 2
+                mask.scatter_(1, j + torch.topk(saliency, sparsity.pruned, dim=1, largest=False)[1], True)
+            pruned = column.clone()
+            pruned[mask[:, j]] = 0
+            kept[:, j] = pruned
+            losses[:, j] = (column - pruned) ** 2 / scale**2
+            error = (column - pruned) / scale
+            block[:, j:] -= error.unsqueeze(1).matmul(u[j, j:].unsqueeze(0))
+            errors[:, j] = error
+        w[:, start:stop] = kept
+        w[:, stop:] -= errors.matmul(factor[start:stop, stop:])
+    return w
+
+
+def limit(weight: Tensor, hessian: Tensor) -> Tensor:
+    """The least that SparseGPT as published has to compute, at the rate of torch's own routines."""
+    damped = hessian.clone()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return weight @ factor
+
+
+def medians(tasks: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Milliseconds of each task, after a warm-up, the tasks in turn so that a drift of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for repeat in range(repeats + 1):
+        for name, task in tasks.items():
+            _wait(device)
+            start = time.perf_counter()
+            task()
+            _wait(device)
+            if repeat:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(rows: int, columns: int, sparsity: Unstructured | SemiStructured, device: torch.device, repeats: int) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.eye(columns) + torch.randn(columns, columns, generator=generator) / columns**0.5
+    inputs = (torch.randn(2 * columns, columns, generator=generator) @ mixing).to(device)
+    weight = torch.randn(rows, columns, generator=generator).to(device)
+    moments = InputMoments(columns, device=device)
+    moments.update(inputs)
+    hessian = moments.hessian()
+    fastest = resolve("auto", device, torch.float32)
+
+    def engine(backend: str = "auto", ordering: Ordering | None = None) -> Callable[[], object]:
+        return lambda: prune_layer(weight, moments, sparsity=sparsity, ordering=ordering, backend=backend)
+
+    tasks = {
+        "published": lambda: published(weight, hessian, sparsity),
+        "limit": lambda: limit(weight, hessian),
+        "engine.torch": engine("torch"),
+        f"engine.{fastest}": engine(fastest),
+        "rose": engine("auto", Ordering.rose()),
+    }
+    found = medians(tasks, device, repeats)
+    best = found[f"engine.{fastest}"]
+    return {
+        "rows": rows,
+        "columns": columns,
+        "pattern": str(sparsity),
+        "milliseconds": {name: round(value, 3) for name, value in found.items()},
+        "published/engine": round(found["published"] / best, 2),
+        "engine/limit": round(best / found["limit"], 2),
+        "rose/sparsegpt": round(found["rose"] / best, 3),
+    }
+
+
+def table(results: list[dict]) -> str:
+    names = list(results[0]["milliseconds"])
+    header = ["rows x columns", "pattern", *names, "published/engine", "engine/limit", "rose/sparsegpt"]
+    lines = [header]
+    for r in results:
+        ratios = [f"{r[key]:g}" for key in header[-3:]]
+        times = [f"{r['milliseconds'][name]:.1f}" for name in names]
+        lines.append([f"{r['rows']} x {r['columns']}", r["pattern"], *times, *ratios])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SMOLLM2, help="rows x columns, such as 4096x11008")
+    parser.add_argument("--ratio", type=float, default=0.7, help="of the unstructured runs")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    cases = [
+        (*map(int, shape.split("x")), sparsity)
+        for shape in arguments.shapes
+        for sparsity in (Unstructured(arguments.ratio), SemiStructured(2, 4))
+    ]
+    results = [measure(*case, device, arguments.repeats) for case in tqdm(cases, unit="case", disable=None)]
+    print(table(results))
+    if arguments.json:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        hardware = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        write_atomically(arguments.json, json.dumps({"hardware": hardware, "results": results}, indent=1) + "\n")
+
+
+def _processor() -> str:
+    """The processor's own name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()
