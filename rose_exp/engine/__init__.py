@@ -10,7 +10,8 @@ from .methods import METHODS, DSnoT, Magnitude, Method, SparseGPT, Wanda
 from .moments import InputMoments
 from .ordering import Ordering
 from .patterns import SemiStructured, Sparsity, Unstructured
-from .prune import PruneResult, prune_layer, relative_error
+from .products import Precision
+from .prune import PruneResult, prune_layer, prune_layers, relative_error
 
 __all__ = [
     "METHODS",
@@ -20,6 +21,7 @@ __all__ = [
     "Method",
     "NotPositiveDefiniteError",
     "Ordering",
+    "Precision",
     "PruneResult",
     "SemiStructured",
     "SparseGPT",
@@ -27,5 +29,6 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "prune_layer",
+    "prune_layers",
     "relative_error",
 ]

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .products import times_lower, times_upper, upper_blocks, upper_times
+
 DAMPING_TRIES = 5  # the damping asked for, then four times ten times more
 LEAST_RAISED_DAMPING = 1e-4  # what a damping of 0 is raised to first
 
-SMALL_TRIANGLE = 128  # columns below which a triangular inverse is left to one solve
+CHOLESKY = {"cpu": 600, "cuda": 512}  # columns up to which a factor is left to LAPACK
+SOLVE = 192  # columns up to which a triangular inverse is left to one solve
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -22,63 +25,82 @@ class Factor:
     """The upper Cholesky factor U of the inverse of the damped Hessian: (H + λI)⁻¹ = Uᵀ U.
 
     Attributes:
-        upper: (columns, columns), upper triangular.
-        damping: the damping really used, as a share of the mean of H's diagonal.
+        upper: (columns, columns), upper triangular; of no meaning where ``failed``.
+        shift: λ, of no dimensions.
+        failed: above 0 where the damped Hessian is not positive definite, int tensor of no dimensions: on a device, to
+            look at it is to wait for it.
     """
 
     upper: Tensor
-    damping: float
+    shift: Tensor
+    failed: Tensor
 
     def inverse_diagonal(self) -> Tensor:
         """[H⁻¹]ⱼⱼ of each column, (columns,)."""
         return self.upper.square().sum(dim=0)
 
 
+def dampings(first: float) -> list[float]:
+    """The dampings to try in turn, as shares of the mean of H's diagonal: ``first``, then raised by tens."""
+    raised = first * 10 or LEAST_RAISED_DAMPING
+    return [first, *(raised * 10**i for i in range(DAMPING_TRIES - 1))]
+
+
 def factorise(hessian: Tensor, damping: float) -> Factor:
-    """Damp and factorise ``hessian`` (columns, columns), which is left as it is.
+    """Damp and factorise ``hessian`` (columns, columns), which is overwritten with the factor; nothing is waited for.
 
-    λ = damping · mean(diag H), as in SparseGPT. A column that never fired (diagonal 0) gets the mean of the diagonal,
-    so that it is independent of all others. Where Cholesky fails, the damping is raised by tens, :data:`DAMPING_TRIES`
-    dampings in all.
-
-    The factor comes from one Cholesky and one triangular inverse: with the columns in reverse order H' = L Lᵀ, so
-    H = R Rᵀ with R = reverse(L) upper triangular, and U = R⁻¹.
-
-    Raises:
-        NotPositiveDefiniteError: no damping tried was enough.
+    λ = damping · mean(diag H), as in SparseGPT. A column that never fired (diagonal 0) gets the mean of the diagonal, so
+    that it is independent of all others.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     scale = torch.where(mean > 0, mean, torch.ones_like(mean))
-    filled = torch.where(diagonal == 0, scale, diagonal)
-    for tried in _dampings(damping):
-        damped = hessian.clone()
-        damped.diagonal().copy_(filled + tried * scale)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            return Factor(invert_upper(lower.flip(0, 1)), tried)
-    raise NotPositiveDefiniteError(
-        f"the Hessian of {len(hessian)} columns is not positive definite at damping "
-        f"{', '.join(f'{d:g}' for d in _dampings(damping))}: the calibration inputs hold values too large or too small for "
-        f"{str(hessian.dtype).removeprefix('torch.')}"
-    )
+    shift = damping * scale
+    diagonal.copy_(torch.where(diagonal == 0, scale, diagonal) + shift)
+    failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
+    _invert_factor(hessian, failed)
+    return Factor(hessian, shift, failed)
 
 
-def invert_upper(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix (n, n), by halves: nearly all of the work is in large matrix products, which a
-    triangular solve against the identity is not."""
-    n = len(upper)
-    if n <= SMALL_TRIANGLE:
-        identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, identity, upper=True)
+def _invert_factor(h: Tensor, failed: Tensor) -> None:
+    """Overwrite a symmetric h, of which the upper half is read, with R⁻¹, where h = R Rᵀ and R is upper triangular.
+
+    By halves: R₂₂ from h₂₂; R₁₂ = h₁₂ R₂₂⁻ᵀ; R₁₁ from h₁₁ − R₁₂ R₁₂ᵀ; and above the diagonal of the inverse −R₁₁⁻¹ R₁₂ R₂₂⁻¹.
+    Nearly all of the work is in large products, where a library's Cholesky and triangular solves are far slower.
+    """
+    n = len(h)
+    if n <= CHOLESKY.get(h.device.type, 256):
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))  # of the columns in reverse: R, reversed
+        failed += info.abs()
+        h.copy_(lower.flip(0, 1))
+        _invert_upper(h)
+        return
     half = n // 2
-    inverse = torch.zeros_like(upper)
-    first, last = invert_upper(upper[:half, :half]), invert_upper(upper[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    torch.mm(first @ upper[:half, half:], last.neg(), out=inverse[:half, half:])
-    return inverse
+    h11, h12, h22 = h[:half, :half], h[:half, half:], h[half:, half:]
+    _invert_factor(h22, failed)
+    times_lower(h12, h22)  # R₁₂
+    for rows, columns in upper_blocks(half, h.device):
+        h11[rows, columns].addmm_(h12[rows], h12[columns].T, alpha=-1)
+    _invert_factor(h11, failed)
+    _join(h, half)
 
 
-def _dampings(first: float) -> list[float]:
-    raised = first * 10 or LEAST_RAISED_DAMPING
-    return [first, *(raised * 10**i for i in range(DAMPING_TRIES - 1))]
+def _invert_upper(r: Tensor) -> None:
+    """Overwrite an upper triangular matrix with its inverse."""
+    n = len(r)
+    if n <= SOLVE:
+        r.copy_(torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype, device=r.device), upper=True))
+        return
+    half = n // 2
+    _invert_upper(r[:half, :half])
+    _invert_upper(r[half:, half:])
+    _join(r, half)
+
+
+def _join(r: Tensor, half: int) -> None:
+    """Finish an inverse whose diagonal blocks are inverted already, and whose upper right block is still R₁₂."""
+    r12 = r[:half, half:]
+    times_upper(r12, r[half:, half:])
+    upper_times(r[:half, :half], r12)
+    r12.neg_()
+    r[half:, :half] = 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
+
+from .products import Precision, add_gram, mirror
 
 
 class InputMoments:
@@ -16,22 +20,49 @@ class InputMoments:
         columns: width of the layer's input.
         device: where the sums are kept; inputs are moved there.
         dtype: float32 or float64; inputs of any float type are converted before they are multiplied.
+        precision: of the products of float32 inputs where the sums are float32. ``float32``: none is rounded further.
+            ``tf32``: inputs are rounded to 10 bits of mantissa, on CUDA. ``bf16x2``: each input is split into two bfloat16,
+            16 bits together, and the product of the two small parts is left out. Half-precision inputs are never rounded,
+            on CUDA tensor cores multiply them as they are.
     """
 
-    def __init__(self, columns: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        columns: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        precision: Precision = "float32",
+    ):
         if columns < 1:
             raise ValueError(f"columns: expected at least 1, got {columns}")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}")
         self.columns = columns
-        self.gram = torch.zeros(columns, columns, device=device, dtype=dtype)  # Σ w x xᵀ
+        self.precision = precision
+        self._gram = torch.zeros(columns, columns, device=device, dtype=dtype)  # Σ w x xᵀ, kept up below the diagonal when read
+        self._mirrored = True
         self.sum = torch.zeros(columns, device=device, dtype=dtype)  # Σ w x
         self.weight = 0.0  # Σ w, over tokens
         self.tokens = 0
 
     @property
+    def gram(self) -> Tensor:
+        """Σ w x xᵀ, (columns, columns)."""
+        if not self._mirrored:
+            mirror(self._gram)
+            self._mirrored = True
+        return self._gram
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._gram.dtype
+
+    @property
     def device(self) -> torch.device:
-        return self.gram.device
+        return self._gram.device
 
     @torch.no_grad()
     def update(self, inputs: Tensor, weight: float = 1.0) -> None:
@@ -46,9 +77,10 @@ class InputMoments:
             raise ValueError(f"inputs: expected a floating type, got {inputs.dtype}")
         if not weight >= 0:
             raise ValueError(f"weight: expected a number of at least 0, got {weight}")
-        tokens = inputs.reshape(-1, self.columns).to(self.gram)  # (tokens, columns)
-        self.gram.addmm_(tokens.T, tokens, alpha=weight)
-        self.sum.add_(tokens.sum(dim=0), alpha=weight)
+        tokens = inputs.reshape(-1, self.columns).to(self.device)  # (tokens, columns)
+        add_gram(self._gram, tokens, weight, self.precision)
+        self._mirrored = False
+        self.sum.add_(tokens.sum(dim=0, dtype=self.dtype), alpha=weight)
         self.weight += weight * len(tokens)
         self.tokens += len(tokens)
 
@@ -56,7 +88,7 @@ class InputMoments:
         """Add what ``other`` has seen, as if its inputs had come here."""
         if other.columns != self.columns:
             raise ValueError(f"other: expected moments of {self.columns} columns, got {other.columns}")
-        self.gram += other.gram.to(self.gram)
+        self.gram.add_(other.gram.to(self._gram))
         self.sum += other.sum.to(self.sum)
         self.weight += other.weight
         self.tokens += other.tokens

@@ -54,19 +54,28 @@ class Ordering:
 
 @dataclass(frozen=True)
 class ColumnOrder:
-    """The order found for one layer.
+    """The order found for one layer. All tensors stay on the layer's device, and nothing is waited for.
 
     Attributes:
         order: (columns,) int64; position i of the pruning order holds column ``order[i]``.
-        widths: widths of the blocks in pruning order; they sum to the number of columns.
+        block_order: (blocks,) int64, the same of whole blocks, should the layer be reordered.
+        width: of all blocks but perhaps the last.
         relative_range: of the block losses, a float tensor of no dimensions.
         reordered: whether the order differs from left to right because the relative range asked for it, bool tensor.
     """
 
     order: Tensor
-    widths: tuple[int, ...]
+    block_order: Tensor
+    width: int
     relative_range: Tensor
     reordered: Tensor
+
+    def widths(self, moved: bool) -> list[int]:
+        """Widths of the blocks in pruning order, where the columns have been ``moved`` or not; they sum to the columns.
+        A narrow last block that may stand anywhere is waited for."""
+        whole, narrow = divmod(len(self.order), self.width)
+        widths = [self.width] * whole + [narrow] * (narrow > 0)
+        return [widths[block] for block in self.block_order.tolist()] if moved and narrow else widths
 
 
 @dataclass(frozen=True)
@@ -97,43 +106,34 @@ def expected_losses(scores: Tensor, sparsity: Sparsity, block_size: int) -> Expe
     """
     columns = scores.shape[1]
     width = min(sparsity.block_width(block_size), columns)
+    lost = sparsity.expected_column_losses(scores, width)
     whole = columns - columns % width
-    column_losses = torch.empty(columns, dtype=scores.dtype, device=scores.device)
-    blocks = scores[:, :whole].unflatten(1, (-1, width)).transpose(0, 1)  # (blocks, rows, width)
-    column_losses[:whole] = (blocks * sparsity.select_expected(blocks)).sum(dim=1).flatten()
-    block_losses = column_losses[:whole].unflatten(0, (-1, width)).sum(dim=1) / width
+    blocks = lost[:whole].unflatten(0, (-1, width)).sum(dim=1) / width
     if whole < columns:
-        rest = scores[:, whole:]
-        column_losses[whole:] = (rest * sparsity.select_expected(rest)).sum(dim=0)
-        block_losses = torch.cat([block_losses, column_losses[whole:].mean(dim=0, keepdim=True)])
-    return ExpectedLosses(column_losses, block_losses, width)
+        blocks = torch.cat([blocks, lost[whole:].mean(dim=0, keepdim=True)])
+    return ExpectedLosses(lost, blocks, width)
 
 
 def arrange(ordering: Ordering | None, losses: ExpectedLosses) -> ColumnOrder:
     """Turn expected losses into an order of columns; equal losses keep their natural order."""
     columns, width = len(losses.columns), losses.width
-    device = losses.columns.device
-    natural = torch.arange(columns, device=device)
+    natural = torch.arange(columns, device=losses.columns.device)
     relative_range = losses.relative_range
-    narrow = columns % width
-    widths = [width] * (columns // width) + [narrow] * (narrow > 0)
     if ordering is None or (ordering.columns == "none" and ordering.blocks == "none"):
-        return ColumnOrder(natural, tuple(widths), relative_range, torch.zeros_like(relative_range, dtype=torch.bool))
+        stays = torch.zeros_like(relative_range, dtype=torch.bool)
+        return ColumnOrder(natural, natural[: len(losses.blocks)], width, relative_range, stays)
 
     # two stable sorts, the later key first: by loss inside the block, then by the block's place
     inside = _argsort(losses.columns, ordering.columns)
-    place = torch.empty_like(losses.blocks, dtype=torch.int64)
     block_order = _argsort(losses.blocks, ordering.blocks)
-    place[block_order] = torch.arange(len(widths), device=device)
+    place = torch.empty_like(block_order).scatter_(0, block_order, natural[: len(block_order)])
     order = inside[place[inside // width].argsort(stable=True)]
 
     reordered = torch.ones_like(relative_range, dtype=torch.bool)
     if ordering.threshold is not None:
         reordered = relative_range > ordering.threshold
         order = torch.where(reordered, order, natural)
-    if narrow and bool(reordered):
-        widths = [widths[block] for block in block_order.tolist()]
-    return ColumnOrder(order, tuple(widths), relative_range, reordered)
+    return ColumnOrder(order, block_order, width, relative_range, reordered)
 
 
 def _argsort(losses: Tensor, direction: Direction) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .selection import kth_smallest, smallest
+from .selection import lost_by_rank, lost_by_threshold, smallest
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,27 @@ class Unstructured:
         """Width of the column blocks in which the weights are compared when pruning in blocks."""
         return block_size
 
+    def count(self, weights: int) -> int:
+        """Weights to prune of so many."""
+        return int(weights * self.ratio)
+
     def select(self, scores: Tensor) -> Tensor:
         """The mask of one block: the smallest of all its scores, (..., rows, columns) to bool of the same shape."""
         flat = scores.flatten(-2)
-        return smallest(flat, int(flat.shape[-1] * self.ratio)).view(scores.shape)
+        return smallest(flat, self.count(flat.shape[-1])).view(scores.shape)
 
     def select_by_row(self, scores: Tensor) -> Tensor:
         """The mask when each row keeps the same number of weights: (rows, columns) to bool of the same shape."""
-        return smallest(scores, int(scores.shape[-1] * self.ratio))
+        return smallest(scores, self.count(scores.shape[-1]))
 
-    def select_expected(self, scores: Tensor) -> Tensor:
-        """What an ordering expects to go from one block: all scores up to the one at sorted index int(n · ratio).
+    def expected_column_losses(self, scores: Tensor, width: int) -> Tensor:
+        """What an ordering expects each column to lose: in each block of ``width`` columns of ``scores`` (rows, columns) all
+        scores up to the one at sorted index int(n · ratio), summed by column, (columns,).
 
-        That is one more than :meth:`select` takes, and all of its equals. It is the rule of the authors' code, and is
-        kept because the order hangs on it: a column's loss moves by a whole score. It decides no mask.
+        That is one score more than :meth:`select` takes, and all of its equals. It is the rule of the authors' code, and
+        is kept because the order hangs on it: a column's loss moves by a whole score. It decides no mask.
         """
-        flat = scores.flatten(-2)
-        count = int(flat.shape[-1] * self.ratio)
-        if count in (0, flat.shape[-1]):
-            return self.select(scores)
-        return (flat <= kth_smallest(flat, count + 1)).view(scores.shape)
+        return lost_by_threshold(scores, width, self.count)
 
     def __str__(self) -> str:
         return f"{self.ratio:.0%} unstructured" if self.ratio * 100 % 1 == 0 else f"{self.ratio} unstructured"
@@ -98,7 +99,10 @@ class SemiStructured:
         return mask
 
     select_by_row = select  # a group never leaves its row
-    select_expected = select
+
+    def expected_column_losses(self, scores: Tensor, width: int) -> Tensor:
+        """What an ordering expects each column to lose: the scores that :meth:`select` takes, summed by column, (columns,)."""
+        return lost_by_rank(scores, width, self.count)
 
     def __str__(self) -> str:
         return f"{self.pruned}:{self.group}"

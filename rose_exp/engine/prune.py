@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .curvature import Curvature
+from .hessian import NotPositiveDefiniteError, dampings
 from .kernels import Backend, resolve
-from .methods import METHODS, Layer, Method
+from .methods import METHODS, Layer, Method, Solution, settle
 from .moments import InputMoments
 from .ordering import Ordering
 from .patterns import Sparsity
+from .products import quadratic_form
 from .refine import refine as refine_kept
-
-ERROR_PANELS = 4  # of the error: four leave out three eighths of the product
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class PruneResult:
     damping: float
 
 
-@torch.no_grad()
 def prune_layer(
     weight: Tensor,
     moments: InputMoments,
@@ -72,53 +73,153 @@ def prune_layer(
         ValueError: an argument of the wrong kind, shape or range, or a weight or moments that are not finite.
         NotPositiveDefiniteError: H cannot be factorised at any damping tried.
     """
-    _check(weight, moments, block_size, damping, refine)
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        method = METHODS[method]()
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, moments.gram.dtype), torch.float32)
-    layer = Layer(weight.to(dtype), moments, sparsity, ordering, block_size, damping, resolve(backend, weight.device, dtype))
-    solution = method.prune(layer)
-    solved = solution.weight
-    if refine:
-        solved = refine_kept(solved, layer.weight, solution.mask, layer.hessian, refine)
-    pruned = solved.to(weight.dtype)
-    if not torch.isfinite(pruned).all():
-        raise ValueError(
-            f"weight: the pruned layer does not fit {str(weight.dtype).removeprefix('torch.')}: "
-            f"largest value {solved.abs().max():g}"
-        )
-    found = solution.order or layer.column_order()
-    order = solution.order.order if solution.order else torch.arange(weight.shape[1], device=weight.device)
-    return PruneResult(
-        weight=pruned,
-        mask=solution.mask,
-        order=order,
-        relative_range=float(found.relative_range),
-        reordered=bool(found.reordered) if solution.order else False,
-        error=relative_error(layer.weight, pruned.to(dtype), layer.hessian),
-        damping=solution.damping,
+    return prune_layers(
+        [weight],
+        moments,
+        methods=[method],
+        sparsity=sparsity,
+        ordering=ordering,
+        block_size=block_size,
+        damping=damping,
+        refine=refine,
+        backend=backend,
+    )[0]
+
+
+@torch.no_grad()
+def prune_layers(
+    weights: Sequence[Tensor],
+    moments: InputMoments,
+    *,
+    methods: Sequence[str | Method],
+    sparsity: Sparsity,
+    ordering: Ordering | None = None,
+    block_size: int = 128,
+    damping: float = 0.01,
+    refine: int = 0,
+    backend: Backend = "auto",
+) -> list[PruneResult]:
+    """Prune layers that share their inputs, such as the q, k and v projections of attention: what :func:`prune_layer` makes
+    of each, but the Hessian and its factor (of those pruned left to right) are worked out once for all.
+
+    A device is waited for twice: for which layers are reordered (not without an ordering), and for the results.
+
+    Args:
+        weights: of one dtype, on one device.
+        methods: one for each weight.
+
+    Raises:
+        ValueError, NotPositiveDefiniteError: as :func:`prune_layer`.
+    """
+    if not weights or len(methods) != len(weights):
+        raise ValueError(f"methods: expected one for each of at least one weight, got {len(methods)} for {len(weights)}")
+    for weight in weights:
+        _check(weight, moments, block_size, damping, refine)
+    finite = [_finite(tensor) for tensor in (*weights, moments.gram)]
+    if moments.device.type == "cpu":  # a device is not waited for
+        _check_finite(finite)
+    chosen = [_method(method) for method in methods]
+    dtype = torch.promote_types(torch.promote_types(weights[0].dtype, moments.dtype), torch.float32)
+    backend = resolve(backend, moments.device, dtype)
+
+    results: list[PruneResult | None] = [None] * len(weights)
+    for tried in dampings(damping):
+        curvature = Curvature(moments, tried, dtype)
+        waiting = [i for i, result in enumerate(results) if result is None]
+        layers = [Layer(weights[i].to(dtype), curvature, sparsity, ordering, block_size, backend) for i in waiting]
+        settle(layers)
+        solutions = [chosen[i].prune(layer) for i, layer in zip(waiting, layers, strict=True)]
+        found = [
+            _Found(layer, chosen[i], solution, weights[i].dtype, refine)
+            for i, layer, solution in zip(waiting, layers, solutions, strict=True)
+        ]
+        facts = torch.stack([*finite, *(fact for f in found for fact in f.facts)]).tolist()
+        _check_finite(facts[: len(finite)])
+        for position, (i, f) in enumerate(zip(waiting, found, strict=True)):
+            start = len(finite) + position * len(f.facts)
+            results[i] = f.result(facts[start : start + len(f.facts)])
+        if None not in results:
+            return results
+    raise NotPositiveDefiniteError(
+        f"the Hessian of {moments.columns} columns is not positive definite at damping "
+        f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs hold values too large or too small for "
+        f"{str(dtype).removeprefix('torch.')}"
     )
 
 
-def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
-    """tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of W and V (rows, columns); 0 where the layer's output is zero.
+class _Found:
+    """One pruned layer before the device has been waited for.
 
-    H is symmetric: by panels of columns from its diagonal downwards, what is below the diagonal counts twice.
+    Attributes:
+        facts: what the result tells in numbers, float64 tensors of no dimensions.
     """
-    columns = len(hessian)
-    lost = weight - pruned
-    step = max(128, -(-columns // ERROR_PANELS))
-    powers = torch.zeros(2, dtype=weight.dtype, device=weight.device)
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        panel = hessian[start:, start:stop].clone()
-        panel[stop - start :] *= 2
-        for i, w in enumerate((lost, weight)):
-            powers[i] += ((w[:, start:] @ panel).mul_(w[:, start:stop])).sum()
-    error, total = powers.tolist()
-    return max(0.0, error) / total if total > 0 else 0.0
+
+    def __init__(self, layer: Layer, method: Method, solution: Solution, dtype: torch.dtype, refine: int):
+        self.layer, self.method, self.solution = layer, method, solution
+        self.solved = solution.weight
+        if refine:
+            self.solved = refine_kept(self.solved, layer.weight, solution.mask, layer.curvature.hessian, refine)
+        self.weight = self.solved.to(dtype)
+        lost = solution.lost
+        if lost is None or refine or dtype != layer.weight.dtype:  # of the weight as returned
+            lost = quadratic_form(layer.weight - self.weight.to(layer.weight), layer.curvature.hessian)
+        failed = solution.factor.failed if solution.factor else torch.zeros_like(lost)
+        facts = (failed, lost, quadratic_form(layer.weight, layer.curvature.hessian), layer.order.relative_range)
+        self.facts = [fact.double() for fact in (*facts, _finite(self.weight))]
+
+    def result(self, facts: Sequence[float]) -> PruneResult | None:
+        """The result, None where the Hessian could not be factorised."""
+        failed, lost, total, relative_range, finite = facts
+        if failed:
+            return None
+        if not finite:
+            raise ValueError(
+                f"weight: the pruned layer does not fit {str(self.weight.dtype).removeprefix('torch.')}: "
+                f"largest value {self.solved.abs().max():g}"
+            )
+        layer, moved = self.layer, self.method.sequential and bool(self.layer.moved)
+        columns = layer.weight.shape[1]
+        return PruneResult(
+            weight=self.weight,
+            mask=self.solution.mask,
+            order=layer.order.order if moved else torch.arange(columns, device=self.weight.device),
+            relative_range=relative_range,
+            reordered=moved,
+            error=_share(lost, total),
+            damping=layer.curvature.damping if self.solution.factor else 0.0,
+        )
+
+
+def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
+    """tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of W and V (rows, columns); 0 where the layer's output is zero."""
+    powers = torch.stack([quadratic_form(weight - pruned, hessian), quadratic_form(weight, hessian)])
+    return _share(*powers.tolist())
+
+
+def _share(lost: float, total: float) -> float:
+    return max(0.0, lost) / total if total > 0 else 0.0
+
+
+def _method(method: str | Method) -> Method:
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]()
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Whether all is finite, a float64 tensor of no dimensions."""
+    if tensor.dtype == torch.float64:
+        return torch.isfinite(tensor).all().double()
+    return torch.isfinite(tensor.sum(dtype=torch.float64)).double()  # one pass: finite float32s cannot sum to more
+
+
+def _check_finite(flags: Sequence[Tensor | float]) -> None:
+    for i, flag in enumerate(flags):
+        if not flag:
+            name = "moments" if i == len(flags) - 1 else "weight"
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
 def _check(weight: Tensor, moments: InputMoments, block_size: int, damping: float, refine: int) -> None:
@@ -136,6 +237,3 @@ def _check(weight: Tensor, moments: InputMoments, block_size: int, damping: floa
         raise ValueError(f"damping: expected a finite number of at least 0, got {damping}")
     if refine < 0:
         raise ValueError(f"refine: expected at least 0 steps, got {refine}")
-    for name, tensor in (("weight", weight), ("moments", moments.gram)):
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")

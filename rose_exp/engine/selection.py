@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .kernels import cpu
+from .kernels import cpu, cuda_kernels
 
 FEW = 16  # scores up to which comparing each with each is the fastest selection
+MANY = 16384  # scores from which on counting beats torch's selection, on a CPU
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
@@ -25,7 +28,7 @@ def smallest(scores: Tensor, count: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if n <= FEW:
         return _by_rank(scores, count)
-    if _counted(scores):
+    if _on_cpu(scores) and n >= MANY:
         return cpu.smallest(scores, count)
     threshold = kth_smallest(scores, count)
     below = scores < threshold
@@ -36,14 +39,56 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 def kth_smallest(scores: Tensor, k: int) -> Tensor:
     """The k-th smallest score (from 1) along the last dimension, which stays as 1."""
-    if _counted(scores):
+    if _on_cpu(scores) and scores.shape[-1] >= MANY:
         return cpu.kth_smallest(scores, k)
+    if scores.is_cuda and scores.dtype == torch.float32 and scores.shape[-1] >= MANY:
+        return cuda_kernels().kth_smallest(scores, k)
     return scores.kthvalue(k, dim=-1, keepdim=True).values
 
 
-def _counted(scores: Tensor) -> bool:
-    """Whether counting beats torch's selection: on a CPU, from some ten thousand scores on."""
-    return scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[-1] >= 16384
+def lost_by_threshold(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
+    """In each block of ``width`` columns of ``scores`` (rows, columns), none negative, mark all up to the one at sorted
+    index count(n) of the block's n, and sum what is marked by column: (columns,). Nothing is marked at a count of 0, all
+    at a count of n."""
+    if _on_cpu(scores):
+        return cpu.lost_by_threshold(scores, width, count)
+    lost = torch.empty(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    for columns, blocks in _blocks(scores, width):  # (blocks, rows, width)
+        flat = blocks.flatten(1)
+        n = flat.shape[1]
+        if count(n) in (0, n):
+            marked = blocks * (count(n) > 0)
+        else:
+            marked = torch.where(flat <= kth_smallest(flat, count(n) + 1), flat, 0).view_as(blocks)
+        lost[columns] = marked.sum(dim=1).flatten()
+    return lost
+
+
+def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
+    """In each row of each block of ``width`` columns of ``scores`` (rows, columns) mark the count(width) smallest, and sum
+    what is marked by column: (columns,)."""
+    if _on_cpu(scores):
+        return cpu.lost_by_rank(scores, width, count)
+    lost = torch.empty(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    for columns, blocks in _blocks(scores, width):
+        marked = torch.where(smallest(blocks, count(blocks.shape[2])), blocks, 0)
+        lost[columns] = marked.sum(dim=1).flatten()
+    return lost
+
+
+def _blocks(scores: Tensor, width: int) -> list[tuple[slice, Tensor]]:
+    """The columns and the blocks (blocks, rows, width) of the whole blocks, and those of a narrower last one."""
+    columns = scores.shape[1]
+    whole = columns - columns % width
+    found = [(slice(0, whole), scores[:, :whole].unflatten(1, (-1, width)).transpose(0, 1))] if whole else []
+    if whole < columns:
+        found.append((slice(whole, columns), scores[:, whole:][None]))
+    return found
+
+
+def _on_cpu(scores: Tensor) -> bool:
+    """Whether the compiled kernels for the CPU take these scores."""
+    return scores.device.type == "cpu" and scores.dtype == torch.float32
 
 
 def _by_rank(scores: Tensor, count: int) -> Tensor:

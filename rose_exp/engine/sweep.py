@@ -22,7 +22,7 @@ def sweep(
     widths: Sequence[int],
     block_size: int,
     backend: Backend = "auto",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Prune the transposed weight ``w`` from its first row to its last, compensating each loss with those further down.
 
     Args:
@@ -36,11 +36,14 @@ def sweep(
         backend: of the loop over the columns of a block.
 
     Returns:
-        The mask, (columns, rows) in pruning order, True where pruned.
+        The mask, (columns, rows) in pruning order, True where pruned, and the squared error that all of it has cost,
+        tr(D (H + λI) Dᵀ) of the change D of the weight, a tensor of no dimensions. Since D = E U with the errors
+        E = w / Uⱼⱼ of what was pruned, and U (H + λI) Uᵀ = I, it is the sum of the squares of E.
     """
     kernels = kernels_for(backend, w)
     grouped = isinstance(sparsity, SemiStructured)
     mask = torch.empty_like(w, dtype=torch.bool)
+    cost = torch.zeros((), dtype=w.dtype, device=w.device)
     start = 0
     for groups in _gather(widths, block_size) if grouped else ([width] for width in widths):
         stop = start + sum(groups)
@@ -48,18 +51,13 @@ def sweep(
         if grouped:  # the mask of each group is chosen from weights that all columns before it have compensated
             errors = kernels.sweep_groups(block, factor, chosen, groups, [sparsity.count(width) for width in groups])
         else:
-            chosen.copy_(_select(block, factor.diagonal(), sparsity))
+            chosen.copy_(kernels.choose(block, factor, sparsity.count(block.numel())))
             errors = kernels.sweep_chosen(block, factor, chosen)
         if stop < len(w):
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        cost += torch.linalg.vecdot(errors.flatten(), errors.flatten())
         start = stop
-    return mask
-
-
-def _select(w: Tensor, diagonal: Tensor, sparsity: Sparsity) -> Tensor:
-    """The mask of ``w`` (width, rows) by saliency (w / Uⱼⱼ)², chosen row by row of the layer, the same shape."""
-    saliency = (w / diagonal[:, None]).square_()
-    return sparsity.select(saliency.T.contiguous()).T
+    return mask, cost
 
 
 def _gather(widths: Sequence[int], limit: int) -> Iterator[list[int]]:

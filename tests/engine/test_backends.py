@@ -49,13 +49,23 @@ def test_cpu_backends_agree_with_the_reference(backend, sparsity, pattern, rows,
     agrees_with_the_reference(backend, sparsity, pattern, rows, columns)
 
 
+def counts_as_sorting_does():
+    from rose_exp.engine.kernels import gpu
+
+    scores = torch.randn(2, 3, 5000)
+    scores[0] = (scores[0] * 3).round()  # many equals, and both zeros
+    scores[0, 0, :100] = -0.0
+    for k in (1, 2, 1234, 4999, 5000):
+        assert torch.equal(gpu.kth_smallest(scores, k), scores.sort(dim=-1).values[..., k - 1 : k] + 0.0)
+
+
 def test_triton_in_its_interpreter_agrees_with_the_reference():
     """In a process of its own: the interpreter is chosen when Triton's kernels are first imported."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton, which there are no wheels of for this platform")
     check = "from tests.engine.test_backends import *\n"
     check += "for s, p in PATTERNS:\n    for r, c in SHAPES[1:3]:\n        agrees_with_the_reference('triton', s, p, r, c)\n"
-    check += "print('agreed')"
+    check += "counts_as_sorting_does()\nprint('agreed')"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "agreed", done.stderr

@@ -146,22 +146,34 @@ def test_damping_is_raised_by_tens_and_told():
 
 
 def test_a_hessian_beyond_repair_is_refused():
-    broken = torch.eye(4)
-    broken[0, 1] = broken[1, 0] = 1e9
+    moments = InputMoments(4)
+    moments.update(torch.eye(4))
+    moments.gram[0, 1] = moments.gram[1, 0] = 1e9
     with pytest.raises(
         NotPositiveDefiniteError, match="of 4 columns is not positive definite at damping 0.01, 0.1, 1, 10, 100"
     ):
-        factorise(broken, 0.01)
+        prune_layer(torch.ones(2, 4), moments, sparsity=Unstructured(0.5))
 
 
-def test_the_factor_is_that_of_the_damped_inverse():
-    _, inputs = layer(1, 30)
+@pytest.mark.parametrize("columns", [1, 30, 700, 1300])
+def test_the_factor_is_that_of_the_damped_inverse(columns):
+    """Also where it is worked out by halves, and with the lower half of the Hessian never read."""
+    _, inputs = layer(1, columns, dtype=torch.float64)
     hessian = moments_of(inputs, torch.float64).hessian()
-    found = factorise(hessian, 0.05)
-    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(30)
+    found = factorise(hessian.triu(), 0.05)
+    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(columns)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     torch.testing.assert_close(found.upper, expected)
     torch.testing.assert_close(found.inverse_diagonal(), torch.linalg.inv(damped).diagonal())
+    assert not found.failed
+    assert float(found.shift) == pytest.approx(0.05 * float(hessian.diagonal().mean()))
+
+
+def test_a_failed_factor_says_so():
+    for place in (0, 699):
+        broken = torch.eye(700)
+        broken[place, place] = -1
+        assert factorise(broken, 0.0).failed
 
 
 @pytest.mark.parametrize(

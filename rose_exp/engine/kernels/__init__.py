@@ -1,7 +1,8 @@
 """The inner loop of the sweep, once for each kind of hardware, behind one interface.
 
-A backend is a module with ``sweep_chosen(w, upper, mask)`` and ``sweep_groups(w, upper, mask, widths, counts)``: both sweep
-one block ``w`` (width, rows) in place, pruned weights to exact zeros, and return its errors (width, rows).
+A backend is a module of three functions on one block ``w`` (width, rows) of the transposed weight. ``choose(w, upper, count)``
+gives an unstructured mask. ``sweep_chosen(w, upper, mask)`` and ``sweep_groups(w, upper, mask, widths, counts)`` sweep the block
+in place, pruned weights to exact zeros, and return its errors (width, rows).
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ def resolve(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backe
 def kernels_for(backend: Backend, weight: Tensor) -> ModuleType:
     """The module that sweeps blocks of ``weight``."""
     name = resolve(backend, weight.device, weight.dtype)
-    if name == "triton":
-        from . import gpu  # Triton is there with CUDA builds of torch only
+    return cuda_kernels() if name == "triton" else {"torch": plain, "numba": cpu}[name]
 
-        return gpu
-    return {"torch": plain, "numba": cpu}[name]
+
+def cuda_kernels() -> ModuleType:
+    """The Triton kernels; Triton is there with CUDA builds of torch only."""
+    from . import gpu
+
+    return gpu
 
 
 def _interpreted() -> bool:

@@ -7,12 +7,15 @@ time, so that each weight is stored once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
+CHUNKS = 16  # of rows, over which threads add up by themselves
 ROWS = 64  # in a tile: 64 rows of a block of 128 columns and their errors fit the first cache together
 
 _parallel = numba.njit(parallel=True, fastmath={"contract"}, cache=True)
@@ -35,6 +38,17 @@ def sweep_groups(w: Tensor, upper: Tensor, mask: Tensor, widths: list[int], coun
     return errors
 
 
+def choose(w: Tensor, upper: Tensor, count: int) -> Tensor:
+    """The mask of one block ``w`` (width, rows): ``count`` weights of smallest saliency (w / Uⱼⱼ)², of equals those that
+    come first in the layer, row by row."""
+    mask = torch.empty_like(w, dtype=torch.bool)
+    if not 0 < count < w.numel():
+        return mask.fill_(count > 0)
+    _as_many_threads_as_torch()
+    _choose(w.numpy(), upper.diagonal().reciprocal().numpy(), count, mask.numpy())
+    return mask
+
+
 def smallest(scores: Tensor, count: int) -> Tensor:
     """:func:`rose_exp.engine.patterns.smallest` of float32 scores, 0 < count < n."""
     keys = _keys(scores)
@@ -51,6 +65,25 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
     _as_many_threads_as_torch()
     _kth_smallest(keys, k, found)
     return torch.from_numpy(_flip_negative(found).view(np.float32)).view(*scores.shape[:-1], 1)
+
+
+def lost_by_threshold(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
+    """:func:`rose_exp.engine.selection.lost_by_threshold` of float32 scores."""
+    rows, columns = scores.shape
+    counts = np.array([count(rows * min(width, columns - start)) for start in range(0, columns, width)])
+    lost = torch.empty(columns)
+    _as_many_threads_as_torch()
+    _lost_by_threshold(scores.contiguous().numpy(), width, counts, lost.numpy())
+    return lost
+
+
+def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
+    """:func:`rose_exp.engine.selection.lost_by_rank` of float32 scores."""
+    _as_many_threads_as_torch()
+    columns = scores.shape[1]
+    lost = np.zeros((CHUNKS, columns))
+    _lost_by_rank(scores.contiguous().numpy(), width, count(width), count(columns % width), lost)
+    return torch.from_numpy(lost.sum(axis=0)).float()
 
 
 def _as_many_threads_as_torch() -> None:
@@ -165,7 +198,7 @@ def _sweep_groups(w, lower, mask, errors, widths, counts):
 def _kth(bits, k):
     """The k-th smallest of int32, and how many are below it and equal to it: two counting passes, over the upper and over
     the lower 16 bits."""
-    upper = np.zeros(1 << 16, dtype=np.int64)
+    upper = np.zeros(1 << 16, dtype=np.int32)
     for i in range(len(bits)):
         upper[(bits[i] >> 16) + (1 << 15)] += 1
     below = 0
@@ -174,7 +207,7 @@ def _kth(bits, k):
         below += upper[high]
         high += 1
     high -= 1 << 15
-    lower = np.zeros(1 << 16, dtype=np.int64)
+    lower = np.zeros(1 << 16, dtype=np.int32)
     for i in range(len(bits)):
         if bits[i] >> 16 == high:
             lower[bits[i] & 0xFFFF] += 1
@@ -183,6 +216,28 @@ def _kth(bits, k):
         below += lower[low]
         low += 1
     return np.int32((high << 16) | low), below, lower[low]
+
+
+@_parallel
+def _choose(w, scale, count, mask):
+    width, rows = w.shape
+    saliency = np.empty((width, rows), dtype=w.dtype)
+    for j in prange(width):
+        for r in range(rows):
+            scaled = w[j, r] * scale[j]
+            saliency[j, r] = scaled * scaled
+    keys = saliency.view(np.int32)
+    threshold, below, tied = _kth(keys.reshape(-1), count)
+    for j in prange(width):
+        for r in range(rows):
+            mask[j, r] = keys[j, r] <= threshold
+    missing = count - below
+    if tied > missing:  # of the equals, those that come first
+        for r in range(rows):
+            for j in range(width):
+                if keys[j, r] == threshold:
+                    mask[j, r] = missing > 0
+                    missing -= 1
 
 
 @_parallel
@@ -204,3 +259,51 @@ def _smallest(bits, count, mask):
                 if values[i] == threshold:
                     mask[row, i] = missing > 0
                     missing -= 1
+
+
+@_parallel
+def _lost_by_threshold(scores, width, counts, lost):
+    rows, columns = scores.shape
+    for block in prange(len(counts)):
+        start = block * width
+        stop = min(start + width, columns)
+        size = stop - start
+        count = counts[block]
+        threshold = np.int32(-1)  # below all: scores are not negative
+        if count == rows * size:
+            threshold = np.int32(0x7FFFFFFF)
+        elif count > 0:
+            keys = np.empty((rows, size), dtype=np.int32)
+            for r in range(rows):
+                keys[r] = scores[r, start:stop].view(np.int32)
+            threshold = _kth(keys.reshape(-1), count + 1)[0]
+        total = np.zeros(size)
+        for r in range(rows):
+            here = scores[r, start:stop]
+            bits = here.view(np.int32)
+            for j in range(size):
+                total[j] += here[j] if bits[j] <= threshold else np.float32(0)
+        for j in range(size):
+            lost[start + j] = total[j]
+
+
+@_parallel
+def _lost_by_rank(scores, width, count, narrow_count, lost):
+    rows, columns = scores.shape
+    chunks = len(lost)
+    for chunk in prange(chunks):
+        for r in range(chunk * rows // chunks, (chunk + 1) * rows // chunks):
+            start = 0
+            while start < columns:
+                stop = min(start + width, columns)
+                marked = count if stop - start == width else narrow_count
+                for a in range(start, stop):
+                    value = scores[r, a]
+                    before = 0  # how many of the group go sooner: of equals, the earlier
+                    for b in range(start, a):
+                        before += np.int64(scores[r, b] <= value)
+                    for b in range(a + 1, stop):
+                        before += np.int64(scores[r, b] < value)
+                    if before < marked:
+                        lost[chunk, a] += value
+                start = stop

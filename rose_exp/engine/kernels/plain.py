@@ -10,6 +10,15 @@ from torch import Tensor
 TILE = 32  # columns swept one by one before their errors reach the rest of the block as one matrix product
 
 
+def choose(w: Tensor, upper: Tensor, count: int) -> Tensor:
+    """The mask of one block ``w`` (width, rows): ``count`` weights of smallest saliency (w / Uⱼⱼ)², of equals those that
+    come first in the layer, row by row."""
+    from ..selection import smallest  # which has kernels of its own in this package
+
+    saliency = (w / upper.diagonal()[:, None]).square_()
+    return smallest(saliency.T.flatten(), count).view(w.shape[1], w.shape[0]).T
+
+
 def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
     """Sweep one block ``w`` (width, rows) in place where ``mask`` is True; returns the errors (width, rows)."""
     errors = torch.empty_like(w)

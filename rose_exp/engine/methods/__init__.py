@@ -1,6 +1,6 @@
 """The pruning methods, by the name that :func:`rose_exp.engine.prune_layer` knows them by."""
 
-from .base import Layer, Method, Solution
+from .base import Layer, Method, Solution, settle
 from .dsnot import DSnoT
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
@@ -13,4 +13,4 @@ METHODS: dict[str, type[Method]] = {
     "sparsegpt": SparseGPT,
 }
 
-__all__ = ["METHODS", "DSnoT", "Layer", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda"]
+__all__ = ["METHODS", "DSnoT", "Layer", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda", "settle"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..hessian import Factor, factorise
+from ..curvature import Curvature
+from ..hessian import Factor
 from ..kernels import Backend
 from ..moments import InputMoments
 from ..ordering import ColumnOrder, ExpectedLosses, Ordering, Score, arrange, expected_losses
@@ -22,42 +24,38 @@ class Layer:
 
     Attributes:
         weight: W, (rows, columns).
-        moments: of the layer's inputs.
+        curvature: of the layer's inputs; layers with the same inputs share it.
+        moved: whether the columns are pruned in another order than left to right; None: not looked at yet, see
+            :func:`settle`.
     """
 
     weight: Tensor
-    moments: InputMoments
+    curvature: Curvature
     sparsity: Sparsity
     ordering: Ordering | None
     block_size: int
-    damping: float
     backend: Backend = "auto"
+    moved: bool | None = None
     _losses: dict[Score, ExpectedLosses] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def hessian(self) -> Tensor:
-        """H = 2·E[x xᵀ], (columns, columns), not damped."""
-        return self.moments.hessian().to(self.weight)
+    @property
+    def moments(self) -> InputMoments:
+        return self.curvature.moments
 
-    @cached_property
-    def norms(self) -> Tensor:
-        """sqrt(E[x²]) of each column, (columns,)."""
-        return self.moments.mean_square().sqrt().to(self.weight)
-
-    @cached_property
+    @property
     def dead(self) -> Tensor:
         """Columns whose input never fired, (columns,) bool."""
-        return self.hessian.diagonal() == 0
+        return self.curvature.dead
 
-    @cached_property
+    @property
     def factor(self) -> Factor:
         """Of the inverse Hessian, columns left to right."""
-        return factorise(self.hessian, self.damping)
+        return self.curvature.factor
 
     def scores(self, kind: Score) -> Tensor:
         """What each weight is expected to cost, (rows, columns); see :class:`Ordering`."""
         if kind == "wanda":
-            return self.weight.abs() * self.norms
+            return self.weight.abs().mul_(self.curvature.norms)
         if kind == "magnitude":
             return self.weight.abs()
         return (self.weight.square() / self.factor.inverse_diagonal()).masked_fill(self.dead, 0)
@@ -67,8 +65,19 @@ class Layer:
             self._losses[kind] = expected_losses(self.scores(kind), self.sparsity, self.block_size)
         return self._losses[kind]
 
-    def column_order(self) -> ColumnOrder:
+    @cached_property
+    def order(self) -> ColumnOrder:
         return arrange(self.ordering, self.losses(self.ordering.score if self.ordering else "wanda"))
+
+
+def settle(layers: Sequence[Layer]) -> None:
+    """Look at which layers are reordered: on a device one wait for all of them."""
+    if layers[0].ordering is None:
+        flags = [False] * len(layers)
+    else:
+        flags = torch.stack([layer.order.reordered for layer in layers]).tolist()
+    for layer, flag in zip(layers, flags, strict=True):
+        layer.moved = flag
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,14 @@ class Solution:
     Attributes:
         weight: V, (rows, columns), zero where pruned.
         mask: bool, (rows, columns), True where pruned.
-        order: the order in which columns were pruned; None for methods that prune all at once.
-        damping: really used, as a share of the mean of H's diagonal; 0 where no Hessian is inverted.
+        factor: of the Hessian, where the method has inverted it.
+        lost: tr((W−V) H (W−V)ᵀ) where the method knows it, a tensor of no dimensions.
     """
 
     weight: Tensor
     mask: Tensor
-    order: ColumnOrder | None = None
-    damping: float = 0.0
+    factor: Factor | None = None
+    lost: Tensor | None = None
 
 
 class Method(ABC):
@@ -100,4 +109,4 @@ class Method(ABC):
 
 def drop(weight: Tensor, mask: Tensor) -> Tensor:
     """``weight`` with zeros where ``mask`` is True, a new tensor."""
-    return torch.where(mask, torch.zeros_like(weight), weight)
+    return weight.masked_fill(mask, 0)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..hessian import Factor
 from ..patterns import SemiStructured
 from .base import Layer, Method, Solution, drop
 
@@ -47,17 +48,17 @@ class DSnoT(Method):
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
     def prune(self, layer: Layer) -> Solution:
-        metric, damping = self._initial_metric(layer)
+        metric, factor = self._initial_metric(layer)
         mask = layer.sparsity.select_by_row(metric)
         if self.max_cycles and mask.any() and not mask.all():
             mask = self._grow_and_prune(layer, metric, mask)
-        return Solution(drop(layer.weight, mask), mask, damping=damping)
+        return Solution(drop(layer.weight, mask), mask, factor)
 
-    def _initial_metric(self, layer: Layer) -> tuple[Tensor, float]:
+    def _initial_metric(self, layer: Layer) -> tuple[Tensor, Factor | None]:
         if self.initial != "sparsegpt":
-            return layer.scores(self.initial), 0.0
+            return layer.scores(self.initial), None
         saliency = (layer.weight / layer.factor.upper.diagonal()).square().masked_fill(layer.dead, 0)
-        return saliency, layer.factor.damping
+        return saliency, layer.factor
 
     def _grow_and_prune(self, layer: Layer, metric: Tensor, mask: Tensor) -> Tensor:
         grouped = isinstance(layer.sparsity, SemiStructured)

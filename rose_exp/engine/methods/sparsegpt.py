@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..hessian import factorise
 from ..sweep import sweep
 from .base import Layer, Method, Solution
 
@@ -18,19 +17,17 @@ class SparseGPT(Method):
     sequential = True
 
     def prune(self, layer: Layer) -> Solution:
-        found = layer.column_order()
-        order = found.order
-        moved = order.device.type != "cpu" or bool(found.reordered)  # asking a GPU would wait for it
-        weight = layer.weight.masked_fill(layer.dead, 0).T
-        if moved:
-            w = weight.index_select(0, order)  # (columns, rows)
-            factor = factorise(layer.hessian.index_select(0, order).index_select(1, order), layer.damping)
-        else:
-            w, factor = weight.clone(memory_format=torch.contiguous_format), layer.factor
-        mask = sweep(w, factor.upper, layer.sparsity, found.widths, layer.block_size, layer.backend)
+        moved = bool(layer.order.reordered) if layer.moved is None else layer.moved
+        order, alive = layer.order.order, ~layer.dead
+        start = layer.weight.T * alive[:, None]  # (columns, rows)
+        w = start.index_select(0, order) if moved else start.clone(memory_format=torch.contiguous_format)
+        factor = layer.curvature.factor_in(order) if moved else layer.factor
+        mask, error = sweep(w, factor.upper, layer.sparsity, layer.order.widths(moved), layer.block_size, layer.backend)
         if moved:
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
             w, mask = w.index_select(0, back), mask.index_select(0, back)
+        # the sweep's error is that of the damped Hessian: tr(D (H + λI) Dᵀ) with D = W − V
+        lost = error - factor.shift * (start - w).square_().sum()
         mask = mask.T.contiguous()
-        swept = torch.where(layer.dead & ~mask, layer.weight, w.T)
-        return Solution(swept, mask, found, factor.damping)
+        swept = torch.where(alive | mask, w.T, layer.weight)
+        return Solution(swept, mask, factor, lost)

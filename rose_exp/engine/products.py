@@ -1,0 +1,119 @@
+"""Matrix products that know what is symmetric or triangular in them, and leave out what need not be computed.
+
+Each cuts the matrix by halves, down to blocks so small that leaving out more would cost the speed of large products more
+than it saves. Torch has no such products of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["float32", "tf32", "bf16x2"]
+HALF = (torch.float16, torch.bfloat16)
+
+LEAF = {"cpu": 192, "cuda": 1024}  # columns of the diagonal blocks, which are computed whole
+PANELS = 4  # of a triangular product: four leave out three eighths of it
+
+
+def add_gram(gram: Tensor, x: Tensor, weight: float = 1.0, precision: Precision = "float32") -> None:
+    """gram += weight · xᵀ x, on and above the diagonal; what is below is undefined until :func:`mirror` fills it in.
+
+    Args:
+        gram: (columns, columns), float32 or float64; changed in place.
+        x: (tokens, columns). Half-precision inputs on CUDA are multiplied as they are and summed in float32, so that no
+            product is rounded; everywhere else x is converted to gram's dtype first.
+        precision: of products of float32 numbers on CUDA, see :class:`rose_exp.engine.InputMoments`.
+    """
+    if x.dtype in HALF and x.is_cuda and gram.dtype == torch.float32:
+        pairs = [(x, x)]
+    elif precision == "bf16x2" and gram.dtype == torch.float32:
+        x = x.to(gram)
+        large = x.bfloat16()
+        small = (x - large).bfloat16()
+        pairs = [(large, large), (large, small), (small, large)]
+    else:
+        x = x.to(gram)
+        with _tf32(precision == "tf32"):
+            for rows, columns in upper_blocks(len(gram), x.device):
+                gram[rows, columns].addmm_(x[:, rows].T, x[:, columns], alpha=weight)
+        return
+    for rows, columns in upper_blocks(len(gram), x.device):
+        for left, right in pairs:
+            gram[rows, columns].add_(_half_product(left[:, rows].T, right[:, columns]), alpha=weight)
+
+
+class _tf32:  # noqa: N801  (used as a function is)
+    """Within it, float32 products on CUDA may or may not be rounded to TF32, whatever the process has set."""
+
+    def __init__(self, allowed: bool):
+        self.allowed = allowed
+
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.allowed
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = self.before
+
+
+def _half_product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right of half-precision matrices, summed in float32."""
+    if left.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8 and later
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())  # slower, and no different: float32 holds these products exactly
+
+
+def upper_blocks(n: int, device: torch.device, start: int = 0) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the blocks that cover an (n, n) matrix from its diagonal upwards; those of the diagonal are
+    square, all others lie above it."""
+    if n <= LEAF.get(device.type, 512):
+        yield slice(start, start + n), slice(start, start + n)
+        return
+    half = n // 2
+    middle = start + half
+    yield from upper_blocks(half, device, start)
+    yield slice(start, middle), slice(middle, start + n)
+    yield from upper_blocks(n - half, device, middle)
+
+
+def mirror(square: Tensor) -> None:
+    """Copy the blocks above the diagonal to their places below it, in place."""
+    for rows, columns in upper_blocks(len(square), square.device):
+        if rows != columns:
+            square[columns, rows] = square[rows, columns].T
+
+
+def quadratic_form(w: Tensor, symmetric: Tensor) -> Tensor:
+    """tr(w · symmetric · wᵀ) of w (rows, columns) and a symmetric matrix, from half of the product; no dimensions."""
+    total = torch.zeros((), dtype=w.dtype, device=w.device)
+    for rows, columns in upper_blocks(len(symmetric), w.device):
+        part = (w[:, rows] @ symmetric[rows, columns]).mul_(w[:, columns]).sum()
+        total += part if rows == columns else 2 * part
+    return total
+
+
+def times_lower(a: Tensor, upper: Tensor) -> None:
+    """a ← a · upperᵀ, in place, of an upper triangular matrix."""
+    for panel in _panels(len(upper)):
+        a[:, panel] = a[:, panel.start :] @ upper[panel, panel.start :].T
+
+
+def times_upper(a: Tensor, upper: Tensor) -> None:
+    """a ← a · upper, in place, of an upper triangular matrix."""
+    for panel in reversed(_panels(len(upper))):
+        a[:, panel] = a[:, : panel.stop] @ upper[: panel.stop, panel]
+
+
+def upper_times(upper: Tensor, a: Tensor) -> None:
+    """a ← upper · a, in place, of an upper triangular matrix."""
+    for panel in _panels(len(upper)):
+        a[panel] = upper[panel, panel.start :] @ a[panel.start :]
+
+
+def _panels(n: int) -> list[slice]:
+    step = max(192, -(-n // PANELS))
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
