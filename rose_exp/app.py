@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .command import check_command, config_folder
 from .errors import RoseExpError, SettingsError
+from .ranks import launched, process_group
 from .report import format_table
 from .settings import read_settings
 from .tracking.record import FILE_NAME
@@ -27,7 +29,21 @@ def main() -> None:
     except SettingsError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    _run()
+    if launched()[0]:
+        _be_quiet()
+    try:
+        with process_group():
+            _run()
+    except RoseExpError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+def _be_quiet() -> None:
+    """Of several processes at one run the first one tells and writes: this one makes no folder, no log and no bars."""
+    os.environ["TQDM_DISABLE"] = "1"
+    sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    sys.argv += ["hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
@@ -44,5 +60,5 @@ def _run(config: DictConfig) -> None:
         if hydra_config.mode == RunMode.RUN:
             sys.exit(1)
         return  # a sweep goes on with its other jobs; the table at its end tells, and so does the exit status
-    if hydra_config.mode == RunMode.RUN:
+    if hydra_config.mode == RunMode.RUN and not launched()[0]:
         print(f"\n{format_table([record])}\n\nfull record: {folder / FILE_NAME}")

@@ -16,7 +16,8 @@ from .engine.kernels import resolve
 from .errors import RoseExpError
 from .evaluation import perplexity
 from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
-from .pipeline import PruningPlan, chosen, prune_model
+from .pipeline import PassSeconds, PruningPlan, chosen, prune_model
+from .ranks import Ranks
 from .settings import Settings
 from .tracking import RunRecord, Stopwatch, environment
 
@@ -33,9 +34,11 @@ def run_experiment(settings: Settings, config: dict[str, Any], folder: Path) -> 
     Raises:
         RoseExpError: something outside the code is wrong; the record says ``failed`` and why.
     """
-    record = RunRecord(folder, config, settings.label)
+    ranks = Ranks()
+    folder = ranks.gather(folder)[0]
+    record = RunRecord(folder, config, settings.label, kept=ranks.first)
     try:
-        _run(settings, record, folder)
+        _run(settings, record, folder, ranks)
     except BaseException as error:
         record.fail(error)
         raise
@@ -43,22 +46,22 @@ def run_experiment(settings: Settings, config: dict[str, Any], folder: Path) -> 
     return record.data
 
 
-def _run(settings: Settings, record: RunRecord, folder: Path) -> None:
+def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks) -> None:
     watch = Stopwatch(record.data["seconds"])
-    device = _device(settings.device)
+    device = _device(settings.device, ranks)
     protocol = record.data["protocol"]
-    protocol |= {"seed": settings.seed} | environment(device)
+    protocol |= {"seed": settings.seed, "ranks": ranks.size} | environment(device)
     protocol["backend"] = _backend(settings, device) if settings.pruned else None
     torch.manual_seed(settings.seed)
 
-    with watch.stage("texts"):
+    with watch.stage("texts"), ranks.one_by_one():
         tokenizer = load_tokenizer(settings.model)
         calibration = _calibration_windows(settings, tokenizer) if settings.pruned else None
         evaluation = _evaluation_windows(settings, tokenizer)
     protocol["calibration"] = calibration.protocol if calibration else None
     protocol["evaluation"] = {name: windows.protocol for name, windows in evaluation.items()}
 
-    with watch.stage("loading"):
+    with watch.stage("loading"), ranks.one_by_one():
         loaded = load_model(settings.model)
     model = loaded.model
     protocol["model"] = loaded.protocol
@@ -68,9 +71,12 @@ def _run(settings: Settings, record: RunRecord, folder: Path) -> None:
     if calibration:
         log.info("pruning with %s, %s", settings.label, settings.sparsity.build())
         with watch.stage("pruning"):
-            reports = prune_model(model, calibration.tokens, _plan(settings), device)
+            passes = PassSeconds()
+            reports = prune_model(
+                model, calibration.tokens, _plan(settings), device, ranks=ranks, scratch=folder, seconds=passes
+            )
         record.data["layers"] = [report.as_dict() for report in reports]
-        watch.seconds["solving"] = round(sum(report.seconds for report in reports), 3)  # a part of pruning
+        watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
         record.write()
     record.data["metrics"]["sparsity"] = _sparsity(settings, model)
 
@@ -78,19 +84,21 @@ def _run(settings: Settings, record: RunRecord, folder: Path) -> None:
         with watch.stage("evaluation"):
             model.to(device)
             for name, windows in evaluation.items():
-                value = perplexity(model, windows.tokens, settings.evaluation.batch, f"perplexity {name}")
+                value = perplexity(model, windows.tokens, settings.evaluation.batch, f"perplexity {name}", ranks)
                 record.data["metrics"][f"perplexity.{name}"] = value
                 log.info("%s: perplexity on %s %.4g", settings.label, name, value)
-    if settings.save:
+    if settings.save and ranks.first:
         with watch.stage("saving"):
             log.info("saved the model to %s", save_model(model.to("cpu"), tokenizer, folder / "model"))
     del model, loaded
     gc.collect()
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, ranks: Ranks) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if ranks.size > 1 else torch.device("cuda")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -142,10 +150,12 @@ def _plan(settings: Settings) -> PruningPlan:
         damping=engine.damping,
         refine=engine.refine,
         backend=engine.backend,
+        precision=engine.precision,
         layers=pipeline.layers,
         skip=pipeline.skip,
         true_sequential=pipeline.true_sequential,
         batch=pipeline.batch,
+        activations=pipeline.activations,
         blocks=settings.model.blocks,
     )
 

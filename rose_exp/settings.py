@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .engine import METHODS, Method, Ordering, SemiStructured, Sparsity, Unstructured
+from .engine import METHODS, Method, Ordering, Precision, SemiStructured, Sparsity, Unstructured
 from .engine.kernels import Backend
 from .engine.ordering import Direction, Score
 from .errors import SettingsError, suggest
@@ -181,6 +181,7 @@ class EngineSettings(Section):
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     refine: Count = 0
     backend: Backend = "auto"
+    precision: Precision = "float32"  # of the moments' products, see InputMoments
 
 
 class PipelineSettings(Section):
@@ -188,6 +189,7 @@ class PipelineSettings(Section):
     skip: list[str] = []  # patterns of full layer names to leave dense
     true_sequential: bool = False  # each group of layers inside a block sees inputs made by the groups already pruned
     batch: Positive = 4  # windows at once; no result depends on it beyond rounding
+    activations: Literal["device", "host", "disk"] = "device"  # where the hidden states of all windows are kept
 
 
 class Settings(Section):

@@ -210,9 +210,7 @@ def _method(method: str | Method) -> Method:
 
 def _finite(tensor: Tensor) -> Tensor:
     """Whether all is finite, a float64 tensor of no dimensions."""
-    if tensor.dtype == torch.float64:
-        return torch.isfinite(tensor).all().double()
-    return torch.isfinite(tensor.sum(dtype=torch.float64)).double()  # one pass: finite float32s cannot sum to more
+    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all().double()  # both are NaN if anything is
 
 
 def _check_finite(flags: Sequence[Tensor | float]) -> None:

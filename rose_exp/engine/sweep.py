@@ -7,11 +7,11 @@ made up for by subtracting (w / Uⱼⱼ) · Uⱼₖ from the weights of the colu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .kernels import Backend, kernels_for
 from .patterns import SemiStructured, Sparsity
 
 
@@ -21,7 +21,7 @@ def sweep(
     sparsity: Sparsity,
     widths: Sequence[int],
     block_size: int,
-    backend: Backend = "auto",
+    kernels: ModuleType,
 ) -> tuple[Tensor, Tensor]:
     """Prune the transposed weight ``w`` from its first row to its last, compensating each loss with those further down.
 
@@ -33,14 +33,13 @@ def sweep(
             group of each row.
         widths: widths of the blocks (groups for N:M) in pruning order.
         block_size: for N:M, how many columns' errors are gathered into one update of the rest.
-        backend: of the loop over the columns of a block.
+        kernels: the backend that does the loop over the columns of a block, see :mod:`rose_exp.engine.kernels`.
 
     Returns:
         The mask, (columns, rows) in pruning order, True where pruned, and the squared error that all of it has cost,
         tr(D (H + λI) Dᵀ) of the change D of the weight, a tensor of no dimensions. Since D = E U with the errors
         E = w / Uⱼⱼ of what was pruned, and U (H + λI) Uᵀ = I, it is the sum of the squares of E.
     """
-    kernels = kernels_for(backend, w)
     grouped = isinstance(sparsity, SemiStructured)
     mask = torch.empty_like(w, dtype=torch.bool)
     cost = torch.zeros((), dtype=w.dtype, device=w.device)

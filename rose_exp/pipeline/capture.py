@@ -1,8 +1,14 @@
-"""What a model calls its blocks with: captured from the model's own forward pass, never rebuilt."""
+"""What a model calls its blocks with: captured from the model's own forward pass, never rebuilt.
+
+Two passes, neither of which costs a forward pass over the calibration windows: :func:`probe` runs the whole model on a few
+tokens and sees how its blocks hang together; :func:`trace` runs all but the blocks on real windows and sees what each block
+would be called with.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +18,10 @@ from torch import Tensor, nn
 from ..errors import RoseExpError
 from ..models import BlockList, linear_layers
 
+PROBE_TOKENS = 8
 
-class _Enough(Exception):
+
+class Enough(Exception):
     """Stops a forward pass once all that was wanted has been seen."""
 
 
@@ -25,21 +33,33 @@ class BlockCall:
         args: positional arguments after the hidden states.
         kwargs: keyword arguments: mask, position embeddings, cache and whatever else the family passes.
         by_keyword: whether the hidden states themselves are passed as ``hidden_states=``.
-        layers: names of the block's linear layers in the order that they are called, those that are fed by the same
-            tensor side by side in one list.
     """
 
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     by_keyword: bool = False
-    layers: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def split(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+        """The hidden states of a call, and the rest of it."""
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        return (args[0] if args else kwargs["hidden_states"]), cls(args[1:], rest, by_keyword=not args)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states for ``hidden`` (windows, tokens, width)."""
-        args, kwargs = _to_device((self.args, self.kwargs), hidden.device)
+        return first_tensor(self.output(block, hidden))
+
+    def output(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """All that the block answers."""
         if self.by_keyword:
-            return first_tensor(block(*args, hidden_states=hidden, **kwargs))
-        return first_tensor(block(hidden, *args, **kwargs))
+            return block(*self.args, hidden_states=hidden, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
+
+
+def on_device(calls: list[BlockCall], device: torch.device | str) -> list[BlockCall]:
+    """The same calls with every tensor on ``device``; one that several blocks share is moved once."""
+    moved: dict[int, Tensor] = {}
+    return [BlockCall(*_to_device((call.args, call.kwargs), device, moved), call.by_keyword) for call in calls]
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -47,60 +67,93 @@ def first_tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+@dataclass
+class Probe:
+    """What a run on a few tokens has shown.
+
+    Attributes:
+        layers: of each block, the names of its linear layers in the order that they are called, those that are fed by the
+            same tensor side by side in one list.
+        tails: of each block, what it returns after the hidden states; None: it returns them alone.
+    """
+
+    layers: list[list[list[str]]]
+    tails: list[tuple | None]
+
+
 @torch.no_grad()
-def capture_calls(model: nn.Module, blocks: BlockList, tokens: Tensor) -> list[BlockCall]:
-    """Run the model once on ``tokens`` (windows, length) and see what each block is called with.
+def probe(model: nn.Module, blocks: BlockList, tokens: Tensor, device: torch.device | str = "cpu") -> Probe:
+    """Run the model on the first few of ``tokens`` (windows, length), each block on ``device``.
 
     Raises:
         RoseExpError: the blocks are no plain chain, each fed with the output of the one before: such a model cannot be
-            walked block by block.
+            walked block by block; or the model's output is not finite.
     """
-    calls = [BlockCall() for _ in blocks.blocks]
-    chain = _Chain(blocks)
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks.blocks):
-            for handle in (
-                block.register_forward_pre_hook(_record_call(calls[index], chain, index), with_kwargs=True),
-                block.register_forward_hook(chain.leave),
-            ):
-                stack.callback(handle.remove)
-            inputs = _LayerInputs(calls[index].layers)
-            stack.callback(block.register_forward_hook(inputs.forget).remove)
+    chain, found = _Chain(blocks), Probe([], [])
+
+    def run(index: int, block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        hidden, call = BlockCall.split(args, kwargs)
+        chain.enter(index, hidden)
+        inputs = _LayerInputs()
+        block.to(device)
+        with ExitStack() as stack:
             for layer in linear_layers(block, blocks.block_name(index)):
                 hook = layer.module.register_forward_pre_hook(inputs.record(layer.name), with_kwargs=True)
                 stack.callback(hook.remove)
-        model(input_ids=tokens, use_cache=False)
+            output = on_device([call], device)[0].output(forward, hidden.to(device))
+        block.to(hidden.device)
+        output = _to_device(output, hidden.device, {})
+        found.layers.append(inputs.groups)
+        found.tails.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
+        chain.leave(index, first_tensor(output))
+        return output
+
+    with _in_place_of_blocks(blocks, run):
+        model(input_ids=tokens[:1, :PROBE_TOKENS], use_cache=False)
     chain.check_complete()
-    return calls
+    return found
 
 
 @torch.no_grad()
-def first_inputs(model: nn.Module, blocks: BlockList, tokens: Tensor) -> Tensor:
-    """Hidden states that enter the first block for ``tokens`` (windows, length): (windows, length, width)."""
-    seen = []
+def trace(
+    model: nn.Module, blocks: BlockList, tokens: Tensor, found: Probe, whole: bool = True
+) -> tuple[Tensor, list[BlockCall]]:
+    """Hidden states that enter the first block for ``tokens`` (windows, length), (windows, length, width), and how each
+    block is called; not ``whole``: only the first one's call. No block is run: each answers with what it was given."""
+    seen: list[Tensor] = []
+    calls: list[BlockCall] = []
 
-    def stop(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _Enough
+    def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        hidden, call = BlockCall.split(args, kwargs)
+        seen.append(hidden)
+        calls.append(call)
+        if index == len(blocks.blocks) - 1 or not whole:
+            raise Enough
+        return hidden if found.tails[index] is None else (hidden, *found.tails[index])
 
-    handle = blocks.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    with _in_place_of_blocks(blocks, run):
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except Enough:
+            return seen[0], calls
+    raise RoseExpError(f"{blocks.block_name(len(calls))} is never called; set model.blocks")
+
+
+@contextmanager
+def _in_place_of_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[None]:
+    """Let ``run(index, block, forward, args, kwargs)`` answer for every block."""
+
+    def answer(index: int, block: nn.Module) -> Callable[..., Any]:
+        forward = block.forward
+        return lambda *args, **kwargs: run(index, block, forward, args, kwargs)
+
     try:
-        model(input_ids=tokens, use_cache=False)
-    except _Enough:
-        return seen[0]
+        for index, block in enumerate(blocks.blocks):
+            block.forward = answer(index, block)
+        yield
     finally:
-        handle.remove()
-    raise RoseExpError(f"{blocks.block_name(0)} is never called by {type(model).__name__}; set model.blocks")
-
-
-def _record_call(call: BlockCall, chain: _Chain, index: int):
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call.by_keyword = not args
-        call.args = args[1:]
-        call.kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        chain.enter(index, args[0] if args else kwargs["hidden_states"])
-
-    return hook
+        for block in blocks.blocks:
+            block.__dict__.pop("forward", None)
 
 
 class _Chain:
@@ -119,10 +172,10 @@ class _Chain:
             )
         self.next += 1
 
-    def leave(self, _module: nn.Module, _args: tuple, output: Any) -> None:
-        self.output = first_tensor(output)
-        if not torch.isfinite(self.output).all():
-            raise RoseExpError(f"{self.blocks.block_name(self.next - 1)}: the dense model's output is NaN or infinite")
+    def leave(self, index: int, output: Tensor) -> None:
+        self.output = output
+        if not torch.isfinite(output).all():
+            raise RoseExpError(f"{self.blocks.block_name(index)}: the dense model's output is NaN or infinite")
 
     def check_complete(self) -> None:
         if self.next != len(self.blocks.blocks):
@@ -132,8 +185,8 @@ class _Chain:
 class _LayerInputs:
     """Sorts the linear layers of a block by the tensor that they are fed with."""
 
-    def __init__(self, groups: list[list[str]]):
-        self.groups = groups
+    def __init__(self):
+        self.groups: list[list[str]] = []
         self.seen: list[Tensor] = []  # kept until the block is done, so that no two tensors share a place in memory
 
     def record(self, name: str):
@@ -150,15 +203,14 @@ class _LayerInputs:
 
         return hook
 
-    def forget(self, *_: Any) -> None:
-        self.seen.clear()
 
-
-def _to_device(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device | str, moved: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_to_device(item, device) for item in value)
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
+    if type(value) in (tuple, list):
+        return type(value)(_to_device(item, device, moved) for item in value)
     if type(value) is dict:
-        return {name: _to_device(item, device) for name, item in value.items()}
+        return {name: _to_device(item, device, moved) for name, item in value.items()}
     return value

@@ -4,22 +4,35 @@ that makes the next block's inputs."""
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine import InputMoments, Method, NotPositiveDefiniteError, Ordering, PruneResult, Sparsity, prune_layer
+from ..engine import (
+    InputMoments,
+    Method,
+    NotPositiveDefiniteError,
+    Ordering,
+    Precision,
+    PruneResult,
+    Sparsity,
+    prune_layers,
+)
 from ..engine.kernels import Backend
 from ..errors import RoseExpError, suggest
 from ..models import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
-from .capture import BlockCall, _Enough, capture_calls, first_inputs
+from ..ranks import Ranks
+from .activations import Activations, Place
+from .capture import BlockCall, Enough, Probe, on_device, probe, trace
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +47,9 @@ class PruningPlan:
         layers, skip: patterns of full layer names to prune, and of those to leave dense all the same.
         true_sequential: prune the layers of a block group by group, in the order that they are called, each group with
             moments of inputs that the groups before, already pruned, have made.
+        precision: of the moments' products.
         batch: windows that run through a block at once.
+        activations: where the hidden states of all windows are kept between blocks.
         blocks: name of the list of blocks; None: found by structure.
     """
 
@@ -46,10 +61,12 @@ class PruningPlan:
     damping: float = 0.01
     refine: int = 0
     backend: Backend = "auto"
+    precision: Precision = "float32"
     layers: Sequence[str] = ("*",)
     skip: Sequence[str] = ()
     true_sequential: bool = False
     batch: int = 4
+    activations: Place = "device"
     blocks: str | None = None
 
     def wants(self, name: str) -> bool:
@@ -63,7 +80,8 @@ class PruningPlan:
 class LayerReport:
     """One pruned layer, for the record.
 
-    ``sparsity`` is the measured share of zeros; ``seconds`` is for solving, without the passes through the block.
+    ``sparsity`` is the measured share of zeros; ``seconds`` is for solving, without the passes through the block: layers
+    with the same input are solved together, and share its time by their rows.
     """
 
     name: str
@@ -81,6 +99,16 @@ class LayerReport:
         return dict(vars(self))
 
 
+@dataclass
+class PassSeconds:
+    """Where the time of a walk goes: the dense passes (with the moments' products), solving, and the passes of pruned
+    blocks. Processes that solve their layers at the same time wait for the slowest, which counts as solving."""
+
+    calibrating: float = 0.0
+    solving: float = 0.0
+    advancing: float = 0.0
+
+
 @torch.no_grad()
 def prune_model(
     model: nn.Module,
@@ -88,39 +116,74 @@ def prune_model(
     plan: PruningPlan,
     device: torch.device | str = "cpu",
     on_layer: Callable[[LayerReport], None] | None = None,
+    ranks: Ranks | None = None,
+    scratch: Path | None = None,
+    seconds: PassSeconds | None = None,
 ) -> list[LayerReport]:
     """Prune ``model`` in place, block by block.
 
     Args:
         model: a decoder on the CPU; each block visits ``device`` while it is worked on.
-        tokens: calibration windows, (windows, length) int64.
+        tokens: calibration windows, (windows, length) int64; of all processes, if there are several.
         on_layer: called with each layer's report as soon as it is pruned.
+        ranks: the processes that share the work, each with a whole model of its own; None: this one alone.
+        scratch: folder for activations on disk; None: the system's.
+        seconds: added to, by kind of work.
 
     Returns:
         A report for every pruned layer, in the order of pruning.
     Raises:
         RoseExpError: the plan fits the model nowhere, or a layer cannot be pruned; the message names the layer.
     """
+    ranks, seconds = ranks or Ranks(), seconds or PassSeconds()
     blocks = find_blocks(model, plan.blocks)
     check_plan(blocks, plan)
-    batches = tokens.split(plan.batch)
-    calls = {len(batch): capture_calls(model, blocks, batch) for batch in {len(b): b for b in batches}.values()}
-    hidden = [first_inputs(model, blocks, batch) for batch in batches]
-    _check_called(blocks, calls[len(batches[0])], plan)
-
+    if len(tokens) < ranks.size:
+        raise RoseExpError(
+            f"calibration.samples: expected at least one window for each of {ranks.size} ranks, got {len(tokens)}"
+        )
+    found = probe(model, blocks, tokens, device)
+    _check_called(blocks, found, plan)
     reports = []
-    for index, block in enumerate(tqdm(blocks.blocks, desc="pruning", unit="block", disable=None)):
-        block.to(device)
-        walk = _BlockWalk(block, blocks.block_name(index), {size: c[index] for size, c in calls.items()}, plan, device)
-        for report in walk.prune(hidden):
-            reports.append(report)
-            if on_layer is not None:
-                on_layer(report)
-        if index + 1 < len(blocks.blocks):  # nothing needs the last block's outputs
-            hidden = [walk.run(batch).cpu() for batch in hidden]
-        block.to("cpu")
-        log.info("pruned %s (%d of %d)", blocks.block_name(index), index + 1, len(blocks.blocks))
+    with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
+        hidden, calls = _enter(model, blocks, ranks.share(tokens), plan, found, device, Path(folder) / "hidden")
+        for index, block in enumerate(tqdm(blocks.blocks, desc="pruning", unit="block", disable=None)):
+            block.to(device)
+            own = {size: of_size[index] for size, of_size in calls.items()}
+            walk = _BlockWalk(block, blocks.block_name(index), found.layers[index], own, plan, device, ranks, seconds)
+            for report in walk.prune(hidden):
+                reports.append(report)
+                if on_layer is not None:
+                    on_layer(report)
+            if index + 1 < len(blocks.blocks):  # nothing needs the last block's outputs
+                walk.advance(hidden)
+            block.to("cpu")
+            log.info("pruned %s (%d of %d)", blocks.block_name(index), index + 1, len(blocks.blocks))
     return reports
+
+
+def _enter(
+    model: nn.Module,
+    blocks: BlockList,
+    tokens: Tensor,
+    plan: PruningPlan,
+    found: Probe,
+    device: torch.device | str,
+    file: Path,
+) -> tuple[Activations, dict[int, list[BlockCall]]]:
+    """The hidden states that enter the first block, and how every block is called with a batch of each size that occurs."""
+    hidden: Activations | None = None
+    calls: dict[int, list[BlockCall]] = {}
+    for start in range(0, len(tokens), plan.batch):
+        batch = tokens[start : start + plan.batch]
+        states, called = trace(model, blocks, batch, found, whole=len(batch) not in calls)
+        if len(batch) not in calls:
+            calls[len(batch)] = on_device(called, device)
+        if hidden is None:
+            shape = (len(tokens), *states.shape[1:])
+            hidden = Activations(shape, states.dtype, plan.activations, device, plan.batch, file)
+        hidden[start : start + len(batch)] = states
+    return hidden, calls
 
 
 def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
@@ -149,41 +212,69 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
                 )
 
 
-def _check_called(blocks: BlockList, calls: Sequence[BlockCall], plan: PruningPlan) -> None:
-    for index, (block, call) in enumerate(zip(blocks.blocks, calls, strict=True)):
-        called = {name for group in call.layers for name in group}
+def _check_called(blocks: BlockList, found: Probe, plan: PruningPlan) -> None:
+    for index, (block, groups) in enumerate(zip(blocks.blocks, found.layers, strict=True)):
+        called = {name for group in groups for name in group}
         for layer in linear_layers(block, blocks.block_name(index)):
             if plan.wants(layer.name) and layer.name not in called:
                 raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; name it in pipeline.skip")
 
 
 class _BlockWalk:
-    """One block while it is pruned."""
+    """One block while it is pruned.
+
+    Args:
+        groups: names of the block's layers, those with the same input together, in the order of their calls.
+        calls: how the block is called, by the number of windows.
+    """
 
     def __init__(
-        self, block: nn.Module, name: str, calls: Mapping[int, BlockCall], plan: PruningPlan, device: torch.device | str
+        self,
+        block: nn.Module,
+        name: str,
+        groups: Sequence[Sequence[str]],
+        calls: Mapping[int, BlockCall],
+        plan: PruningPlan,
+        device: torch.device | str,
+        ranks: Ranks,
+        seconds: PassSeconds,
     ):
         self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
+        self.ranks, self.seconds = ranks, seconds
         layers = {layer.name: layer for layer in linear_layers(block, name)}
-        order = next(iter(calls.values())).layers
-        groups = [[layers[name] for name in group if plan.wants(name)] for group in order]
-        self.groups = [group for group in groups if group]  # of layers that share their input
+        wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
+        self.groups = [group for group in wanted if group]  # of layers that share their input
 
     def run(self, hidden: Tensor) -> Tensor:
-        return self.calls[len(hidden)].run(self.block, hidden.to(self.device))
+        return self.calls[len(hidden)].run(self.block, hidden)
 
-    def prune(self, hidden: Sequence[Tensor]) -> Iterator[LayerReport]:
-        stages = [[group] for group in self.groups] if self.plan.true_sequential else [self.groups]
-        for groups in stages:
+    def advance(self, hidden: Activations) -> None:
+        """Put what the block answers in the place of what it is given."""
+        start = self._now()
+        for windows, batch in tqdm(hidden, f"advancing {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
+            hidden[windows] = self.run(batch)
+        self.seconds.advancing += self._now() - start
+
+    def prune(self, hidden: Activations) -> list[LayerReport]:
+        reports = []
+        for groups in [[group] for group in self.groups] if self.plan.true_sequential else [self.groups]:
+            start = self._now()
             moments = self._collect(groups, hidden)
-            for group, of_group in zip(groups, moments, strict=True):
-                for layer in group:
-                    yield self._prune_layer(layer, of_group)
+            middle = self._now()
+            reports += self._solve(groups, moments)
+            self.seconds.calibrating += middle - start
+            self.seconds.solving += self._now() - middle
+        return reports
 
-    def _collect(self, groups: Sequence[Sequence[LinearLayer]], hidden: Sequence[Tensor]) -> list[InputMoments]:
+    def _collect(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations) -> list[InputMoments]:
         """Moments of the inputs of each group, from one pass that stops where the last group is reached."""
         moments = [
-            InputMoments(g[0].columns, device=self.device, dtype=torch.promote_types(g[0].weight.dtype, torch.float32))
+            InputMoments(
+                g[0].columns,
+                device=self.device,
+                dtype=torch.promote_types(g[0].weight.dtype, torch.float32),
+                precision=self.plan.precision,
+            )
             for g in groups
         ]
         if not groups:
@@ -192,19 +283,45 @@ class _BlockWalk:
             for group, of_group in zip(groups, moments, strict=True):
                 hook = _update(of_group, last=group is groups[-1])
                 stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for batch in tqdm(hidden, desc=f"calibrating {self.name}", unit="batch", disable=None, leave=False):
-                with suppress(_Enough):
+            for _, batch in tqdm(hidden, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
+                with suppress(Enough):
                     self.run(batch)
         return moments
 
-    def _prune_layer(self, layer: LinearLayer, moments: InputMoments) -> LayerReport:
-        start = time.perf_counter()
+    def _solve(self, groups: Sequence[Sequence[LinearLayer]], moments: list[InputMoments]) -> list[LayerReport]:
+        """Prune each group on the rank that it falls to, and take over what the other ranks have made of theirs."""
+        ranks = self.ranks
+        owners = ranks.owners([group[0].columns ** 3 + sum(x.weight.numel() * x.columns for x in group) for group in groups])
+        done: dict[int, list[LayerReport]] = {}
+        failure = None
+        for place, owner in enumerate(owners):
+            ranks.reduce(moments[place], owner)
+            if owner == ranks.rank and failure is None:
+                try:
+                    done[place] = self._prune_group(groups[place], moments[place])
+                except RoseExpError as error:
+                    failure = error
+            moments[place] = None  # its memory is the next group's
+        answers = ranks.gather((done, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, (_, error) in enumerate(answers):
+            if error is not None:
+                raise RoseExpError(f"rank {rank}: {error}")
+        for group, owner in zip(groups, owners, strict=True):
+            for layer in group:
+                ranks.broadcast(layer.module.weight.data, owner)
+        everything = {place: reports for reports_of_rank, _ in answers for place, reports in reports_of_rank.items()}
+        return [report for place in range(len(groups)) for report in everything[place]]
+
+    def _prune_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> list[LayerReport]:
+        start = self._now()
         plan = self.plan
         try:
-            result: PruneResult = prune_layer(
-                layer.weight,
+            results = prune_layers(
+                [layer.weight for layer in group],
                 moments,
-                method=plan.method_for(layer.name),
+                methods=[plan.method_for(layer.name) for layer in group],
                 sparsity=plan.sparsity,
                 ordering=plan.ordering,
                 block_size=plan.block_size,
@@ -213,30 +330,46 @@ class _BlockWalk:
                 backend=plan.backend,
             )
         except (ValueError, NotPositiveDefiniteError) as error:
-            raise RoseExpError(f"{layer.name}: {error}") from error
-        layer.set_weight(result.weight)
-        if result.damping > plan.damping:
-            log.warning("%s: damping raised from %g to %g", layer.name, plan.damping, result.damping)
+            raise RoseExpError(f"{', '.join(layer.name for layer in group)}: {error}") from error
+        zeros = torch.stack([(result.weight == 0).sum() for result in results]).tolist()
+        for layer, result in zip(group, results, strict=True):
+            layer.set_weight(result.weight)
+            if result.damping > plan.damping:
+                log.warning("%s: damping raised from %g to %g", layer.name, plan.damping, result.damping)
+        seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # a row
+        return [
+            self._report(layer, result, moments.tokens, count, seconds)
+            for layer, result, count in zip(group, results, zeros, strict=True)
+        ]
+
+    @staticmethod
+    def _report(layer: LinearLayer, result: PruneResult, tokens: int, zeros: int, seconds: float) -> LayerReport:
         rows, columns = result.weight.shape
         return LayerReport(
             name=layer.name,
             rows=rows,
             columns=columns,
-            tokens=moments.tokens,
-            sparsity=float((result.weight == 0).float().mean()),
+            tokens=tokens,
+            sparsity=zeros / (rows * columns),
             error=result.error,
             relative_range=result.relative_range,
             reordered=result.reordered,
             damping=result.damping,
-            seconds=time.perf_counter() - start,
+            seconds=seconds * rows,
         )
+
+    def _now(self) -> float:
+        """The time when all that has been asked of the device is done."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def _update(moments: InputMoments, last: bool):
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         moments.update(args[0] if args else kwargs["input"])
         if last:
-            raise _Enough
+            raise Enough
 
     return hook
 

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from ..ranks import launched
 from ..tracking.record import FILE_NAME, read_record
 
 
@@ -47,7 +48,7 @@ def _row(record: dict[str, Any], measured: Sequence[str]) -> list[str]:
         return [record["label"], pattern, record["status"], *("" for _ in measured), ""]
     reached = f"{metrics['sparsity']:.4f}"
     values = [_number(metrics[name]) if name in metrics else "" for name in measured]
-    stages = [s for name, s in record["seconds"].items() if name != "solving"]  # solving is a part of pruning
+    stages = [s for name, s in record["seconds"].items() if "." not in name]  # pruning.solving is a part of pruning
     return [record["label"], pattern, reached, *values, f"{sum(stages):.0f}"]
 
 
@@ -59,6 +60,8 @@ class SweepTable(Callback):
     """A Hydra callback: prints the table once a sweep has ended, and fails the command if a run has failed."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if launched()[0]:
+            return  # the first process tells
         folder = Path(config.hydra.sweep.dir)
         found = collect_records(folder)
         if not found:

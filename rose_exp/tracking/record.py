@@ -30,9 +30,13 @@ class RunRecord:
 
     Fields: ``status`` (running, finished, failed), ``label``, ``config``, ``metrics``, ``layers``, ``protocol``,
     ``seconds`` by stage, ``peak_memory_bytes``, ``error``, ``started`` and ``ended``.
+
+    Args:
+        kept: whether anything is written: of several processes at one run, the first one writes.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], label: str):
+    def __init__(self, folder: Path, config: dict[str, Any], label: str, kept: bool = True):
+        self.kept = kept
         self.path = folder / FILE_NAME
         self.data: dict[str, Any] = {
             "status": "running",
@@ -57,6 +61,8 @@ class RunRecord:
             RoseExpError: the disk refuses.
         """
         self.data["peak_memory_bytes"] = _peak_memory()
+        if not self.kept:
+            return
         write_atomically(self.path, json.dumps(self.data, indent=1, allow_nan=True) + "\n")
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ from rose_exp.engine import METHODS, InputMoments, Ordering, SparseGPT, Unstruct
 from rose_exp.errors import RoseExpError
 from rose_exp.models import all_linear_layers, find_blocks
 from rose_exp.pipeline import PruningPlan, prune_model
-from rose_exp.pipeline.capture import capture_calls, first_inputs
+from rose_exp.pipeline.capture import probe, trace
 
 from ..models.families import CONFIGS, SHARED_INPUTS, build, tokens
 
@@ -29,9 +29,8 @@ def prune_slowly(model: nn.Module, windows: torch.Tensor, sequential: bool) -> N
     """The whole pipeline without walking: for each block (or each layer group of it) the *whole* model runs again, and the
     moments are read off the layer itself."""
     blocks = find_blocks(model)
-    shared = capture_calls(model, blocks, windows)
-    for index, call in enumerate(shared):
-        names = [[name for group in call.layers for name in group]] if not sequential else call.layers
+    for groups in probe(model, blocks, windows).layers:
+        names = [[name for group in groups for name in group]] if not sequential else groups
         layers = {layer.name: layer for layer in all_linear_layers(blocks)}
         for stage in names:
             moments = {name: InputMoments(layers[name].columns, dtype=torch.float64) for name in stage}
@@ -52,7 +51,6 @@ def prune_slowly(model: nn.Module, windows: torch.Tensor, sequential: bool) -> N
                     block_size=16,
                 )
                 layers[name].set_weight(result.weight)
-        assert index < len(blocks.blocks)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -76,13 +74,12 @@ def test_captured_calls_reproduce_the_model(family):
     """Blocks run by themselves, with what was captured, end where the model's own forward pass does."""
     model, windows = build(family), tokens(2)
     blocks = find_blocks(model)
-    calls = capture_calls(model, blocks, windows)
+    hidden, calls = trace(model, blocks, windows, probe(model, blocks, windows))
     seen = []
     hook = blocks.blocks[-1].register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         model(input_ids=windows, use_cache=False)
         hook.remove()
-        hidden = first_inputs(model, blocks, windows)
         for block, call in zip(blocks.blocks, calls, strict=True):
             hidden = call.run(block, hidden)
     assert torch.equal(hidden, seen[0])
@@ -91,8 +88,8 @@ def test_captured_calls_reproduce_the_model(family):
 @pytest.mark.parametrize("family", sorted(SHARED_INPUTS))
 def test_layers_with_the_same_input_share_their_moments(family):
     model = build(family)
-    calls = capture_calls(model, find_blocks(model), tokens(1))
-    assert [[name.rsplit(".", 1)[1] for name in group] for group in calls[0].layers] == SHARED_INPUTS[family]
+    found = probe(model, find_blocks(model), tokens(1))
+    assert [[name.rsplit(".", 1)[1] for name in group] for group in found.layers[0]] == SHARED_INPUTS[family]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels import kernels_for
 from ..sweep import sweep
 from .base import Layer, Method, Solution
 
@@ -18,16 +19,21 @@ class SparseGPT(Method):
 
     def prune(self, layer: Layer) -> Solution:
         moved = bool(layer.order.reordered) if layer.moved is None else layer.moved
-        order, alive = layer.order.order, ~layer.dead
-        start = layer.weight.T * alive[:, None]  # (columns, rows)
-        w = start.index_select(0, order) if moved else start.clone(memory_format=torch.contiguous_format)
+        order, alive, weight = layer.order.order, ~layer.dead, layer.weight
+        some_dead = weight.device.type != "cpu" or not alive.all()  # asking a GPU would wait for it
+        w = (weight * alive if some_dead else weight).T.clone(memory_format=torch.contiguous_format)  # (columns, rows)
         factor = layer.curvature.factor_in(order) if moved else layer.factor
-        mask, error = sweep(w, factor.upper, layer.sparsity, layer.order.widths(moved), layer.block_size, layer.backend)
+        w = w.index_select(0, order) if moved else w
+        kernels = kernels_for(layer.backend, weight)
+        mask, cost = sweep(w, factor.upper, layer.sparsity, layer.order.widths(moved), layer.block_size, kernels)
         if moved:
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
             w, mask = w.index_select(0, back), mask.index_select(0, back)
-        # the sweep's error is that of the damped Hessian: tr(D (H + λI) Dᵀ) with D = W − V
-        lost = error - factor.shift * (start - w).square_().sum()
-        mask = mask.T.contiguous()
-        swept = torch.where(alive | mask, w.T, layer.weight)
+        swept, mask = w.T.contiguous(), mask.T.contiguous()
+        change = weight - swept
+        if some_dead:
+            change *= alive
+            swept = torch.where(alive | mask, swept, weight)
+        # the sweep's cost is that of the damped Hessian: tr(D (H + λI) Dᵀ), D the change of the columns alive
+        lost = cost - factor.shift * torch.linalg.vecdot(change.flatten(), change.flatten())
         return Solution(swept, mask, factor, lost)
