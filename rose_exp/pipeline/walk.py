@@ -101,10 +101,11 @@ class LayerReport:
 
 @dataclass
 class PassSeconds:
-    """Where the time of a walk goes: the dense passes (with the moments' products), solving, and the passes of pruned
+    """Where the time of a walk goes: the dense passes, the moments' products in them, solving, and the passes of pruned
     blocks. Processes that solve their layers at the same time wait for the slowest, which counts as solving."""
 
     calibrating: float = 0.0
+    moments: float = 0.0
     solving: float = 0.0
     advancing: float = 0.0
 
@@ -259,14 +260,16 @@ class _BlockWalk:
         reports = []
         for groups in [[group] for group in self.groups] if self.plan.true_sequential else [self.groups]:
             start = self._now()
-            moments = self._collect(groups, hidden)
+            clock = _Clock(self.device)
+            moments = self._collect(groups, hidden, clock)
             middle = self._now()
             reports += self._solve(groups, moments)
-            self.seconds.calibrating += middle - start
+            self.seconds.moments += clock.seconds()
+            self.seconds.calibrating += middle - start - clock.seconds()
             self.seconds.solving += self._now() - middle
         return reports
 
-    def _collect(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations) -> list[InputMoments]:
+    def _collect(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: _Clock) -> list[InputMoments]:
         """Moments of the inputs of each group, from one pass that stops where the last group is reached."""
         moments = [
             InputMoments(
@@ -281,7 +284,7 @@ class _BlockWalk:
             return moments
         with ExitStack() as stack:
             for group, of_group in zip(groups, moments, strict=True):
-                hook = _update(of_group, last=group is groups[-1])
+                hook = _update(of_group, clock, last=group is groups[-1])
                 stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for _, batch in tqdm(hidden, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
                 with suppress(Enough):
@@ -365,9 +368,36 @@ class _BlockWalk:
         return time.perf_counter()
 
 
-def _update(moments: InputMoments, last: bool):
+class _Clock:
+    """Adds up the seconds that a device spends inside it, without waiting for it."""
+
+    def __init__(self, device: torch.device | str):
+        self.cuda = torch.device(device).type == "cuda"
+        self.marks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """So far; on a device that has been waited for."""
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        return sum(start.elapsed_time(end) / 1000 if self.cuda else end - start for start, end in pairs)
+
+
+def _update(moments: InputMoments, clock: _Clock, last: bool):
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        moments.update(args[0] if args else kwargs["input"])
+        with clock:
+            moments.update(args[0] if args else kwargs["input"])
         if last:
             raise Enough
 
