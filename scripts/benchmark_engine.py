@@ -5,7 +5,7 @@
 
 For each shape (rows x columns of W) and pattern, medians of repeated runs, interleaved, in milliseconds:
 
-published   the loop of the released SparseGPT and ROSE, written out below: one step a column, ten small operations a step
+published   the loop of the released SparseGPT, written out in published.py: one step a column, ten small operations a step
 engine      prune_layer, SparseGPT, by each backend that works here; it measures the layer's error as well
 rose        prune_layer with ROSE's order, by the automatic backend
 limit       Cholesky, inverse, Cholesky, and one rows x columns^2 product, as torch does them in the same run
@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import published
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,52 +30,12 @@ from rose_exp.engine.kernels import resolve
 from rose_exp.tracking.record import write_atomically
 
 SMOLLM2 = ["576x576", "192x576", "1536x576", "576x1536"]
-BLOCK = 128
-DAMPING = 0.01
-
-
-def published(weight: Tensor, hessian: Tensor, sparsity: Unstructured | SemiStructured) -> Tensor:
-    """SparseGPT as its released code runs it: a sort for each block's threshold, then column by column."""
-    w, h = weight.clone(), hessian.clone()
-    columns = w.shape[1]
-    dead = h.diagonal() == 0
-    h[dead, dead] = 1
-    w[:, dead] = 0
-    h.diagonal().add_(DAMPING * h.diagonal().mean())
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    grouped = isinstance(sparsity, SemiStructured)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        block, u = w[:, start:stop].clone(), factor[start:stop, start:stop]
-        kept, errors, losses = torch.zeros_like(block), torch.zeros_like(block), torch.zeros_like(block)
-        if grouped:
-            mask = torch.zeros_like(block, dtype=torch.bool)
-        else:
-            saliency = block**2 / u.diagonal().reshape(1, -1) ** 2
-            threshold = torch.sort(saliency.flatten())[0][int(saliency.numel() * sparsity.ratio)]
-            mask = saliency <= threshold
-        for j in range(stop - start):
-            column, scale = block[:, j], u[j, j]
-            if grouped and j % sparsity.group == 0:
-                end = j + sparsity.group
-                saliency = block[:, j:end] ** 2 / u.diagonal()[j:end].reshape(1, -1) ** 2
-                mask.scatter_(1, j + torch.topk(saliency, sparsity.pruned, dim=1, largest=False)[1], True)
-            pruned = column.clone()
-            pruned[mask[:, j]] = 0
-            kept[:, j] = pruned
-            losses[:, j] = (column - pruned) ** 2 / scale**2
-            error = (column - pruned) / scale
-            block[:, j:] -= error.unsqueeze(1).matmul(u[j, j:].unsqueeze(0))
-            errors[:, j] = error
-        w[:, start:stop] = kept
-        w[:, stop:] -= errors.matmul(factor[start:stop, stop:])
-    return w
 
 
 def limit(weight: Tensor, hessian: Tensor) -> Tensor:
     """The least that SparseGPT as published has to compute, at the rate of torch's own routines."""
     damped = hessian.clone()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    damped.diagonal().add_(published.DAMPING * damped.diagonal().mean())
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     return weight @ factor
 
@@ -113,7 +73,7 @@ def measure(rows: int, columns: int, sparsity: Unstructured | SemiStructured, de
         return lambda: prune_layer(weight, moments, sparsity=sparsity, ordering=ordering, backend=backend)
 
     tasks = {
-        "published": lambda: published(weight, hessian, sparsity),
+        "published": lambda: published.sparsegpt(weight, hessian, sparsity),
         "limit": lambda: limit(weight, hessian),
         "engine.torch": engine("torch"),
         f"engine.{fastest}": engine(fastest),
@@ -161,20 +121,8 @@ def main() -> None:
     results = [measure(*case, device, arguments.repeats) for case in tqdm(cases, unit="case", disable=None)]
     print(table(results))
     if arguments.json:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-        hardware = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        hardware = published.hardware(device)
         write_atomically(arguments.json, json.dumps({"hardware": hardware, "results": results}, indent=1) + "\n")
-
-
-def _processor() -> str:
-    """The processor's own name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

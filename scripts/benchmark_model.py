@@ -1,0 +1,173 @@
+"""How long a whole model takes to be pruned with ROSE, where the time goes, and the released code's way beside it.
+
+    python scripts/benchmark_model.py                                       # SmolLM2-135M, 32 x 1024 tokens, on the CPU
+    python scripts/benchmark_model.py --model llama2-7b --samples 128 --window 2048 --device cuda --json results.json
+
+``llama2-7b`` and the like are of the real shape with random weights, which take as long to prune as trained ones: nothing is
+fetched. Tokens are random, too. Each way starts from the same weights; ratios are of runs in turn within one process.
+
+rose        prune_model with ROSE's order
+sparsegpt   the same without an order
+published   the walk of the released ROSE, written out in published.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import published
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rose_exp.engine import InputMoments, Ordering, SparseGPT, Unstructured, prune_layer
+from rose_exp.models import find_blocks, load_model
+from rose_exp.pipeline import PassSeconds, PruningPlan, prune_model
+from rose_exp.settings import ModelSettings
+from rose_exp.tracking.record import write_atomically
+
+SHAPES = {  # hidden size, width of the MLP, layers, heads, heads of keys and values, vocabulary
+    "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
+    "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
+}
+
+
+def build(name: str, blocks: int | None, dtype: torch.dtype) -> nn.Module:
+    """The embedded model, or a model of a known shape with random weights; of the first ``blocks`` blocks only."""
+    if name not in SHAPES:
+        model = load_model(ModelSettings(embedded=name)).model
+        if blocks is not None:
+            del find_blocks(model).blocks[blocks:]
+            model.model.layers = model.model.layers[:blocks]
+            model.config.num_hidden_layers = blocks
+        return model
+    hidden, mlp, layers, heads, shared, vocabulary = SHAPES[name]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return AutoModelForCausalLM.from_config(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def run_ours(model: nn.Module, tokens: torch.Tensor, ordering: Ordering | None, arguments: argparse.Namespace) -> dict:
+    plan = PruningPlan(
+        method=SparseGPT(),
+        sparsity=Unstructured(arguments.ratio),
+        ordering=ordering,
+        batch=arguments.batch,
+        activations=arguments.activations,
+    )
+    passes = PassSeconds()
+    start = time.perf_counter()
+    reports = prune_model(model, tokens, plan, arguments.device, seconds=passes)
+    total = time.perf_counter() - start
+    forward = passes.calibrating + passes.advancing
+    reordered = sum(report.reordered for report in reports)
+    return _result(total, forward, passes.moments, passes.solving) | {"layers": len(reports), "reordered": reordered}
+
+
+def run_published(model: nn.Module, tokens: torch.Tensor, arguments: argparse.Namespace) -> dict:
+    start = time.perf_counter()
+    found = published.prune_model(model, tokens, Unstructured(arguments.ratio), torch.device(arguments.device))
+    return _result(time.perf_counter() - start, found.forward, found.moments, found.solving)
+
+
+def _result(total: float, forward: float, moments: float, solving: float) -> dict:
+    other = total - forward - moments - solving
+    return {"seconds": total, "forward": forward, "moments": moments, "solving": solving, "other": other}
+
+
+def measure(ways: dict[str, Callable[[nn.Module], dict]], model: nn.Module, device: str, repeats: int) -> dict[str, dict]:
+    """Medians of every way, run in turn, each from the same weights."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    runs: dict[str, list[dict]] = {name: [] for name in ways}
+    _warm_up(torch.device(device))
+    for _ in range(repeats):
+        for name, way in ways.items():
+            model.load_state_dict(weights)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            runs[name].append(way(model) | {"device_peak_bytes": _device_peak()})
+    return {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
+
+
+def _warm_up(device: torch.device) -> None:
+    """Let the engine's kernels be compiled, or read from their cache, before anything is timed."""
+    for size in (200, 400):
+        moments = InputMoments(size, device=device)
+        moments.update(torch.randn(2 * size, size, device=device))
+        prune_layer(torch.randn(64, size, device=device), moments, sparsity=Unstructured(0.5), ordering=Ordering.rose())
+
+
+def _device_peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def table(results: dict[str, dict]) -> str:
+    shares = ("forward", "moments", "solving", "other")
+    lines = [["", "seconds", *(f"{name} %" for name in shares), "device peak GB"]]
+    for name, found in results.items():
+        parts = [f"{100 * found[share] / found['seconds']:.1f}" for share in shares]
+        lines.append([name, f"{found['seconds']:.1f}", *parts, f"{found['device_peak_bytes'] / 1e9:.1f}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", choices=["smollm2-135m", *SHAPES])
+    parser.add_argument("--blocks", type=int, help="only so many blocks")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--ratio", type=float, default=0.7)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float16", help="of the shapes with random weights")
+    parser.add_argument("--activations", default="device", choices=["device", "host", "disk"])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", default=["published", "rose", "sparsegpt"])
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = build(arguments.model, arguments.blocks, getattr(torch, arguments.dtype))
+    tokens = torch.randint(0, model.config.vocab_size, (arguments.samples, arguments.window))
+    known = {
+        "published": lambda m: run_published(m, tokens, arguments),
+        "rose": lambda m: run_ours(m, tokens, Ordering.rose(), arguments),
+        "sparsegpt": lambda m: run_ours(m, tokens, None, arguments),
+    }
+    results = measure({name: known[name] for name in arguments.ways}, model, arguments.device, arguments.repeats)
+    print(table(results))
+    ratios = {
+        f"{a}/{b}": round(results[a]["seconds"] / results[b]["seconds"], 3)
+        for a, b in (("published", "rose"), ("rose", "sparsegpt"))
+        if a in results and b in results
+    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(*(f"{name} {value:.3f}" for name, value in ratios.items()), f"host peak {peak / 1e9:.1f} GB", sep="   ")
+    if arguments.json:
+        settings = {key: str(value) for key, value in vars(arguments).items() if key != "json"}
+        found = {"hardware": published.hardware(torch.device(arguments.device)), "settings": settings}
+        found |= {"results": results, "ratios": ratios, "host_peak_bytes": peak}
+        write_atomically(arguments.json, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
