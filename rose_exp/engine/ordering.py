@@ -100,11 +100,11 @@ class ExpectedLosses:
 
 
 def expected_losses(scores: Tensor, sparsity: Sparsity, block_size: int) -> ExpectedLosses:
-    """Pre-prune each block of ``scores`` (rows, columns) by itself and add up what is lost.
+    """Pre-prune each block of ``scores`` (columns, rows) by itself and add up what is lost.
 
     The blocks are ``block_size`` columns wide, or one group for N:M patterns.
     """
-    columns = scores.shape[1]
+    columns = len(scores)
     width = min(sparsity.block_width(block_size), columns)
     lost = sparsity.expected_column_losses(scores, width)
     whole = columns - columns % width

@@ -42,7 +42,7 @@ class Unstructured:
         return smallest(scores, self.count(scores.shape[-1]))
 
     def expected_column_losses(self, scores: Tensor, width: int) -> Tensor:
-        """What an ordering expects each column to lose: in each block of ``width`` columns of ``scores`` (rows, columns) all
+        """What an ordering expects each column to lose: in each block of ``width`` columns of ``scores`` (columns, rows) all
         scores up to the one at sorted index int(n · ratio), summed by column, (columns,).
 
         That is one score more than :meth:`select` takes, and all of its equals. It is the rule of the authors' code, and

@@ -47,42 +47,43 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
 
 
 def lost_by_threshold(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
-    """In each block of ``width`` columns of ``scores`` (rows, columns), none negative, mark all up to the one at sorted
+    """In each block of ``width`` columns of ``scores`` (columns, rows), none negative, mark all up to the one at sorted
     index count(n) of the block's n, and sum what is marked by column: (columns,). Nothing is marked at a count of 0, all
     at a count of n."""
     if _on_cpu(scores):
         return cpu.lost_by_threshold(scores, width, count)
-    lost = torch.empty(scores.shape[1], dtype=scores.dtype, device=scores.device)
-    for columns, blocks in _blocks(scores, width):  # (blocks, rows, width)
+    lost = torch.empty(len(scores), dtype=scores.dtype, device=scores.device)
+    for columns, blocks in _blocks(scores, width):
         flat = blocks.flatten(1)
         n = flat.shape[1]
         if count(n) in (0, n):
             marked = blocks * (count(n) > 0)
         else:
             marked = torch.where(flat <= kth_smallest(flat, count(n) + 1), flat, 0).view_as(blocks)
-        lost[columns] = marked.sum(dim=1).flatten()
+        lost[columns] = marked.sum(dim=2).flatten()
     return lost
 
 
 def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
-    """In each row of each block of ``width`` columns of ``scores`` (rows, columns) mark the count(width) smallest, and sum
+    """In each row of each block of ``width`` columns of ``scores`` (columns, rows) mark the count(width) smallest, and sum
     what is marked by column: (columns,)."""
     if _on_cpu(scores):
         return cpu.lost_by_rank(scores, width, count)
-    lost = torch.empty(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    lost = torch.empty(len(scores), dtype=scores.dtype, device=scores.device)
     for columns, blocks in _blocks(scores, width):
-        marked = torch.where(smallest(blocks, count(blocks.shape[2])), blocks, 0)
+        by_row = blocks.transpose(1, 2)
+        marked = torch.where(smallest(by_row, count(by_row.shape[2])), by_row, 0)
         lost[columns] = marked.sum(dim=1).flatten()
     return lost
 
 
 def _blocks(scores: Tensor, width: int) -> list[tuple[slice, Tensor]]:
-    """The columns and the blocks (blocks, rows, width) of the whole blocks, and those of a narrower last one."""
-    columns = scores.shape[1]
+    """The columns and the blocks (blocks, width, rows) of the whole blocks, and those of a narrower last one."""
+    columns = len(scores)
     whole = columns - columns % width
-    found = [(slice(0, whole), scores[:, :whole].unflatten(1, (-1, width)).transpose(0, 1))] if whole else []
+    found = [(slice(0, whole), scores[:whole].unflatten(0, (-1, width)))] if whole else []
     if whole < columns:
-        found.append((slice(whole, columns), scores[:, whole:][None]))
+        found.append((slice(whole, columns), scores[whole:][None]))
     return found
 
 

@@ -15,7 +15,6 @@ import torch
 from numba import prange
 from torch import Tensor
 
-CHUNKS = 16  # of rows, over which threads add up by themselves
 ROWS = 64  # in a tile: 64 rows of a block of 128 columns and their errors fit the first cache together
 
 _parallel = numba.njit(parallel=True, fastmath={"contract"}, cache=True)
@@ -69,21 +68,20 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
 
 def lost_by_threshold(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
     """:func:`rose_exp.engine.selection.lost_by_threshold` of float32 scores."""
-    rows, columns = scores.shape
+    columns, rows = scores.shape
     counts = np.array([count(rows * min(width, columns - start)) for start in range(0, columns, width)])
     lost = torch.empty(columns)
     _as_many_threads_as_torch()
-    _lost_by_threshold(scores.contiguous().numpy(), width, counts, lost.numpy())
+    _lost_by_threshold(scores.numpy(), width, counts, lost.numpy())
     return lost
 
 
 def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
     """:func:`rose_exp.engine.selection.lost_by_rank` of float32 scores."""
+    lost = torch.empty(len(scores))
     _as_many_threads_as_torch()
-    columns = scores.shape[1]
-    lost = np.zeros((CHUNKS, columns))
-    _lost_by_rank(scores.contiguous().numpy(), width, count(width), count(columns % width), lost)
-    return torch.from_numpy(lost.sum(axis=0)).float()
+    _lost_by_rank(scores.numpy(), width, count(width), count(len(scores) % width), lost.numpy())
+    return lost
 
 
 def _as_many_threads_as_torch() -> None:
@@ -263,47 +261,40 @@ def _smallest(bits, count, mask):
 
 @_parallel
 def _lost_by_threshold(scores, width, counts, lost):
-    rows, columns = scores.shape
+    columns, rows = scores.shape
     for block in prange(len(counts)):
         start = block * width
         stop = min(start + width, columns)
-        size = stop - start
         count = counts[block]
-        threshold = np.int32(-1)  # below all: scores are not negative
-        if count == rows * size:
+        keys = scores[start:stop].view(np.int32)  # scores are not negative: their bits sort as they do
+        threshold = np.int32(-1)
+        if count == keys.size:
             threshold = np.int32(0x7FFFFFFF)
         elif count > 0:
-            keys = np.empty((rows, size), dtype=np.int32)
-            for r in range(rows):
-                keys[r] = scores[r, start:stop].view(np.int32)
             threshold = _kth(keys.reshape(-1), count + 1)[0]
-        total = np.zeros(size)
-        for r in range(rows):
-            here = scores[r, start:stop]
-            bits = here.view(np.int32)
-            for j in range(size):
-                total[j] += here[j] if bits[j] <= threshold else np.float32(0)
-        for j in range(size):
-            lost[start + j] = total[j]
+        for j in range(start, stop):
+            total = 0.0
+            for r in range(rows):
+                total += scores[j, r] if keys[j - start, r] <= threshold else np.float32(0)
+            lost[j] = total
 
 
 @_parallel
 def _lost_by_rank(scores, width, count, narrow_count, lost):
-    rows, columns = scores.shape
-    chunks = len(lost)
-    for chunk in prange(chunks):
-        for r in range(chunk * rows // chunks, (chunk + 1) * rows // chunks):
-            start = 0
-            while start < columns:
-                stop = min(start + width, columns)
-                marked = count if stop - start == width else narrow_count
-                for a in range(start, stop):
-                    value = scores[r, a]
-                    before = 0  # how many of the group go sooner: of equals, the earlier
-                    for b in range(start, a):
-                        before += np.int64(scores[r, b] <= value)
-                    for b in range(a + 1, stop):
-                        before += np.int64(scores[r, b] < value)
-                    if before < marked:
-                        lost[chunk, a] += value
-                start = stop
+    columns, rows = scores.shape
+    for block in prange((columns + width - 1) // width):
+        start = block * width
+        stop = min(start + width, columns)
+        marked = count if stop - start == width else narrow_count
+        before = np.zeros((stop - start, rows), dtype=np.int32)  # how many of the group go sooner
+        for a in range(stop - start):
+            for b in range(a):
+                for r in range(rows):
+                    sooner = np.int32(scores[start + a, r] < scores[start + b, r])  # of equals, b < a goes first
+                    before[b, r] += sooner
+                    before[a, r] += np.int32(1) - sooner
+        for a in range(stop - start):
+            total = 0.0
+            for r in range(rows):
+                total += scores[start + a, r] if before[a, r] < marked else np.float32(0)
+            lost[start + a] = total

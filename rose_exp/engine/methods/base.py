@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,17 +53,26 @@ class Layer:
         """Of the inverse Hessian, columns left to right."""
         return self.curvature.factor
 
-    def scores(self, kind: Score) -> Tensor:
+    @cached_property
+    def transposed(self) -> Tensor:
+        """Wᵀ, (columns, rows), contiguous, so that a column of the layer is a row of memory."""
+        return self.weight.T.contiguous()
+
+    def scores(self, kind: Literal["wanda", "magnitude"]) -> Tensor:
         """What each weight is expected to cost, (rows, columns); see :class:`Ordering`."""
-        if kind == "wanda":
-            return self.weight.abs().mul_(self.curvature.norms)
-        if kind == "magnitude":
-            return self.weight.abs()
-        return (self.weight.square() / self.factor.inverse_diagonal()).masked_fill(self.dead, 0)
+        return self.weight.abs().mul_(self.curvature.norms) if kind == "wanda" else self.weight.abs()
+
+    def _scores_by_column(self, kind: Score) -> Tensor:
+        """The same of Wᵀ, (columns, rows)."""
+        if kind == "obs":
+            saliency = self.transposed.square().div_(self.factor.inverse_diagonal()[:, None])
+            return saliency.masked_fill_(self.dead[:, None], 0)
+        scores = self.transposed.abs()
+        return scores.mul_(self.curvature.norms[:, None]) if kind == "wanda" else scores
 
     def losses(self, kind: Score = "wanda") -> ExpectedLosses:
         if kind not in self._losses:
-            self._losses[kind] = expected_losses(self.scores(kind), self.sparsity, self.block_size)
+            self._losses[kind] = expected_losses(self._scores_by_column(kind), self.sparsity, self.block_size)
         return self._losses[kind]
 
     @cached_property

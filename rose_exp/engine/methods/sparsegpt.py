@@ -21,9 +21,9 @@ class SparseGPT(Method):
         moved = bool(layer.order.reordered) if layer.moved is None else layer.moved
         order, alive, weight = layer.order.order, ~layer.dead, layer.weight
         some_dead = weight.device.type != "cpu" or not alive.all()  # asking a GPU would wait for it
-        w = (weight * alive if some_dead else weight).T.clone(memory_format=torch.contiguous_format)  # (columns, rows)
+        start = layer.transposed * alive[:, None] if some_dead else layer.transposed
+        w = start.index_select(0, order) if moved else start.clone()  # (columns, rows), in pruning order
         factor = layer.curvature.factor_in(order) if moved else layer.factor
-        w = w.index_select(0, order) if moved else w
         kernels = kernels_for(layer.backend, weight)
         mask, cost = sweep(w, factor.upper, layer.sparsity, layer.order.widths(moved), layer.block_size, kernels)
         if moved:
