@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from . import quiet  # noqa: F401  isort: skip
+
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -40,8 +41,7 @@ def main() -> None:
 
 
 def _be_quiet() -> None:
-    """Of several processes at one run the first one tells and writes: this one makes no folder, no log and no bars."""
-    os.environ["TQDM_DISABLE"] = "1"
+    """Of several processes at one run the first one tells and writes: this one makes no folder and no log."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
     sys.argv += ["hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
 

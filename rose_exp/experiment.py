@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from .calibration import Windows, contiguous_windows, draw_windows, load_text
 from .engine.kernels import resolve
 from .errors import RoseExpError
 from .evaluation import perplexity
+from .evaluation.zero_shot import measure as measure_zero_shot
+from .evaluation.zero_shot import prepared
 from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
 from .pipeline import PassSeconds, PruningPlan, chosen, prune_model
 from .ranks import Ranks
@@ -38,7 +41,8 @@ def run_experiment(settings: Settings, config: dict[str, Any], folder: Path) -> 
     folder = ranks.gather(folder)[0]
     record = RunRecord(folder, config, settings.label, kept=ranks.first)
     try:
-        _run(settings, record, folder, ranks)
+        with ExitStack() as stack:
+            _run(settings, record, folder, ranks, stack)
     except BaseException as error:
         record.fail(error)
         raise
@@ -46,7 +50,7 @@ def run_experiment(settings: Settings, config: dict[str, Any], folder: Path) -> 
     return record.data
 
 
-def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks) -> None:
+def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stack: ExitStack) -> None:
     watch = Stopwatch(record.data["seconds"])
     device = _device(settings.device, ranks)
     protocol = record.data["protocol"]
@@ -54,10 +58,15 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks) -> N
     protocol["backend"] = _backend(settings, device) if settings.pruned else None
     torch.manual_seed(settings.seed)
 
+    zero_shot = settings.evaluation.zero_shot
+    tasks = None
     with watch.stage("texts"), ranks.one_by_one():
         tokenizer = load_tokenizer(settings.model)
         calibration = _calibration_windows(settings, tokenizer) if settings.pruned else None
         evaluation = _evaluation_windows(settings, tokenizer)
+        if zero_shot.tasks and ranks.first:  # in the stack: the tasks' rows lie in a folder that goes with them
+            tasks = stack.enter_context(prepared(zero_shot))
+            protocol["zero_shot"] = {"few_shot": zero_shot.few_shot, "limit": zero_shot.limit} | tasks.protocol
     protocol["calibration"] = calibration.protocol if calibration else None
     protocol["evaluation"] = {name: windows.protocol for name, windows in evaluation.items()}
 
@@ -80,13 +89,22 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks) -> N
         record.write()
     record.data["metrics"]["sparsity"] = _sparsity(settings, model)
 
+    if evaluation or zero_shot.tasks:
+        model.to(device)
     if evaluation:
         with watch.stage("evaluation"):
-            model.to(device)
             for name, windows in evaluation.items():
-                value = perplexity(model, windows.tokens, settings.evaluation.batch, f"perplexity {name}", ranks)
-                record.data["metrics"][f"perplexity.{name}"] = value
-                log.info("%s: perplexity on %s %.4g", settings.label, name, value)
+                found = perplexity(model, windows.tokens, settings.evaluation.batch, f"perplexity {name}", ranks)
+                record.measured(f"perplexity.{name}", found.value, found.standard_error)
+                log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, found.value, found.standard_error)
+    if tasks is not None:  # on one process: lm-eval has a way of its own to share work
+        with watch.stage("zero_shot"):
+            accuracies = measure_zero_shot(model, tokenizer, tasks, zero_shot, folder)
+        protocol["zero_shot"] |= accuracies.protocol
+        for name, value in accuracies.values.items():
+            record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
+            log.info("%s: %s %.2f %%", settings.label, name, value)
+    ranks.gather(None)  # the others have waited for it
     if settings.save and ranks.first:
         with watch.stage("saving"):
             log.info("saved the model to %s", save_model(model.to("cpu"), tokenizer, folder / "model"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import distributed as dist
 
 from .engine import InputMoments
 from .errors import RoseExpError
+
+LONG = timedelta(days=7)  # one rank may work for hours while the others wait; torchrun ends them all if one dies
 
 
 class Ranks:
@@ -57,10 +60,6 @@ class Ranks:
         if self.size > 1:
             dist.broadcast(tensor, owner)
 
-    def total(self, value: float) -> float:
-        """The sum of a number over the ranks."""
-        return sum(self.gather(value))
-
     def gather(self, value: Any) -> list[Any]:
         """What every rank has, in the order of the ranks; anything that can be pickled."""
         if self.size == 1:
@@ -102,7 +101,7 @@ def process_group() -> Iterator[None]:
     try:
         if own_device:
             torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if own_device else "gloo")
+        dist.init_process_group("nccl" if own_device else "gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:
         raise RoseExpError(f"torchrun: cannot join the other processes: {error}") from error
     try:

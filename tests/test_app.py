@@ -78,7 +78,7 @@ def evaluate(model, overrides) -> float:
     value = dict(override.split("=", 1) for override in overrides)
     tokenizer = load_tokenizer(ModelSettings(path=value["model.path"]))
     text = load_text(TextSettings(path=value["evaluation.perplexity.local.path"]), "here")
-    return perplexity(model, contiguous_windows(text, tokenizer, 128, 8, "here").tokens)
+    return perplexity(model, contiguous_windows(text, tokenizer, 128, 8, "here").tokens).value
 
 
 def test_a_sweep_draws_equal_windows_and_ends_with_a_table(small, tmp_path):

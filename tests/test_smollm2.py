@@ -44,7 +44,7 @@ def test_the_methods_come_in_the_expected_order(windows, tmp_path, tokenizer):
     calibration, evaluation = windows
     loaded = load_model(MODEL)
     dense = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    found = {"dense": perplexity(loaded.model, evaluation, batch=2)}
+    found = {"dense": perplexity(loaded.model, evaluation, batch=2).value}
     for name, method, ordering in [
         ("magnitude", METHODS["magnitude"](), None),
         ("wanda", METHODS["wanda"](), None),
@@ -53,7 +53,7 @@ def test_the_methods_come_in_the_expected_order(windows, tmp_path, tokenizer):
     ]:
         loaded.model.load_state_dict(dense)
         prune_model(loaded.model, calibration, PruningPlan(method=method, sparsity=Unstructured(0.5), ordering=ordering))
-        found[name] = perplexity(loaded.model, evaluation, batch=2)
+        found[name] = perplexity(loaded.model, evaluation, batch=2).value
     assert found["dense"] == pytest.approx(16, abs=2)
     assert found["dense"] * 1.5 < found["sparsegpt"] <= found["wanda"] < 0.5 * found["magnitude"]
     assert found["rose"] == pytest.approx(found["sparsegpt"], rel=0.05)
@@ -62,5 +62,5 @@ def test_the_methods_come_in_the_expected_order(windows, tmp_path, tokenizer):
     folder = save_model(loaded.model, tokenizer, tmp_path / "model")
     again = load_model(ModelSettings(path=str(folder))).model
     assert not hasattr(again.config, "quantization_config")
-    assert perplexity(again, evaluation, batch=2) == pytest.approx(found["sparsegpt"], rel=1e-5)
+    assert perplexity(again, evaluation, batch=2).value == pytest.approx(found["sparsegpt"], rel=1e-5)
     assert all(torch.equal(again.state_dict()[n], v) for n, v in loaded.model.state_dict().items())

@@ -1,5 +1,5 @@
-"""Measuring a model: perplexity."""
+"""Measuring a model: perplexity and zero-shot accuracy."""
 
-from .perplexity import perplexity
+from .perplexity import Perplexity, perplexity
 
-__all__ = ["perplexity"]
+__all__ = ["Perplexity", "perplexity"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,23 @@ from ..errors import RoseExpError
 from ..ranks import Ranks
 
 
+@dataclass(frozen=True)
+class Perplexity:
+    """What was measured.
+
+    Attributes:
+        value: exp of the mean over windows.
+        standard_error: of the value, from the spread of the windows' own means (delta method); 0 for a single window.
+    """
+
+    value: float
+    standard_error: float
+
+
 @torch.no_grad()
-def perplexity(model: nn.Module, tokens: Tensor, batch: int = 1, name: str = "perplexity", ranks: Ranks | None = None) -> float:
+def perplexity(
+    model: nn.Module, tokens: Tensor, batch: int = 1, name: str = "perplexity", ranks: Ranks | None = None
+) -> Perplexity:
     """exp of the mean over windows of the mean negative log-likelihood of each window's tokens but its first.
 
     Each window is read on its own: its first token is predicted from nothing, so it does not count, and nothing is
@@ -31,13 +48,17 @@ def perplexity(model: nn.Module, tokens: Tensor, batch: int = 1, name: str = "pe
     """
     device = next(model.parameters()).device
     ranks = ranks or Ranks()
-    total = 0.0
+    means: list[float] = []  # of the negative log-likelihood, a window
     for windows in tqdm(ranks.share(tokens).split(batch), desc=name, unit="batch", disable=None, leave=False):
         windows = windows.to(device)
         logits = model(input_ids=windows, use_cache=False).logits
         for scores, targets in zip(logits[:, :-1], windows[:, 1:], strict=True):  # one at a time: logits are large
-            total += float(functional.cross_entropy(scores.float(), targets))
-    mean = ranks.total(total) / len(tokens)
+            means.append(float(functional.cross_entropy(scores.float(), targets)))
+    means = [value for of_rank in ranks.gather(means) for value in of_rank]
+    mean = sum(means) / len(means)
     if not math.isfinite(mean):
         raise RoseExpError(f"{name}: the model's predictions are not finite (mean negative log-likelihood {mean})")
-    return math.exp(mean) if mean < 700 else math.inf
+    if mean >= 700:
+        return Perplexity(math.inf, math.inf)
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return Perplexity(math.exp(mean), math.exp(mean) * spread / math.sqrt(len(means)))

@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from ..ranks import launched
 from ..tracking.record import FILE_NAME, read_record
 
+ZERO_SHOT = "zero_shot."
+
 
 def collect_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The run records below ``folder``, in the order in which the runs were started.
@@ -27,7 +29,8 @@ def collect_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 def format_table(records: Sequence[dict[str, Any]]) -> str:
     """A table in plain text: method, pattern, sparsity reached, every metric, seconds."""
     measured = list(dict.fromkeys(name for record in records for name in record["metrics"] if name != "sparsity"))
-    header = ["method", "pattern", "sparsity", *measured, "seconds"]
+    shown = [f"{name.removeprefix(ZERO_SHOT)} %" if name.startswith(ZERO_SHOT) else name for name in measured]
+    header = ["method", "pattern", "sparsity", *shown, "seconds"]
     rows = [_row(record, measured) for record in records]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]

@@ -22,14 +22,14 @@ import torch
 from ..errors import RoseExpError
 
 FILE_NAME = "run.json"
-LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core")
+LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "lm-eval")
 
 
 class RunRecord:
     """``run.json`` of one run, on disk from the start and rewritten whole at each step.
 
-    Fields: ``status`` (running, finished, failed), ``label``, ``config``, ``metrics``, ``layers``, ``protocol``,
-    ``seconds`` by stage, ``peak_memory_bytes``, ``error``, ``started`` and ``ended``.
+    Fields: ``status`` (running, finished, failed), ``label``, ``config``, ``metrics``, ``standard_errors``, ``layers``,
+    ``protocol``, ``seconds`` by stage, ``peak_memory_bytes``, ``error``, ``started`` and ``ended``.
 
     Args:
         kept: whether anything is written: of several processes at one run, the first one writes.
@@ -45,6 +45,7 @@ class RunRecord:
             "ended": None,
             "error": None,
             "metrics": {},
+            "standard_errors": {},
             "seconds": {},
             "peak_memory_bytes": {},
             "protocol": {},
@@ -64,6 +65,12 @@ class RunRecord:
         if not self.kept:
             return
         write_atomically(self.path, json.dumps(self.data, indent=1, allow_nan=True) + "\n")
+
+    def measured(self, name: str, value: float, standard_error: float | None = None) -> None:
+        """Keep a metric, and where it is known its standard error under the same name."""
+        self.data["metrics"][name] = value
+        if standard_error is not None:
+            self.data["standard_errors"][name] = standard_error
 
     def finish(self) -> None:
         self.data |= {"status": "finished", "ended": _now()}

@@ -1,0 +1,210 @@
+"""Zero-shot accuracy through lm-eval's own API, of the model in memory, with lm-eval's own tasks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import RoseExpError, suggest
+from ..settings import ZeroShotSettings
+from .zero_shot_data import SPLITS, embedded_file, local_file
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
+
+CPU_BATCH = 16  # what "auto" means on a CPU, where lm-eval's search for the largest batch would take long and end in swapping
+AVERAGED = tuple(SPLITS)  # the papers' seven, whose plain mean is their average
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that have been found and whose rows have been read.
+
+    Attributes:
+        protocol: for the record.
+    """
+
+    names: list[str]
+    manager: TaskManager
+    protocol: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """What was measured, in %, by task; ``average`` is the mean of the papers' seven, where all were measured.
+
+    Attributes:
+        values: acc_norm where the task has it, else acc, else what the task has first.
+        standard_errors: of the same, as lm-eval states them; of the average, of seven independent sets.
+        protocol: for the record: which metric, how many questions, the tasks' versions.
+    """
+
+    values: dict[str, float]
+    standard_errors: dict[str, float]
+    protocol: dict[str, Any]
+
+
+@contextmanager
+def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
+    """Find the tasks and read their rows, before any long work starts.
+
+    Raises:
+        RoseExpError: an unknown task, or rows that cannot be had.
+    """
+    from lm_eval.tasks import TaskManager  # slow to import
+
+    with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
+        own, protocol = _task_files(settings, Path(folder))
+        paths = [folder] if own else []
+        if settings.include_path is not None:
+            paths.append(str(Path(settings.include_path).expanduser()))
+        log.info("reading the tasks %s", ", ".join(settings.tasks))
+        manager = TaskManager(include_path=paths, include_defaults=False)
+        if not set(settings.tasks) <= set(manager.all_tasks):  # lm-eval's own are thousands of files to look through
+            manager = TaskManager(include_path=paths)
+        for name in settings.tasks:
+            if name not in manager.all_tasks:
+                raise RoseExpError(
+                    f"evaluation.zero_shot.tasks: expected names of lm-eval's tasks, got {name!r}"
+                    f"{suggest(name, manager.all_tasks)}"
+                )
+        try:
+            manager.load(list(settings.tasks))
+        except (OSError, ValueError, RuntimeError, KeyError) as error:  # the hub's and the data library's own
+            reason = " ".join(str(error).split())[:300]
+            raise RoseExpError(
+                f"evaluation.zero_shot: cannot read the rows of {', '.join(settings.tasks)}: {reason}; the papers' seven "
+                f"need no hub with evaluation.zero_shot.data=embedded"
+            ) from error
+        yield Tasks(list(settings.tasks), manager, {"data": protocol})
+
+
+def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Write a task file for each stock task that shall read its rows elsewhere; their names, and what the rows are."""
+    if settings.data_dir is None and settings.data == "hub":
+        return [], {"source": "hub"}
+    protocol = {}
+    for task in settings.tasks:
+        if task not in SPLITS:
+            continue  # any other is read as its own file says
+        if settings.data_dir is not None:
+            rows = local_file(Path(settings.data_dir).expanduser(), task)
+        else:
+            rows = embedded_file(folder, task)
+        changes = {
+            "include": str(_stock_file(task)),
+            "task": task,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {SPLITS[task]: str(rows.path)}},
+            "training_split": None,
+        }
+        if SPLITS[task] == "test":
+            changes["validation_split"] = None  # for examples only, and there are none
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(changes), encoding="utf-8")
+        protocol[task] = rows.protocol
+    return list(protocol), protocol
+
+
+def _stock_file(task: str) -> Path:
+    """The file of lm-eval's own that defines a task."""
+    import lm_eval
+
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    place = {"winogrande": "winogrande/default", "boolq": "super_glue/boolq/default"}
+    place |= {"arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge"}
+    return folder / f"{place.get(task, f'{task}/{task}')}.yaml"
+
+
+def measure(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, settings: ZeroShotSettings, folder: Path
+) -> Accuracies:
+    """Run the tasks on ``model`` and keep lm-eval's own file of results in ``folder``.
+
+    Args:
+        model: a causal language model, on the device to run on.
+        tokenizer: its own; it is left as it is.
+
+    Raises:
+        RoseExpError: lm-eval cannot keep its results.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.huggingface import HFLM
+
+    class Quiet(HFLM):
+        """No bar in a pipe."""
+
+        def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
+            return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+
+    batch = settings.batch
+    if batch == "auto" and next(model.parameters()).device.type == "cpu":
+        batch = CPU_BATCH
+    for noisy in ("lm_eval", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    own = Quiet(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
+    tracker = EvaluationTracker(output_path=str(folder / "results.json"))
+    results = simple_evaluate(
+        model=own,
+        tasks=tasks.names,
+        task_manager=tasks.manager,
+        num_fewshot=settings.few_shot,
+        limit=settings.limit,
+        batch_size=batch,
+        log_samples=False,
+        evaluation_tracker=tracker,
+    )
+    tracker.save_results_aggregated(results)
+    files = sorted(folder.glob("results_*.json"))
+    if not files:
+        raise RoseExpError(f"evaluation.zero_shot: lm-eval could not keep its results in {folder}")
+    return _accuracies(results, batch, files[-1].name)
+
+
+def _accuracies(results: Mapping[str, Any], batch: int | str, file: str) -> Accuracies:
+    values, errors, protocol = {}, {}, {}
+    for task, found in results["results"].items():
+        metric = _metric(found)
+        if metric is None:
+            continue  # a group without an aggregate of its own
+        values[task] = 100 * found[metric]
+        error = found.get(metric.replace(",", "_stderr,", 1))
+        if isinstance(error, (int, float)):
+            errors[task] = 100 * error
+        protocol[task] = {
+            "metric": metric.partition(",")[0],
+            "questions": results["n-samples"].get(task, {}).get("effective"),
+            "of": results["n-samples"].get(task, {}).get("original"),
+            "version": results["versions"].get(task),
+            "few_shot": results["n-shot"].get(task),
+        }
+    if set(AVERAGED) <= set(values):
+        values["average"] = sum(values[task] for task in AVERAGED) / len(AVERAGED)
+        errors["average"] = math.sqrt(sum(errors[task] ** 2 for task in AVERAGED)) / len(AVERAGED)
+    return Accuracies(values, errors, {"tasks": protocol, "batch": batch, "results": file})
+
+
+def _metric(found: Mapping[str, Any]) -> str | None:
+    """acc_norm where the task has it, else acc, else the first number."""
+    numbers = [name for name, value in found.items() if isinstance(value, (int, float)) and "_stderr" not in name]
+    numbers = [name for name in numbers if "," in name]
+    for wanted in ("acc_norm", "acc"):
+        for name in numbers:
+            if name.partition(",")[0] == wanted:
+                return name
+    return numbers[0] if numbers else None
