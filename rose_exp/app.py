@@ -13,11 +13,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from .command import check_command, config_folder
+from .command import check_command, config_folder, swept_settings
 from .errors import RoseExpError, SettingsError
 from .ranks import launched, process_group
 from .report import format_table
 from .settings import read_settings
+from .tracking import Identity
 from .tracking.record import FILE_NAME
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,15 @@ def main() -> None:
         sys.exit(1)
 
 
+def _identity(hydra_config: DictConfig) -> Identity | None:
+    """A job of a sweep is called by what differs from the other jobs, and belongs to the sweep's folder."""
+    if hydra_config.mode == RunMode.RUN:
+        return None
+    swept = swept_settings(sys.argv[1:]) | set(hydra_config.sweeper.params or {})
+    own = [text for text in hydra_config.overrides.task if text.partition("=")[0].lstrip("+~") in swept]
+    return Identity(" ".join(own) or str(hydra_config.job.num), "/".join(Path(hydra_config.sweep.dir).parts[-2:]))
+
+
 def _be_quiet() -> None:
     """Of several processes at one run the first one tells and writes: this one makes no folder and no log."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
@@ -54,7 +64,7 @@ def _run(config: DictConfig) -> None:
     folder = Path(hydra_config.runtime.output_dir)
     resolved = OmegaConf.to_container(config, resolve=True)
     try:
-        record = run_experiment(read_settings(resolved), resolved, folder)
+        record = run_experiment(read_settings(resolved), resolved, folder, _identity(hydra_config))
     except RoseExpError as error:
         log.error("%s", error)
         if hydra_config.mode == RunMode.RUN:

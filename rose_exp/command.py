@@ -46,6 +46,13 @@ def check_command(arguments: Sequence[str]) -> None:
         raise SettingsError(problems)
 
 
+def swept_settings(arguments: Sequence[str]) -> set[str]:
+    """The settings that a sound command line gives several values."""
+    parser = OverridesParser.create()
+    overrides = [parser.parse_override(text) for text in get_args_parser().parse_args(arguments).overrides]
+    return {override.key_or_group for override in overrides if override.is_sweep_override()}
+
+
 def _sound_overrides(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     """Sort the overrides into those that can be composed and what is wrong with the others."""
     sound: list[Override] = []

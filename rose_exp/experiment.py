@@ -22,16 +22,19 @@ from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, 
 from .pipeline import PassSeconds, PruningPlan, chosen, prune_model
 from .ranks import Ranks
 from .settings import Settings
-from .tracking import RunRecord, Stopwatch, environment
+from .tracking import Guarded, Identity, RunRecord, Stopwatch, environment
 
 log = logging.getLogger(__name__)
 
 
-def run_experiment(settings: Settings, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_experiment(
+    settings: Settings, config: dict[str, Any], folder: Path, identity: Identity | None = None
+) -> dict[str, Any]:
     """Do what ``settings`` say and leave ``run.json`` (and with ``save`` the model) in ``folder``.
 
     Args:
         config: the resolved configuration that the settings were read from, for the record.
+        identity: what trackers call the run; None: the method and the model.
     Returns:
         The run record.
     Raises:
@@ -40,17 +43,25 @@ def run_experiment(settings: Settings, config: dict[str, Any], folder: Path) -> 
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
     record = RunRecord(folder, config, settings.label, kept=ranks.first)
+    identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.build()}")
+    tracker = Guarded(settings.tracking, record, identity, folder)
     try:
         with ExitStack() as stack:
-            _run(settings, record, folder, ranks, stack)
+            _run(settings, record, folder, ranks, stack, tracker)
     except BaseException as error:
         record.fail(error)
+        tracker.finish(failed=True)
+        record.write()
         raise
     record.finish()
+    model = folder / "model"
+    tracker.tell("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
+    tracker.finish(failed=False)
+    record.write()
     return record.data
 
 
-def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stack: ExitStack) -> None:
+def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stack: ExitStack, tracker: Guarded) -> None:
     watch = Stopwatch(record.data["seconds"])
     device = _device(settings.device, ranks)
     protocol = record.data["protocol"]
@@ -82,7 +93,14 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
         with watch.stage("pruning"):
             passes = PassSeconds()
             reports = prune_model(
-                model, calibration.tokens, _plan(settings), device, ranks=ranks, scratch=folder, seconds=passes
+                model,
+                calibration.tokens,
+                _plan(settings),
+                device,
+                on_layer=lambda step, report: tracker.tell("layer", step, report.as_dict()),
+                ranks=ranks,
+                scratch=folder,
+                seconds=passes,
             )
         record.data["layers"] = [report.as_dict() for report in reports]
         watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
@@ -105,6 +123,7 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
             record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
             log.info("%s: %s %.2f %%", settings.label, name, value)
     ranks.gather(None)  # the others have waited for it
+    tracker.tell("results", record.data["metrics"], record.data["layers"])
     if settings.save and ranks.first:
         with watch.stage("saving"):
             log.info("saved the model to %s", save_model(model.to("cpu"), tokenizer, folder / "model"))

@@ -6,6 +6,7 @@ Each section mirrors a group of ``conf/``. :func:`read_settings` reports all mis
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -218,6 +219,24 @@ class PipelineSettings(Section):
     activations: Literal["device", "host", "disk"] = "device"  # where the hidden states of all windows are kept
 
 
+class TrackingSettings(Section):
+    kind: Literal["none", "wandb", "tensorboard", "csv"] = "none"
+    mode: Literal["online", "offline", "disabled"] = "offline"  # of W&B
+    project: str = "rose_exp"
+    entity: str | None = None
+    group: str | None = None  # null: the sweep
+    name: str | None = None  # null: what differs from the other jobs of the sweep
+    job_type: str = "prune"
+    tags: list[str] = []
+    save_model: bool = False  # the pruned model as an artifact
+
+    def problems(self, where: str) -> list[str]:
+        needed = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(self.kind)
+        if needed is None or importlib.util.find_spec(needed):
+            return []
+        return [f"{where}.kind: expected an installed package, got {self.kind}: pip install {needed}"]
+
+
 class Settings(Section):
     model: ModelSettings
     sparsity: SparsitySettings
@@ -227,6 +246,7 @@ class Settings(Section):
     evaluation: EvaluationSettings
     engine: EngineSettings
     pipeline: PipelineSettings
+    tracking: TrackingSettings
     seed: Count
     device: str
     save: bool

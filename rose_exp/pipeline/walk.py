@@ -116,7 +116,7 @@ def prune_model(
     tokens: Tensor,
     plan: PruningPlan,
     device: torch.device | str = "cpu",
-    on_layer: Callable[[LayerReport], None] | None = None,
+    on_layer: Callable[[int, LayerReport], None] | None = None,
     ranks: Ranks | None = None,
     scratch: Path | None = None,
     seconds: PassSeconds | None = None,
@@ -126,7 +126,7 @@ def prune_model(
     Args:
         model: a decoder on the CPU; each block visits ``device`` while it is worked on.
         tokens: calibration windows, (windows, length) int64; of all processes, if there are several.
-        on_layer: called with each layer's report as soon as it is pruned.
+        on_layer: called with the number of each pruned layer, from 0, and its report, as soon as its block is pruned.
         ranks: the processes that share the work, each with a whole model of its own; None: this one alone.
         scratch: folder for activations on disk; None: the system's.
         seconds: added to, by kind of work.
@@ -153,9 +153,9 @@ def prune_model(
             own = {size: of_size[index] for size, of_size in calls.items()}
             walk = _BlockWalk(block, blocks.block_name(index), found.layers[index], own, plan, device, ranks, seconds)
             for report in walk.prune(hidden):
-                reports.append(report)
                 if on_layer is not None:
-                    on_layer(report)
+                    on_layer(len(reports), report)
+                reports.append(report)
             if index + 1 < len(blocks.blocks):  # nothing needs the last block's outputs
                 walk.advance(hidden)
             block.to("cpu")

@@ -1,0 +1,147 @@
+"""What trackers are told, read back from the files that they leave."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rose_exp.experiment import run_experiment
+from rose_exp.settings import read_settings
+from rose_exp.tracking import Identity, read_record
+
+from ..test_app import rose_exp, small  # noqa: F401  (a fixture)
+from .offline import read_offline_run
+
+LAYERS = 35
+
+
+@pytest.fixture
+def config(small):  # noqa: F811
+    """The resolved configuration of a small run, with trackers' own settings to be added."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from rose_exp.command import config_folder
+
+    def composed(*overrides):
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return OmegaConf.to_container(compose("config", overrides=[*small, *overrides]), resolve=True)
+
+    return composed
+
+
+def test_an_offline_run_carries_everything(config, tmp_path):
+    config = config("tracking=wandb", "tracking.tags=[a,b]", "tracking.job_type=test", "save=true", "tracking.save_model=true")
+    record = run_experiment(read_settings(config), config, tmp_path, Identity("method=rose", "day/sweep"))
+    found = read_offline_run(tmp_path)
+    assert (found.run.display_name, found.run.run_group, found.run.job_type) == ("method=rose", "day/sweep", "test")
+    assert list(found.run.tags) == ["a", "b"]
+    assert found.config["calibration"] == config["calibration"]
+    steps = [step for step in found.history if "layer/error" in step]
+    assert [step["layer/name"] for step in steps] == [layer["name"] for layer in record["layers"]]
+    assert [step["layer/error"] for step in steps] == [layer["error"] for layer in record["layers"]]
+    assert [step["_step"] for step in steps] == list(range(LAYERS))
+    assert {"layer/relative_range", "layer/reordered", "layer/damping", "layer/seconds"} <= set(steps[0])
+    assert found.summary["perplexity.local"] == record["metrics"]["perplexity.local"]
+    assert found.summary["sparsity"] == record["metrics"]["sparsity"]
+    assert found.summary["layers/nrows"] == LAYERS
+    assert {artifact.type for artifact in found.artifacts} >= {"run-record", "model"}
+    assert found.exit_code == 0
+    assert record["tracking"] == {"kind": "wandb", "failure": None}
+
+
+def test_a_run_that_fails_is_finished_as_failed(config, tmp_path):
+    config = config("tracking=wandb", "calibration.window=4000")
+    with pytest.raises(Exception, match="calibration.window"):
+        run_experiment(read_settings(config), config, tmp_path)
+    assert read_offline_run(tmp_path).exit_code == 1
+    assert read_record(tmp_path / "run.json")["status"] == "failed"
+
+
+def test_a_run_that_is_interrupted_is_finished_as_failed(small, tmp_path):  # noqa: F811
+    command = [sys.executable, "-m", "rose_exp", *small, "calibration.samples=2000", "tracking=wandb", "hydra.run.dir=out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while "pruned model.layers.0" not in _log(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    record = read_record(tmp_path / "out/run.json")
+    assert (record["status"], record["error"].partition(":")[0]) == ("failed", "KeyboardInterrupt")
+    assert read_offline_run(tmp_path / "out").exit_code == 1
+
+
+def _log(folder) -> str:
+    path = folder / "out/rose-exp.log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_jobs_of_a_sweep_do_not_leak_into_one_another(small, tmp_path):  # noqa: F811
+    done = rose_exp("-m", *small, "method=wanda,sparsegpt", "tracking=wandb", "hydra.sweep.dir=day/sweep", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for job, method in enumerate(("wanda", "sparsegpt")):
+        folder = tmp_path / f"day/sweep/{job}"
+        found = read_offline_run(folder)
+        assert (found.run.display_name, found.run.run_group) == (f"method={method}", "day/sweep")
+        assert found.config["method"]["name"] == method
+        assert len([step for step in found.history if "layer/error" in step]) == LAYERS
+        metrics = json.loads((folder / "run.json").read_text())["metrics"]
+        assert found.summary["perplexity.local"] == metrics["perplexity.local"]
+        assert found.exit_code == 0
+
+
+@pytest.mark.parametrize("broken", ["init", "log"])
+def test_a_tracker_that_breaks_does_not_break_the_run(broken, config, tmp_path, monkeypatch, caplog):
+    import wandb
+
+    def fail(*_args, **_kwargs):
+        raise ConnectionError("no route to host")
+
+    if broken == "init":
+        monkeypatch.setattr(wandb, "init", fail)
+    else:
+        monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", fail)
+    config = config("tracking=wandb")
+    record = run_experiment(read_settings(config), config, tmp_path)
+    assert record["status"] == "finished"
+    assert record["metrics"]["perplexity.local"] > 1
+    told = {"init": "start", "log": "layer"}[broken]
+    assert record["tracking"] == {"kind": "wandb", "failure": f"{told}: ConnectionError: no route to host"}
+    assert read_record(tmp_path / "run.json")["tracking"] == record["tracking"]
+    assert "tracking with wandb failed, the run goes on without it" in caplog.text
+
+
+def test_csv_tells_the_same(config, tmp_path):
+    config = config("tracking=csv")
+    record = run_experiment(read_settings(config), config, tmp_path)
+    with (tmp_path / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], float(row["error"])) for row in rows] == [(x["name"], x["error"]) for x in record["layers"]]
+    with (tmp_path / "metrics.csv").open() as file:
+        assert {row["metric"]: float(row["value"]) for row in csv.DictReader(file)} == record["metrics"]
+
+
+def test_tensorboard_tells_the_same(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = config("tracking=tensorboard")
+    record = run_experiment(read_settings(config), config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    errors = [event.value for event in events.Scalars("layer/error")]
+    assert errors == pytest.approx([layer["error"] for layer in record["layers"]])
+    assert events.Scalars("perplexity.local")[0].value == pytest.approx(record["metrics"]["perplexity.local"])
+
+
+def test_disabled_and_none_leave_nothing(config, tmp_path):
+    for overrides in (["tracking=none"], ["tracking=wandb", "tracking.mode=disabled"]):
+        config_of = config(*overrides)
+        record = run_experiment(read_settings(config_of), config_of, tmp_path)
+        assert "tracking" not in record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
