@@ -17,6 +17,7 @@ from .command import check_command, config_folder, swept_settings
 from .errors import RoseExpError, SettingsError
 from .ranks import launched, process_group
 from .report import format_table
+from .report.terminal import show_config
 from .settings import read_settings
 from .tracking import Identity
 from .tracking.record import FILE_NAME
@@ -63,6 +64,8 @@ def _run(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     resolved = OmegaConf.to_container(config, resolve=True)
+    if not launched()[0]:
+        show_config(resolved)
     try:
         record = run_experiment(read_settings(resolved), resolved, folder, _identity(hydra_config))
     except RoseExpError as error:

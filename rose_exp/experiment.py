@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from .calibration import Windows, contiguous_windows, draw_windows, load_text
 from .engine.kernels import resolve
 from .errors import RoseExpError
-from .evaluation import perplexity
+from .evaluation import perplexity, speed
 from .evaluation.zero_shot import measure as measure_zero_shot
 from .evaluation.zero_shot import prepared
 from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
 from .pipeline import PassSeconds, PruningPlan, chosen, prune_model
 from .ranks import Ranks
+from .report.figures import draw_figures, write_study
 from .settings import Settings
 from .tracking import Guarded, Identity, RunRecord, Stopwatch, environment
 
@@ -101,6 +102,7 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
                 ranks=ranks,
                 scratch=folder,
                 seconds=passes,
+                on_study=lambda name, found: write_study(folder, name, found.as_dict()),
             )
         record.data["layers"] = [report.as_dict() for report in reports]
         watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
@@ -122,13 +124,35 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
         for name, value in accuracies.values.items():
             record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
             log.info("%s: %s %.2f %%", settings.label, name, value)
+    if settings.evaluation.speed is not None:
+        with watch.stage("speed"):
+            _measure_speed(settings, record, model, device)
     ranks.gather(None)  # the others have waited for it
     tracker.tell("results", record.data["metrics"], record.data["layers"])
+    if settings.figures.draw and ranks.first:
+        for name, path in draw_figures(record.data, folder).items():
+            tracker.tell("figure", name, path)
     if settings.save and ranks.first:
         with watch.stage("saving"):
             log.info("saved the model to %s", save_model(model.to("cpu"), tokenizer, folder / "model"))
     del model, loaded
     gc.collect()
+
+
+def _measure_speed(settings: Settings, record: RunRecord, model: nn.Module, device: torch.device) -> None:
+    """Latency of the pruned model where the hardware makes use of its pattern, else the reason why there is none."""
+    wanted = settings.evaluation.speed
+    why = speed.obstacle(settings.sparsity.build() if settings.pruned else None, device, model.dtype)
+    record.data["protocol"]["speed"] = {"windows": wanted.windows, "window": wanted.window, "not_measured": why}
+    if why is not None:
+        log.warning("evaluation.speed: cannot be measured: %s", why)
+        return
+    names = {layer["name"] for layer in record.data["layers"]}
+    layers = [layer for layer in all_linear_layers(find_blocks(model, settings.model.blocks)) if layer.name in names]
+    tokens = torch.zeros(wanted.windows, wanted.window, dtype=torch.int64, device=device)
+    found = speed.measure(model.to(device), layers, tokens, wanted.repeats)
+    for name, value in found.metrics().items():
+        record.measured(name, value)
 
 
 def _device(name: str, ranks: Ranks) -> torch.device:
@@ -194,6 +218,7 @@ def _plan(settings: Settings) -> PruningPlan:
         batch=pipeline.batch,
         activations=pipeline.activations,
         blocks=settings.model.blocks,
+        study=settings.figures.study,
     )
 
 

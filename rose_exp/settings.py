@@ -191,9 +191,16 @@ class ZeroShotSettings(Section):
         return found
 
 
+class SpeedSettings(Section):
+    windows: Positive = 1  # at once
+    window: Annotated[int, Field(ge=1)] = 2048  # tokens
+    repeats: Positive = 10
+
+
 class EvaluationSettings(Section):
     perplexity: dict[str, PerplexitySettings] = {}
     zero_shot: ZeroShotSettings = ZeroShotSettings()
+    speed: SpeedSettings | None = None  # null: not measured
     batch: Positive = 4  # windows at once; no result depends on it beyond rounding
 
     def problems(self, where: str) -> list[str]:
@@ -237,6 +244,11 @@ class TrackingSettings(Section):
         return [f"{where}.kind: expected an installed package, got {self.kind}: pip install {needed}"]
 
 
+class FiguresSettings(Section):
+    draw: bool = True  # PNGs in the run's folder
+    study: list[str] = []  # patterns of full layer names whose order is studied
+
+
 class Settings(Section):
     model: ModelSettings
     sparsity: SparsitySettings
@@ -247,6 +259,7 @@ class Settings(Section):
     engine: EngineSettings
     pipeline: PipelineSettings
     tracking: TrackingSettings
+    figures: FiguresSettings
     seed: Count
     device: str
     save: bool

@@ -36,13 +36,14 @@ def sweep(
         kernels: the backend that does the loop over the columns of a block, see :mod:`rose_exp.engine.kernels`.
 
     Returns:
-        The mask, (columns, rows) in pruning order, True where pruned, and the squared error that all of it has cost,
-        tr(D (H + λI) Dᵀ) of the change D of the weight, a tensor of no dimensions. Since D = E U with the errors
-        E = w / Uⱼⱼ of what was pruned, and U (H + λI) Uᵀ = I, it is the sum of the squares of E.
+        The mask, (columns, rows) in pruning order, True where pruned, and the squared error that each update has cost: of
+        one block, or for N:M of the groups of about ``block_size`` columns. They sum to tr(D (H + λI) Dᵀ) of the change D
+        of the weight: since D = E U, with the errors E = w / Uⱼⱼ of what was pruned, and U (H + λI) Uᵀ = I, that is the sum
+        of the squares of E.
     """
     grouped = isinstance(sparsity, SemiStructured)
     mask = torch.empty_like(w, dtype=torch.bool)
-    cost = torch.zeros((), dtype=w.dtype, device=w.device)
+    costs = []
     start = 0
     for groups in _gather(widths, block_size) if grouped else ([width] for width in widths):
         stop = start + sum(groups)
@@ -54,9 +55,9 @@ def sweep(
             errors = kernels.sweep_chosen(block, factor, chosen)
         if stop < len(w):
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        cost += torch.linalg.vecdot(errors.flatten(), errors.flatten())
+        costs.append(torch.linalg.vecdot(errors.flatten(), errors.flatten()))
         start = stop
-    return mask, cost
+    return mask, torch.stack(costs)
 
 
 def _gather(widths: Sequence[int], limit: int) -> Iterator[list[int]]:

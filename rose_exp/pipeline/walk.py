@@ -28,6 +28,7 @@ from ..engine import (
     prune_layers,
 )
 from ..engine.kernels import Backend
+from ..engine.study import LayerStudy, study_layer
 from ..errors import RoseExpError, suggest
 from ..models import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 from ..ranks import Ranks
@@ -51,6 +52,7 @@ class PruningPlan:
         batch: windows that run through a block at once.
         activations: where the hidden states of all windows are kept between blocks.
         blocks: name of the list of blocks; None: found by structure.
+        study: patterns of full layer names to study before they are pruned, see :func:`rose_exp.engine.study.study_layer`.
     """
 
     method: Method
@@ -68,6 +70,7 @@ class PruningPlan:
     batch: int = 4
     activations: Place = "device"
     blocks: str | None = None
+    study: Sequence[str] = ()
 
     def wants(self, name: str) -> bool:
         return chosen(name, self.layers, self.skip)
@@ -120,6 +123,7 @@ def prune_model(
     ranks: Ranks | None = None,
     scratch: Path | None = None,
     seconds: PassSeconds | None = None,
+    on_study: Callable[[str, LayerStudy], None] | None = None,
 ) -> list[LayerReport]:
     """Prune ``model`` in place, block by block.
 
@@ -130,6 +134,7 @@ def prune_model(
         ranks: the processes that share the work, each with a whole model of its own; None: this one alone.
         scratch: folder for activations on disk; None: the system's.
         seconds: added to, by kind of work.
+        on_study: called with the name of each layer that the plan studies, and what was found, on the rank that solves it.
 
     Returns:
         A report for every pruned layer, in the order of pruning.
@@ -148,18 +153,19 @@ def prune_model(
     reports = []
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         hidden, calls = _enter(model, blocks, ranks.share(tokens), plan, found, device, Path(folder) / "hidden")
-        for index, block in enumerate(tqdm(blocks.blocks, desc="pruning", unit="block", disable=None)):
+        last = max(i for i, groups in enumerate(found.layers) if any(plan.wants(name) for group in groups for name in group))
+        for index, block in enumerate(tqdm(blocks.blocks[: last + 1], desc="pruning", unit="block", disable=None)):
             block.to(device)
             own = {size: of_size[index] for size, of_size in calls.items()}
-            walk = _BlockWalk(block, blocks.block_name(index), found.layers[index], own, plan, device, ranks, seconds)
+            walk = _BlockWalk(block, blocks.block_name(index), found.layers[index], own, plan, device, ranks, seconds, on_study)
             for report in walk.prune(hidden):
                 if on_layer is not None:
                     on_layer(len(reports), report)
                 reports.append(report)
-            if index + 1 < len(blocks.blocks):  # nothing needs the last block's outputs
+            if index < last:  # nothing needs the last one's outputs
                 walk.advance(hidden)
             block.to("cpu")
-            log.info("pruned %s (%d of %d)", blocks.block_name(index), index + 1, len(blocks.blocks))
+            log.info("pruned %s (%d of %d)", blocks.block_name(index), index + 1, last + 1)
     return reports
 
 
@@ -194,12 +200,12 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
         RoseExpError: a pattern that matches no layer, nothing left to prune, or weights that are no linear layers.
     """
     names = [layer.name for layer in all_linear_layers(blocks)]
-    for setting, patterns in (("layers", plan.layers), ("skip", plan.skip)):
+    for setting, patterns in (("pipeline.layers", plan.layers), ("pipeline.skip", plan.skip), ("figures.study", plan.study)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 expected = f"a pattern of layer names such as {names[0]!r}"
                 raise RoseExpError(
-                    f"pipeline.{setting}: expected {expected}, got {pattern!r}, which matches none{suggest(pattern, names)}"
+                    f"{setting}: expected {expected}, got {pattern!r}, which matches none{suggest(pattern, names)}"
                 )
     if not any(plan.wants(name) for name in names):
         raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave a layer to prune, got none")
@@ -239,9 +245,10 @@ class _BlockWalk:
         device: torch.device | str,
         ranks: Ranks,
         seconds: PassSeconds,
+        on_study: Callable[[str, LayerStudy], None] | None,
     ):
         self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
-        self.ranks, self.seconds = ranks, seconds
+        self.ranks, self.seconds, self.on_study = ranks, seconds, on_study
         layers = {layer.name: layer for layer in linear_layers(block, name)}
         wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
         self.groups = [group for group in wanted if group]  # of layers that share their input
@@ -318,8 +325,12 @@ class _BlockWalk:
         return [report for place in range(len(groups)) for report in everything[place]]
 
     def _prune_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> list[LayerReport]:
-        start = self._now()
         plan = self.plan
+        for layer in group:
+            if self.on_study and any(fnmatchcase(layer.name, pattern) for pattern in plan.study):
+                found = study_layer(layer.weight, moments, plan.sparsity, plan.block_size, plan.damping)
+                self.on_study(layer.name, found)
+        start = self._now()
         try:
             results = prune_layers(
                 [layer.weight for layer in group],

@@ -28,6 +28,7 @@ class Layer:
         curvature: of the layer's inputs; layers with the same inputs share it.
         moved: whether the columns are pruned in another order than left to right; None: not looked at yet, see
             :func:`settle`.
+        given: an order to prune in, in place of what the ordering finds.
     """
 
     weight: Tensor
@@ -37,6 +38,7 @@ class Layer:
     block_size: int
     backend: Backend = "auto"
     moved: bool | None = None
+    given: ColumnOrder | None = None
     _losses: dict[Score, ExpectedLosses] = field(default_factory=dict, repr=False)
 
     @property
@@ -77,7 +79,7 @@ class Layer:
 
     @cached_property
     def order(self) -> ColumnOrder:
-        return arrange(self.ordering, self.losses(self.ordering.score if self.ordering else "wanda"))
+        return self.given or arrange(self.ordering, self.losses(self.ordering.score if self.ordering else "wanda"))
 
 
 def settle(layers: Sequence[Layer]) -> None:
@@ -99,12 +101,14 @@ class Solution:
         mask: bool, (rows, columns), True where pruned.
         factor: of the Hessian, where the method has inverted it.
         lost: tr((W−V) H (W−V)ᵀ) where the method knows it, a tensor of no dimensions.
+        costs: what each update of a sweep has cost, see :func:`rose_exp.engine.sweep.sweep`.
     """
 
     weight: Tensor
     mask: Tensor
     factor: Factor | None = None
     lost: Tensor | None = None
+    costs: Tensor | None = None
 
 
 class Method(ABC):

@@ -25,7 +25,7 @@ class SparseGPT(Method):
         w = start.index_select(0, order) if moved else start.clone()  # (columns, rows), in pruning order
         factor = layer.curvature.factor_in(order) if moved else layer.factor
         kernels = kernels_for(layer.backend, weight)
-        mask, cost = sweep(w, factor.upper, layer.sparsity, layer.order.widths(moved), layer.block_size, kernels)
+        mask, costs = sweep(w, factor.upper, layer.sparsity, layer.order.widths(moved), layer.block_size, kernels)
         if moved:
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
             w, mask = w.index_select(0, back), mask.index_select(0, back)
@@ -35,5 +35,5 @@ class SparseGPT(Method):
             change *= alive
             swept = torch.where(alive | mask, swept, weight)
         # the sweep's cost is that of the damped Hessian: tr(D (H + λI) Dᵀ), D the change of the columns alive
-        lost = cost - factor.shift * torch.linalg.vecdot(change.flatten(), change.flatten())
-        return Solution(swept, mask, factor, lost)
+        lost = costs.sum() - factor.shift * torch.linalg.vecdot(change.flatten(), change.flatten())
+        return Solution(swept, mask, factor, lost, costs)

@@ -1,0 +1,142 @@
+"""Figures of one run, as PNG: its layers, and the layers whose order was studied. They read records, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..tracking.record import write_atomically
+
+FOLDER = "figures"
+DPI = 150
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # told apart by the colour-blind
+MARKERS = "osD^vP*X"
+
+
+def write_study(folder: Path, name: str, found: Mapping[str, Any]) -> Path:
+    """Keep what a study has found of the layer ``name``, to be drawn now or later."""
+    path = folder / FOLDER / f"{name}.json"
+    write_atomically(path, json.dumps({"layer": name, **found}) + "\n")
+    return path
+
+
+def draw_figures(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """Draw all figures that a run's folder has data for; their paths by name."""
+    figures: dict[str, Figure] = {}
+    if record["layers"]:
+        figures["layers"] = layers_figure(record)
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        study = json.loads(path.read_text(encoding="utf-8"))
+        for name, draw in STUDIES.items():
+            figures[f"{study['layer']}.{name}"] = draw(study)
+    return {name: _save(figure, folder / FOLDER / f"{name}.png") for name, figure in figures.items()}
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path))
+    return path
+
+
+def layers_figure(record: Mapping[str, Any]) -> Figure:
+    """Relative error and relative range of every layer, by block, a line for each kind of layer."""
+    figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    kinds: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for layer in record["layers"]:
+        numbers = [part for part in layer["name"].split(".") if part.isdigit()]
+        kinds.setdefault(layer["name"].rsplit(".", 1)[-1], []).append((int(numbers[0]) if numbers else 0, layer))
+    for i, (kind, layers) in enumerate(kinds.items()):
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 3, "lw": 1, "label": kind}
+        blocks = [block for block, _ in layers]
+        left.plot(blocks, [layer["error"] for _, layer in layers], **style)
+        right.plot(blocks, [layer["relative_range"] for _, layer in layers], **style)
+    if all(layer["error"] > 0 for layer in record["layers"]):
+        left.set_yscale("log")
+    threshold = record["config"]["reorder"]["threshold"]
+    if threshold is not None:
+        right.axhline(threshold, color="black", lw=0.8, ls="--", label=f"threshold {threshold:g}")
+    right.set_ylim(0, 1)
+    left.set(xlabel="block", ylabel="relative error of the layer's output", title="reconstruction error")
+    right.set(xlabel="block", ylabel="relative range of block losses", title="columnar pattern")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=7, ncols=2)
+    figure.suptitle(f"{record['label']}, {record['protocol']['model']['name']}, {_pattern(record)}", fontsize=10)
+    return figure
+
+
+def _pattern(record: Mapping[str, Any]) -> str:
+    sparsity = record["config"]["sparsity"]
+    return sparsity["pattern"] if sparsity["ratio"] is None else f"{sparsity['ratio']:.0%} {sparsity['pattern']}"
+
+
+def orders_figure(study: Mapping[str, Any]) -> Figure:
+    """Cumulative error over pruned blocks for several orders (as Fig. 1a of the ROSE paper), and the whole error by the place
+    of the costliest block (as Fig. 1c)."""
+    figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (name, errors) in enumerate(study["cumulative"].items()):
+        style = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 3, "lw": 1.2, "label": name}
+        left.plot(range(1, len(errors) + 1), errors, **style)
+    left.set(xlabel="blocks pruned", ylabel="cumulative relative error (damped)", title="order of all blocks")
+    left.legend(fontsize=8)
+    right.plot(range(1, len(study["moved"]) + 1), study["moved"], color=COLOURS[0], marker="o", ms=3, lw=1.2)
+    own = study["worst"] + 1
+    right.axvline(own, color="black", lw=0.8, ls="--", label=f"its own place, {own}")
+    right.set(xlabel="place of the costliest block", ylabel="relative error", title="one block moved, the others left to right")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{study['layer']}, {study['sparsity']}", fontsize=10)
+    return figure
+
+
+def heat_figure(study: Mapping[str, Any]) -> Figure:
+    """The size of the weights in natural and in pruned order (as Fig. 1b of the ROSE paper)."""
+    figure = Figure(figsize=(9, 3.8), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    heats = study["heat"]
+    largest = max(max(row) for heat in heats.values() for row in heat)
+    image = None
+    for axes, (name, heat) in zip(panels, heats.items(), strict=True):
+        extent = (0, study["columns"], study["rows"], 0)
+        image = axes.imshow(heat, aspect="auto", cmap="viridis", vmin=0, vmax=largest, extent=extent, interpolation="nearest")
+        axes.set(xlabel=f"input channel, {name} order")
+    panels[0].set(ylabel="output channel")
+    figure.colorbar(image, ax=panels, label="mean |W| of a cell")
+    figure.suptitle(study["layer"], fontsize=10)
+    return figure
+
+
+def reorderings_figure(study: Mapping[str, Any]) -> Figure:
+    """Relative error of the four ways to reorder, descending and ascending (as Fig. 4 of the ROSE paper)."""
+    figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (direction, kinds) in zip(panels, study["reorderings"].items(), strict=True):
+        width = 0.8 / len(kinds)
+        for i, (kind, errors) in enumerate(kinds.items()):
+            places = [x + (i - (len(kinds) - 1) / 2) * width for x in range(len(errors))]
+            axes.bar(places, list(errors.values()), width, color=COLOURS[i], label=kind)
+        axes.set_xticks(range(len(errors)), [f"{float(ratio):.0%}" for ratio in errors])
+        axes.set(xlabel="unstructured sparsity", title=f"{direction} by expected loss")
+        axes.grid(alpha=0.3, axis="y")
+    panels[0].set(ylabel="relative error of the layer's output")
+    panels[0].legend(title="reordered", fontsize=8)
+    figure.suptitle(study["layer"], fontsize=10)
+    return figure
+
+
+STUDIES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "orders": orders_figure,
+    "weights": heat_figure,
+    "reorderings": reorderings_figure,
+}

@@ -1,0 +1,29 @@
+"""What a person at a terminal is shown before a run; in a pipe it is left out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.tree import Tree
+
+
+def show_config(config: Mapping[str, Any], console: Console | None = None) -> None:
+    """The composed configuration as a tree. Settings of texts that are not set are left out."""
+    console = console or Console()
+    if console.file is sys.stdout and not sys.stdout.isatty():
+        return
+    tree = Tree("configuration")
+    _grow(tree, config)
+    console.print(tree)
+
+
+def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            _grow(tree.add(f"[bold]{name}[/bold]"), value)
+        elif value is not None:
+            shown = "none" if value in ([], {}) else str(value).replace("[", r"\[")
+            tree.add(f"{name}: {shown!r}" if isinstance(value, str) and "\n" in value else f"{name}: {shown}")

@@ -1,0 +1,74 @@
+"""The speed of a pruned model is measured where the hardware makes use of its zeros, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rose_exp.engine import SemiStructured, Unstructured
+from rose_exp.evaluation.speed import obstacle
+
+from ..test_app import rose_exp, small  # noqa: F401  (a fixture)
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "device", "capability", "dtype", "reason"),
+    [
+        (SemiStructured(2, 4), "cpu", (0, 0), torch.float16, "expected a CUDA device with sparse tensor cores, got cpu"),
+        (SemiStructured(2, 4), "cuda", (7, 5), torch.float16, "expected a GPU of compute capability 8.0 or later, got 7.5"),
+        (SemiStructured(2, 4), "cuda", (9, 0), torch.float32, "expected model.dtype float16 or bfloat16, got float32"),
+        (SemiStructured(4, 8), "cuda", (9, 0), torch.float16, "expected 2:4 sparsity, .* got 4:8"),
+        (Unstructured(0.5), "cuda", (9, 0), torch.float16, "expected 2:4 sparsity, .* got 50% unstructured"),
+        (None, "cuda", (9, 0), torch.float16, "expected 2:4 sparsity, .* got a dense model"),
+        (SemiStructured(2, 4), "cuda", (9, 0), torch.bfloat16, None),
+    ],
+)
+def test_where_it_can_be_measured(sparsity, device, capability, dtype, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    found = obstacle(sparsity, torch.device(device), dtype)
+    if reason is None:
+        assert found is None
+    else:
+        import re
+
+        assert re.fullmatch(reason, found) or re.match(reason, found)
+
+
+def test_a_run_without_the_hardware_says_so_and_gives_no_number(small, tmp_path):  # noqa: F811
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    local = [override for override in small if not override.startswith("evaluation")]
+    done = rose_exp(*local, "sparsity=2:4", "evaluation=speed", "hydra.run.dir=out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "evaluation.speed: cannot be measured: expected a CUDA device with sparse tensor cores, got cpu"
+        in done.stdout + done.stderr
+    )
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["protocol"]["speed"]["not_measured"].startswith("expected a CUDA device")
+    assert not any(name.startswith("speed") for name in record["metrics"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sparse_products_are_those_of_the_zeros_stored():
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from rose_exp.engine import SparseGPT
+    from rose_exp.evaluation.speed import measure
+    from rose_exp.models import all_linear_layers, find_blocks
+    from rose_exp.pipeline import PruningPlan, prune_model
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).eval().half()
+    tokens = torch.randint(0, 128, (4, 64))
+    prune_model(model, tokens, PruningPlan(method=SparseGPT(), sparsity=SemiStructured(2, 4)), "cuda")
+    layers = all_linear_layers(find_blocks(model))
+    before = [layer.weight.clone() for layer in layers]
+    found = measure(model.cuda(), layers, tokens.cuda(), repeats=2)
+    assert found.difference < 1e-2
+    assert found.sparse_bytes < 0.7 * found.dense_bytes
+    assert all(torch.equal(a.cuda(), layer.weight) for a, layer in zip(before, layers, strict=True))

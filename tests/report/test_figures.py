@@ -1,0 +1,117 @@
+"""Figures: drawn from records, with what they should show in them."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from rose_exp.engine import Ordering, SemiStructured, SparseGPT, Unstructured, prune_layer
+from rose_exp.engine.study import RATIOS, study_layer
+from rose_exp.pipeline import PruningPlan, prune_model
+from rose_exp.report.figures import draw_figures, layers_figure, orders_figure, reorderings_figure, write_study
+from rose_exp.report.terminal import show_config
+
+from ..engine.cases import layer, moments_of
+from ..models.families import build, tokens
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    weight, inputs = layer(30, 100, columnar=True)
+    return weight, moments_of(inputs)
+
+
+@pytest.fixture(scope="module")
+def study(case):
+    return study_layer(*case, Unstructured(0.7), block_size=32)
+
+
+def record(reports):
+    return {
+        "label": "ROSE",
+        "layers": [report.as_dict() for report in reports],
+        "config": {"reorder": {"threshold": 0.5}, "sparsity": {"pattern": "unstructured", "ratio": 0.7}},
+        "protocol": {"model": {"name": "tiny"}},
+    }
+
+
+def test_a_study_repeats_what_pruning_does(case, study):
+    weight, moments = case
+    options = {"block_size": 32, "sparsity": Unstructured(0.7)}
+    natural = prune_layer(weight, moments, **options)
+    rose = prune_layer(weight, moments, ordering=Ordering(threshold=None), **options)
+    assert study.moved[study.worst] == pytest.approx(natural.error, rel=1e-4)  # in its own place: left to right
+    assert study.reorderings["descending"]["none"]["0.7"] == pytest.approx(natural.error, rel=1e-6)
+    assert study.reorderings["ascending"]["none"] == study.reorderings["descending"]["none"]
+    assert study.reorderings["descending"]["column+block"]["0.7"] == pytest.approx(rose.error, rel=1e-6)
+    for errors in study.cumulative.values():
+        assert len(errors) == len(study.moved) == 4
+        assert errors == sorted(errors)
+    assert study.cumulative["left to right"][-1] == pytest.approx(natural.error, rel=0.2)  # but for the damping
+    assert study.cumulative["left to right"][-1] > natural.error
+    assert rose.error < natural.error  # a columnar layer
+
+
+def test_a_study_of_groups_of_weights(case):
+    found = study_layer(*case, SemiStructured(2, 4), block_size=32)
+    assert found.sparsity == "2:4"
+    assert all(errors == sorted(errors) for errors in found.cumulative.values())
+
+
+def test_what_is_drawn_is_what_was_found(study, tmp_path):
+    found = json.loads(write_study(tmp_path, "model.layers.0.o_proj", study.as_dict()).read_text())
+    left, right = orders_figure(found).axes
+    assert [line.get_label() for line in left.lines] == ["left to right", "ROSE", "ascending"]
+    assert list(left.lines[1].get_ydata()) == study.cumulative["ROSE"]
+    assert list(right.lines[0].get_ydata()) == study.moved
+    descending, ascending = reorderings_figure(found).axes
+    heights = [bar.get_height() for bar in descending.patches]
+    assert heights == [
+        study.reorderings["descending"][kind][f"{r:g}"] for kind in study.reorderings["descending"] for r in RATIOS
+    ]
+    assert ascending.get_title() == "ascending by expected loss"
+
+
+def test_layers_by_block_and_kind():
+    plan = PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.7), ordering=Ordering.rose(), block_size=8)
+    reports = prune_model(build("llama"), tokens(), plan)
+    errors, ranges = layers_figure(record(reports)).axes
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [line.get_label() for line in errors.lines] == kinds
+    assert list(errors.lines[3].get_ydata()) == [r.error for r in reports if r.name.endswith("o_proj")]
+    assert list(ranges.lines[0].get_ydata()) == [r.relative_range for r in reports if r.name.endswith("q_proj")]
+    assert list(errors.lines[0].get_xdata()) == [0, 1, 2]
+    assert errors.get_xlabel() == "block"
+
+
+def test_a_run_draws_its_layers_and_what_it_studied(tmp_path):
+    plan = PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.7), block_size=8, study=["*.1.*.o_proj"])
+    reports = prune_model(
+        build("llama"), tokens(), plan, on_study=lambda name, found: write_study(tmp_path, name, found.as_dict())
+    )
+    drawn = draw_figures(record(reports), tmp_path)
+    name = "model.layers.1.self_attn.o_proj"
+    assert list(drawn) == ["layers", f"{name}.orders", f"{name}.weights", f"{name}.reorderings"]
+    for path in drawn.values():
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert image.width > 1000
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_the_configuration_as_a_tree():
+    out = io.StringIO()
+    show_config({"model": {"path": None, "dtype": "auto"}, "layers": ["*[0]"], "skip": []}, Console(file=out, width=60))
+    assert out.getvalue().splitlines() == [
+        "configuration",
+        "├── model",
+        "│   └── dtype: auto",
+        "├── layers: ['*[0]']",
+        "└── skip: none",
+    ]
