@@ -72,9 +72,7 @@ def test_what_is_drawn_is_what_was_found(study, tmp_path):
     assert list(right.lines[0].get_ydata()) == study.moved
     descending, ascending = reorderings_figure(found).axes
     heights = [bar.get_height() for bar in descending.patches]
-    assert heights == [
-        study.reorderings["descending"][kind][f"{r:g}"] for kind in study.reorderings["descending"] for r in RATIOS
-    ]
+    assert heights == [errors[f"{r:g}"] for errors in study.reorderings["descending"].values() for r in RATIOS]
     assert ascending.get_title() == "ascending by expected loss"
 
 
