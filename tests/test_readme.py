@@ -27,7 +27,7 @@ SMALL = [
 
 def test_the_readme_has_its_commands():
     assert [command.split("#")[0].strip() for command in COMMANDS[:2]] == ["bash scripts/demo.sh", "bash scripts/test.sh"]
-    assert len(PRUNING) == 5
+    assert len(PRUNING) == 7
 
 
 @pytest.mark.parametrize("command", PRUNING)

@@ -1,6 +1,7 @@
 """Walking a model block by block: collect moments, prune, and feed the next block."""
 
 from .activations import Place
-from .walk import LayerReport, PassSeconds, PruningPlan, chosen, prune_model
+from .plan import LayerReport, PassSeconds, PruningPlan, chosen
+from .walk import prune_model
 
 __all__ = ["LayerReport", "PassSeconds", "Place", "PruningPlan", "chosen", "prune_model"]

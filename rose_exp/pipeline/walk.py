@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,98 +18,19 @@ from tqdm import tqdm
 
 from ..engine import (
     InputMoments,
-    Method,
     NotPositiveDefiniteError,
-    Ordering,
-    Precision,
     PruneResult,
-    Sparsity,
     prune_layers,
 )
-from ..engine.kernels import Backend
 from ..engine.study import LayerStudy, study_layer
-from ..errors import RoseExpError, suggest
-from ..models import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
+from ..errors import RoseExpError
+from ..models import BlockList, LinearLayer, find_blocks, linear_layers
 from ..ranks import Ranks
-from .activations import Activations, Place
+from .activations import Activations
 from .capture import BlockCall, Enough, Probe, on_device, probe, trace
+from .plan import LayerReport, PassSeconds, PruningPlan, check_plan
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PruningPlan:
-    """What to do with each layer.
-
-    Attributes:
-        method: for all layers, or those of no pattern in ``methods``.
-        methods: for layers whose full name matches a pattern; the first that matches counts.
-        layers, skip: patterns of full layer names to prune, and of those to leave dense all the same.
-        true_sequential: prune the layers of a block group by group, in the order that they are called, each group with
-            moments of inputs that the groups before, already pruned, have made.
-        precision: of the moments' products.
-        batch: windows that run through a block at once.
-        activations: where the hidden states of all windows are kept between blocks.
-        blocks: name of the list of blocks; None: found by structure.
-        study: patterns of full layer names to study before they are pruned, see :func:`rose_exp.engine.study.study_layer`.
-    """
-
-    method: Method
-    sparsity: Sparsity
-    ordering: Ordering | None = None
-    methods: Mapping[str, Method] = field(default_factory=dict)
-    block_size: int = 128
-    damping: float = 0.01
-    refine: int = 0
-    backend: Backend = "auto"
-    precision: Precision = "float32"
-    layers: Sequence[str] = ("*",)
-    skip: Sequence[str] = ()
-    true_sequential: bool = False
-    batch: int = 4
-    activations: Place = "device"
-    blocks: str | None = None
-    study: Sequence[str] = ()
-
-    def wants(self, name: str) -> bool:
-        return chosen(name, self.layers, self.skip)
-
-    def method_for(self, name: str) -> Method:
-        return next((method for pattern, method in self.methods.items() if fnmatchcase(name, pattern)), self.method)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One pruned layer, for the record.
-
-    ``sparsity`` is the measured share of zeros; ``seconds`` is for solving, without the passes through the block: layers
-    with the same input are solved together, and share its time by their rows.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    tokens: int
-    sparsity: float
-    error: float
-    relative_range: float
-    reordered: bool
-    damping: float
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass
-class PassSeconds:
-    """Where the time of a walk goes: the dense passes, the moments' products in them, solving, and the passes of pruned
-    blocks. Processes that solve their layers at the same time wait for the slowest, which counts as solving."""
-
-    calibrating: float = 0.0
-    moments: float = 0.0
-    solving: float = 0.0
-    advancing: float = 0.0
 
 
 @torch.no_grad()
@@ -193,32 +113,6 @@ def _enter(
     return hidden, calls
 
 
-def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
-    """Check the plan's patterns against the model's layers.
-
-    Raises:
-        RoseExpError: a pattern that matches no layer, nothing left to prune, or weights that are no linear layers.
-    """
-    names = [layer.name for layer in all_linear_layers(blocks)]
-    for setting, patterns in (("pipeline.layers", plan.layers), ("pipeline.skip", plan.skip), ("figures.study", plan.study)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                expected = f"a pattern of layer names such as {names[0]!r}"
-                raise RoseExpError(
-                    f"{setting}: expected {expected}, got {pattern!r}, which matches none{suggest(pattern, names)}"
-                )
-    if not any(plan.wants(name) for name in names):
-        raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave a layer to prune, got none")
-    for index, block in enumerate(blocks.blocks):
-        for name, parameter in block.named_parameters():
-            full = f"{blocks.block_name(index)}.{name}"
-            if parameter.ndim > 2 and plan.wants(full):
-                raise RoseExpError(
-                    f"{full} of shape {tuple(parameter.shape)} is no linear layer (stacked experts?) and cannot be pruned; "
-                    f"name it in pipeline.skip to leave it dense"
-                )
-
-
 def _check_called(blocks: BlockList, found: Probe, plan: PruningPlan) -> None:
     for index, (block, groups) in enumerate(zip(blocks.blocks, found.layers, strict=True)):
         called = {name for group in groups for name in group}
@@ -270,10 +164,11 @@ class _BlockWalk:
             clock = _Clock(self.device)
             moments = self._collect(groups, hidden, clock)
             middle = self._now()
+            studied = self.seconds.studying
             reports += self._solve(groups, moments)
             self.seconds.moments += clock.seconds()
             self.seconds.calibrating += middle - start - clock.seconds()
-            self.seconds.solving += self._now() - middle
+            self.seconds.solving += self._now() - middle - (self.seconds.studying - studied)
         return reports
 
     def _collect(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: _Clock) -> list[InputMoments]:
@@ -325,11 +220,8 @@ class _BlockWalk:
         return [report for place in range(len(groups)) for report in everything[place]]
 
     def _prune_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> list[LayerReport]:
+        self._study_group(group, moments)
         plan = self.plan
-        for layer in group:
-            if self.on_study and any(fnmatchcase(layer.name, pattern) for pattern in plan.study):
-                found = study_layer(layer.weight, moments, plan.sparsity, plan.block_size, plan.damping)
-                self.on_study(layer.name, found)
         start = self._now()
         try:
             results = prune_layers(
@@ -355,6 +247,15 @@ class _BlockWalk:
             self._report(layer, result, moments.tokens, count, seconds)
             for layer, result, count in zip(group, results, zeros, strict=True)
         ]
+
+    def _study_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> None:
+        """Study those layers of a group that the plan names, before they are pruned."""
+        plan, start = self.plan, self._now()
+        for layer in group:
+            if self.on_study and any(fnmatchcase(layer.name, pattern) for pattern in plan.study):
+                log.info("studying the order of %s", layer.name)
+                self.on_study(layer.name, study_layer(layer.weight, moments, plan.sparsity, plan.block_size, plan.damping))
+        self.seconds.studying += self._now() - start
 
     @staticmethod
     def _report(layer: LinearLayer, result: PruneResult, tokens: int, zeros: int, seconds: float) -> LayerReport:
@@ -413,8 +314,3 @@ def _update(moments: InputMoments, clock: _Clock, last: bool):
             raise Enough
 
     return hook
-
-
-def chosen(name: str, layers: Sequence[str], skip: Sequence[str]) -> bool:
-    """Whether a layer of this full name matches a pattern of ``layers`` and none of ``skip``."""
-    return any(fnmatchcase(name, p) for p in layers) and not any(fnmatchcase(name, p) for p in skip)

@@ -135,6 +135,7 @@ def test_layers_are_chosen_by_pattern_and_have_their_own_options():
             r"pipeline.layers: expected a pattern .* got '\*.selfattn.\*', which matches none",
         ),
         ({"skip": ["*.mpl.*"]}, r"pipeline.skip: expected a pattern"),
+        ({"skip": ["*.0.*"], "study": ["*.0.*.o_proj"]}, r"figures.study: expected a pattern"),
         ({"skip": ["*"]}, "expected to leave a layer to prune, got none"),
         (
             {"blocks": "model.layer"},

@@ -1,0 +1,126 @@
+"""What to do with each layer of a model, and what is told of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..engine import Method, Ordering, Precision, Sparsity
+from ..engine.kernels import Backend
+from ..errors import RoseExpError, suggest
+from ..models import BlockList, all_linear_layers
+from .activations import Place
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What to do with each layer.
+
+    Attributes:
+        method: for all layers, or those of no pattern in ``methods``.
+        methods: for layers whose full name matches a pattern; the first that matches counts.
+        layers, skip: patterns of full layer names to prune, and of those to leave dense all the same.
+        true_sequential: prune the layers of a block group by group, in the order that they are called, each group with
+            moments of inputs that the groups before, already pruned, have made.
+        precision: of the moments' products.
+        batch: windows that run through a block at once.
+        activations: where the hidden states of all windows are kept between blocks.
+        blocks: name of the list of blocks; None: found by structure.
+        study: patterns of full layer names to study before they are pruned, see :func:`rose_exp.engine.study.study_layer`.
+    """
+
+    method: Method
+    sparsity: Sparsity
+    ordering: Ordering | None = None
+    methods: Mapping[str, Method] = field(default_factory=dict)
+    block_size: int = 128
+    damping: float = 0.01
+    refine: int = 0
+    backend: Backend = "auto"
+    precision: Precision = "float32"
+    layers: Sequence[str] = ("*",)
+    skip: Sequence[str] = ()
+    true_sequential: bool = False
+    batch: int = 4
+    activations: Place = "device"
+    blocks: str | None = None
+    study: Sequence[str] = ()
+
+    def wants(self, name: str) -> bool:
+        return chosen(name, self.layers, self.skip)
+
+    def method_for(self, name: str) -> Method:
+        return next((method for pattern, method in self.methods.items() if fnmatchcase(name, pattern)), self.method)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer, for the record.
+
+    ``sparsity`` is the measured share of zeros; ``seconds`` is for solving, without the passes through the block: layers
+    with the same input are solved together, and share its time by their rows.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    tokens: int
+    sparsity: float
+    error: float
+    relative_range: float
+    reordered: bool
+    damping: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass
+class PassSeconds:
+    """Where the time of a walk goes: the dense passes, the moments' products in them, studies of layers, solving, and the
+    passes of pruned blocks. Processes that solve their layers at the same time wait for the slowest, which counts as
+    solving."""
+
+    calibrating: float = 0.0
+    moments: float = 0.0
+    studying: float = 0.0
+    solving: float = 0.0
+    advancing: float = 0.0
+
+
+def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
+    """Check the plan's patterns against the model's layers.
+
+    Raises:
+        RoseExpError: a pattern that matches no layer, nothing left to prune, or weights that are no linear layers.
+    """
+    names = [layer.name for layer in all_linear_layers(blocks)]
+    _check_patterns("pipeline.layers", plan.layers, names)
+    _check_patterns("pipeline.skip", plan.skip, names)
+    wanted = [name for name in names if plan.wants(name)]
+    if not wanted:
+        raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave a layer to prune, got none")
+    _check_patterns("figures.study", plan.study, wanted)
+    for index, block in enumerate(blocks.blocks):
+        for name, parameter in block.named_parameters():
+            full = f"{blocks.block_name(index)}.{name}"
+            if parameter.ndim > 2 and plan.wants(full):
+                raise RoseExpError(
+                    f"{full} of shape {tuple(parameter.shape)} is no linear layer (stacked experts?) and cannot be pruned; "
+                    f"name it in pipeline.skip to leave it dense"
+                )
+
+
+def _check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            expected = f"a pattern of layer names such as {names[0]!r}"
+            raise RoseExpError(f"{setting}: expected {expected}, got {pattern!r}, which matches none{suggest(pattern, names)}")
+
+
+def chosen(name: str, layers: Sequence[str], skip: Sequence[str]) -> bool:
+    """Whether a layer of this full name matches a pattern of ``layers`` and none of ``skip``."""
+    return any(fnmatchcase(name, p) for p in layers) and not any(fnmatchcase(name, p) for p in skip)
