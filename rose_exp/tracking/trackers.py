@@ -97,7 +97,7 @@ class Wandb:
             self.run.log({"layers": table})
 
     def figure(self, name: str, path: Path) -> None:
-        self.run.log({name: self.wandb.Image(str(path))})
+        self.run.log({f"figures/{name}": self.wandb.Image(str(path))})
 
     def keep(self, record: Path, model: Path | None) -> None:
         kept = self.wandb.Artifact(f"run-{self.run.id}", type="run-record")
@@ -134,7 +134,7 @@ class TensorBoard:
         from PIL import Image
 
         with Image.open(path) as image:
-            self.writer.add_image(name, np.asarray(image.convert("RGB")), dataformats="HWC")
+            self.writer.add_image(f"figures/{name}", np.asarray(image.convert("RGB")), dataformats="HWC")
 
     def keep(self, record: Path, model: Path | None) -> None:
         """Files stay in the run's folder."""

@@ -51,6 +51,7 @@ def test_an_offline_run_carries_everything(config, tmp_path):
     assert found.summary["perplexity.local"] == record["metrics"]["perplexity.local"]
     assert found.summary["sparsity"] == record["metrics"]["sparsity"]
     assert found.summary["layers/nrows"] == LAYERS
+    assert found.summary["figures/layers/_type"] == "image-file"
     assert {artifact.type for artifact in found.artifacts} >= {"run-record", "model"}
     assert found.exit_code == 0
     assert record["tracking"] == {"kind": "wandb", "failure": None}
@@ -136,6 +137,7 @@ def test_tensorboard_tells_the_same(config, tmp_path):
     events.Reload()
     errors = [event.value for event in events.Scalars("layer/error")]
     assert errors == pytest.approx([layer["error"] for layer in record["layers"]])
+    assert events.Tags()["images"] == ["figures/layers"]
     assert events.Scalars("perplexity.local")[0].value == pytest.approx(record["metrics"]["perplexity.local"])
 
 
