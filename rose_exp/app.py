@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from . import quiet  # noqa: F401  isort: skip
 
+import atexit
 import logging
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import hydra
@@ -35,7 +38,7 @@ def main() -> None:
     if launched()[0]:
         _be_quiet()
     try:
-        with process_group():
+        with process_group(cpu="device=cpu" in sys.argv):
             _run()
     except RoseExpError as error:
         print(error, file=sys.stderr)
@@ -54,7 +57,9 @@ def _identity(hydra_config: DictConfig) -> Identity | None:
 def _be_quiet() -> None:
     """Of several processes at one run the first one tells and writes: this one makes no folder and no log."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-    sys.argv += ["hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
+    scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra writes a sweep's own file wherever it is told to
+    sys.argv += ["hydra.run.dir=.", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
@@ -70,7 +75,7 @@ def _run(config: DictConfig) -> None:
         record = run_experiment(read_settings(resolved), resolved, folder, _identity(hydra_config))
     except RoseExpError as error:
         log.error("%s", error)
-        if hydra_config.mode == RunMode.RUN:
+        if hydra_config.mode == RunMode.RUN or launched()[1] > 1:  # processes that failed by themselves are out of step
             sys.exit(1)
         return  # a sweep goes on with its other jobs; the table at its end tells, and so does the exit status
     if hydra_config.mode == RunMode.RUN and not launched()[0]:

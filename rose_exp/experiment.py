@@ -16,8 +16,8 @@ from .calibration import Windows, contiguous_windows, draw_windows, load_text
 from .engine.kernels import resolve
 from .errors import RoseExpError
 from .evaluation import perplexity, speed
+from .evaluation.zero_shot import Tasks, prepared
 from .evaluation.zero_shot import measure as measure_zero_shot
-from .evaluation.zero_shot import prepared
 from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
 from .pipeline import PassSeconds, PruningPlan, chosen, prune_model
 from .ranks import Ranks
@@ -111,6 +111,34 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
 
     if evaluation or zero_shot.tasks:
         model.to(device)
+        _measure(settings, record, model, tokenizer, evaluation, tasks, folder, ranks, watch)
+    ranks.gather(None)  # the others have waited for it
+    if settings.save and ranks.first:
+        with watch.stage("saving"):
+            log.info("saved the model to %s", save_model(model.to("cpu"), tokenizer, folder / "model"))
+    if settings.evaluation.speed is not None and ranks.first:
+        with watch.stage("speed"):
+            _measure_speed(settings, record, model, device)
+    tracker.tell("results", record.data["metrics"], record.data["layers"])
+    if settings.figures.draw and ranks.first:
+        for name, path in draw_figures(record.data, folder).items():
+            tracker.tell("figure", name, path)
+    del model, loaded
+    gc.collect()
+
+
+def _measure(
+    settings: Settings,
+    record: RunRecord,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: dict[str, Windows],
+    tasks: Tasks | None,
+    folder: Path,
+    ranks: Ranks,
+    watch: Stopwatch,
+) -> None:
+    """Perplexity on every set, then zero-shot accuracy."""
     if evaluation:
         with watch.stage("evaluation"):
             for name, windows in evaluation.items():
@@ -119,36 +147,23 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
                 log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, found.value, found.standard_error)
     if tasks is not None:  # on one process: lm-eval has a way of its own to share work
         with watch.stage("zero_shot"):
-            accuracies = measure_zero_shot(model, tokenizer, tasks, zero_shot, folder)
-        protocol["zero_shot"] |= accuracies.protocol
+            accuracies = measure_zero_shot(model, tokenizer, tasks, settings.evaluation.zero_shot, folder)
+        record.data["protocol"]["zero_shot"] |= accuracies.protocol
         for name, value in accuracies.values.items():
             record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
             log.info("%s: %s %.2f %%", settings.label, name, value)
-    if settings.evaluation.speed is not None:
-        with watch.stage("speed"):
-            _measure_speed(settings, record, model, device)
-    ranks.gather(None)  # the others have waited for it
-    tracker.tell("results", record.data["metrics"], record.data["layers"])
-    if settings.figures.draw and ranks.first:
-        for name, path in draw_figures(record.data, folder).items():
-            tracker.tell("figure", name, path)
-    if settings.save and ranks.first:
-        with watch.stage("saving"):
-            log.info("saved the model to %s", save_model(model.to("cpu"), tokenizer, folder / "model"))
-    del model, loaded
-    gc.collect()
 
 
 def _measure_speed(settings: Settings, record: RunRecord, model: nn.Module, device: torch.device) -> None:
     """Latency of the pruned model where the hardware makes use of its pattern, else the reason why there is none."""
     wanted = settings.evaluation.speed
-    why = speed.obstacle(settings.sparsity.build() if settings.pruned else None, device, model.dtype)
+    names = {layer["name"] for layer in record.data["layers"]}
+    layers = [layer for layer in all_linear_layers(find_blocks(model, settings.model.blocks)) if layer.name in names]
+    why = speed.obstacle(settings.sparsity.build() if settings.pruned else None, device, model.dtype, layers)
     record.data["protocol"]["speed"] = {"windows": wanted.windows, "window": wanted.window, "not_measured": why}
     if why is not None:
         log.warning("evaluation.speed: cannot be measured: %s", why)
         return
-    names = {layer["name"] for layer in record.data["layers"]}
-    layers = [layer for layer in all_linear_layers(find_blocks(model, settings.model.blocks)) if layer.name in names]
     tokens = torch.zeros(wanted.windows, wanted.window, dtype=torch.int64, device=device)
     found = speed.measure(model.to(device), layers, tokens, wanted.repeats)
     for name, value in found.metrics().items():
@@ -157,12 +172,14 @@ def _measure_speed(settings: Settings, record: RunRecord, model: nn.Module, devi
 
 def _device(name: str, ranks: Ranks) -> torch.device:
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device()) if ranks.size > 1 else torch.device("cuda")
+        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # each rank has set its own
+    elif ranks.size > 1 and name != "cpu":
+        raise RoseExpError(f"device: expected auto or cpu with {ranks.size} processes, each of which has its own, got {name!r}")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where kernels are launched, and memory and time are measured
     except (RuntimeError, AssertionError) as error:
         raise RoseExpError(f"device: expected auto, cpu or a CUDA device of this machine, got {name!r}: {error}") from error
     return device
@@ -195,6 +212,8 @@ def _check_window_lengths(settings: Settings, model: nn.Module) -> None:
     wanted = {f"evaluation.perplexity.{name}.window": text.window for name, text in settings.evaluation.perplexity.items()}
     if settings.pruned:
         wanted["calibration.window"] = settings.calibration.window
+    if settings.evaluation.speed is not None:
+        wanted["evaluation.speed.window"] = settings.evaluation.speed.window
     for where, window in wanted.items():
         if limit is not None and window > limit:
             raise RoseExpError(f"{where}: expected at most {limit}, the positions that the model has, got {window}")

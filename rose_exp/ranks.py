@@ -86,9 +86,9 @@ def launched() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the processes that ``torchrun`` has started, if it has: with NCCL where each has a CUDA device of its own, else
-    with gloo.
+def process_group(cpu: bool = False) -> Iterator[None]:
+    """Join the processes that ``torchrun`` has started, if it has: with NCCL where each has a CUDA device of its own, else,
+    or where the work is to be done on the CPU, with gloo.
 
     Raises:
         RoseExpError: they cannot be joined.
@@ -97,7 +97,7 @@ def process_group() -> Iterator[None]:
         yield
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    own_device = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own_device = not cpu and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         if own_device:
             torch.cuda.set_device(local)

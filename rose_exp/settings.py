@@ -303,7 +303,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             continue
         sections[name] = field.annotation.model_validate(config[name])
         problems += sections[name].problems(name)
-    problems += _cross_problems(sections)
+    problems += _cross_problems(sections | {"save": config.get("save")})
     if problems:
         raise SettingsError(problems)
     return settings
@@ -322,6 +322,14 @@ def _missing(config: Mapping[str, Any], where: str = "") -> list[str]:
 
 def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     """Mistakes that take two sections to see, of those sections that are sound."""
+    found = _order_problems(sections)
+    tracking = sections.get("tracking")
+    if tracking is not None and tracking.save_model and not sections["save"]:
+        found.append("tracking.save_model: expected false without save=true, got true: there is no saved model to keep")
+    return found
+
+
+def _order_problems(sections: Mapping[str, Any]) -> list[str]:
     method, reorder = sections.get("method"), sections.get("reorder")
     if method is None or reorder is None or reorder.build() is None:
         return []

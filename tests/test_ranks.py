@@ -77,6 +77,17 @@ def test_a_failure_on_one_rank_ends_all_of_them(small, tmp_path):  # noqa: F811
     assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"
 
 
+def test_a_sweep_ends_with_the_job_that_failed(small, tmp_path):  # noqa: F811
+    """Here the first rank alone fails, before the others would meet it; nothing must wait for ever."""
+    local = [override for override in small if not override.startswith("evaluation")]
+    tasks = ["evaluation=zero_shot", "evaluation.zero_shot.tasks=[nothing]"]
+    done = two_ranks("-m", "rose_exp", "-m", *local, *tasks, "seed=0,1", "hydra.sweep.dir=out", folder=tmp_path)
+    assert done.returncode != 0
+    assert "evaluation.zero_shot.tasks: expected names of lm-eval's tasks, got 'nothing'" in done.stdout + done.stderr
+    assert json.loads((tmp_path / "out/0/run.json").read_text())["status"] == "failed"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_dearest_tasks_are_spread_first():
     ranks = Ranks()
     ranks.size = 2

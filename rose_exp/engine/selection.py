@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels import cpu, cuda_kernels
+from .kernels import cpu, cuda_kernels, has_triton
 
 FEW = 16  # scores up to which comparing each with each is the fastest selection
 MANY = 16384  # scores from which on counting beats torch's selection, on a CPU
@@ -41,7 +41,7 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
     """The k-th smallest score (from 1) along the last dimension, which stays as 1."""
     if _on_cpu(scores) and scores.shape[-1] >= MANY:
         return cpu.kth_smallest(scores, k)
-    if scores.is_cuda and scores.dtype == torch.float32 and scores.shape[-1] >= MANY:
+    if scores.is_cuda and scores.dtype == torch.float32 and scores.shape[-1] >= MANY and has_triton():
         return cuda_kernels().kth_smallest(scores, k)
     return scores.kthvalue(k, dim=-1, keepdim=True).values
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .curvature import Curvature
+from .hessian import NotPositiveDefiniteError, dampings
 from .methods import Layer, SparseGPT
 from .moments import InputMoments
 from .ordering import ColumnOrder, Direction, Ordering
@@ -34,6 +35,7 @@ class LayerStudy:
         reorderings: by direction, kind and sparsity, the whole error, of every layer reordered whatever its range.
         heat: mean |W| over cells of the layer, rows by columns, in natural order and in ROSE's.
         rows, columns: of the layer.
+        damping: really used.
     """
 
     sparsity: str
@@ -44,6 +46,7 @@ class LayerStudy:
     heat: dict[str, list[list[float]]]
     rows: int
     columns: int
+    damping: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,7 +61,7 @@ def study_layer(
     It takes about fifty times as long as to prune the layer once (for 32 blocks).
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, moments.dtype), torch.float32)
-    curvature = Curvature(moments, damping, dtype)
+    curvature = _curvature(moments, damping, dtype)
     w = weight.to(dtype)
     power = quadratic_form(w, curvature.hessian).clamp_min(torch.finfo(dtype).tiny)
 
@@ -67,6 +70,8 @@ def study_layer(
         moved = given is not None or ordering is not None
         layer = Layer(w, curvature, sparsity, ordering, block_size, moved=moved, given=given)
         solution = SparseGPT().prune(layer)
+        if solution.factor.failed:
+            raise NotPositiveDefiniteError(f"the Hessian of {w.shape[1]} columns cannot be factorised in every order")
         return solution.costs / power, solution.lost / power
 
     rose = Ordering("descending", "descending", threshold=None)
@@ -77,29 +82,43 @@ def study_layer(
         "ascending": prune(Ordering("ascending", "ascending", threshold=None))[0],
     }
     worst = int(natural.argmax())
-    width = min(block_size, w.shape[1])
-    moved = [float(prune(None, _with_block_at(worst, place, w, width))[1]) for place in range(len(natural))]
+    unit = min(sparsity.block_width(block_size), w.shape[1])  # what may move: a block, or for N:M a group
+    width = max(1, block_size // unit) * unit
+    moved = [float(prune(None, _with_block_at(worst, place, w, width, unit))[1]) for place in range(len(natural))]
     found = Layer(w, curvature, sparsity, rose, block_size).order
     return LayerStudy(
         sparsity=str(sparsity),
         cumulative={name: costs.cumsum(0).tolist() for name, costs in orders.items()},
         worst=worst,
         moved=moved,
-        reorderings=_reorderings(weight, moments, block_size, damping),
+        reorderings=_reorderings(weight, moments, block_size, curvature.damping),
         heat={"natural": _heat(w), "pruned": _heat(w.index_select(1, found.order))},
         rows=w.shape[0],
         columns=w.shape[1],
+        damping=curvature.damping,
     )
 
 
-def _with_block_at(block: int, place: int, w: Tensor, width: int) -> ColumnOrder:
-    """Natural order, but for one block of ``width`` columns."""
+def _curvature(moments: InputMoments, damping: float, dtype: torch.dtype) -> Curvature:
+    """With the first damping at which the Hessian can be factorised."""
+    for tried in dampings(damping):
+        curvature = Curvature(moments, tried, dtype)
+        if not curvature.factor.failed:
+            return curvature
+    raise NotPositiveDefiniteError(f"the Hessian of {moments.columns} columns is not positive definite at any damping tried")
+
+
+def _with_block_at(block: int, place: int, w: Tensor, width: int, unit: int) -> ColumnOrder:
+    """Natural order, but for one block of ``width`` columns, which are whole units."""
     blocks = list(range(-(-w.shape[1] // width)))
     blocks.insert(place, blocks.pop(block))
     columns = torch.arange(w.shape[1], device=w.device)
     order = torch.cat([columns[b * width : (b + 1) * width] for b in blocks])
+    units = torch.arange(-(-w.shape[1] // unit), device=w.device)
+    per_block = width // unit
+    unit_order = torch.cat([units[b * per_block : (b + 1) * per_block] for b in blocks])
     nothing = torch.zeros((), device=w.device)
-    return ColumnOrder(order, torch.tensor(blocks, device=w.device), width, nothing, nothing.bool())
+    return ColumnOrder(order, unit_order, unit, nothing, nothing.bool())
 
 
 def _reorderings(weight: Tensor, moments: InputMoments, block_size: int, damping: float) -> dict:

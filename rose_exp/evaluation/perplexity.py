@@ -49,7 +49,8 @@ def perplexity(
     device = next(model.parameters()).device
     ranks = ranks or Ranks()
     means: list[float] = []  # of the negative log-likelihood, a window
-    for windows in tqdm(ranks.share(tokens).split(batch), desc=name, unit="batch", disable=None, leave=False):
+    own = ranks.share(tokens)
+    for windows in tqdm(own.split(batch) if len(own) else (), desc=name, unit="batch", disable=None, leave=False):
         windows = windows.to(device)
         logits = model(input_ids=windows, use_cache=False).logits
         for scores, targets in zip(logits[:, :-1], windows[:, 1:], strict=True):  # one at a time: logits are large

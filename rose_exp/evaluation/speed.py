@@ -18,6 +18,7 @@ from ..engine import SemiStructured, Sparsity
 from ..models import LinearLayer
 
 SPARSE_TENSOR_CORES = (8, 0)  # compute capability from which on there are any: Ampere
+MULTIPLES = (32, 64)  # of rows and columns, that torch converts
 WARM_UP = 3
 
 
@@ -43,7 +44,9 @@ class Speed:
         return {f"speed.{name}": value for name, value in asdict(self).items() if name != "layers"}
 
 
-def obstacle(sparsity: Sparsity | None, device: torch.device, dtype: torch.dtype) -> str | None:
+def obstacle(
+    sparsity: Sparsity | None, device: torch.device, dtype: torch.dtype, layers: Sequence[LinearLayer] = ()
+) -> str | None:
     """Why the speed of a model cannot be measured here; None: it can."""
     if sparsity != SemiStructured(2, 4):
         return f"expected 2:4 sparsity, the only pattern that torch has fast products for, got {sparsity or 'a dense model'}"
@@ -54,6 +57,12 @@ def obstacle(sparsity: Sparsity | None, device: torch.device, dtype: torch.dtype
         return f"expected a GPU of compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"expected model.dtype float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
+    for layer in layers:
+        rows, columns = layer.weight.shape
+        if layer.transposed or rows % MULTIPLES[0] or columns % MULTIPLES[1]:
+            kind = "transposed " if layer.transposed else ""
+            expected = f"linear layers of multiples of {MULTIPLES[0]} x {MULTIPLES[1]}"
+            return f"expected {expected}, got {kind}{layer.name} of {rows} x {columns}"
     return None
 
 

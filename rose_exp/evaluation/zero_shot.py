@@ -65,7 +65,9 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
     Raises:
         RoseExpError: an unknown task, or rows that cannot be had.
     """
-    from lm_eval.tasks import TaskManager  # slow to import
+    from datasets.exceptions import DatasetsError  # slow to import
+    from jinja2 import UndefinedError
+    from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
         own, protocol = _task_files(settings, Path(folder))
@@ -83,8 +85,9 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
                     f"{suggest(name, manager.all_tasks)}"
                 )
         try:
-            manager.load(list(settings.tasks))
-        except (OSError, ValueError, RuntimeError, KeyError) as error:  # the hub's and the data library's own
+            for task in manager.load(list(settings.tasks))["tasks"].values():
+                task.build_all_requests(limit=1)  # rows of another schema are found here, not after hours of pruning
+        except (OSError, ValueError, RuntimeError, LookupError, DatasetsError, UndefinedError) as error:  # of hub, data, prompt
             reason = " ".join(str(error).split())[:300]
             raise RoseExpError(
                 f"evaluation.zero_shot: cannot read the rows of {', '.join(settings.tasks)}: {reason}; the papers' seven "
@@ -110,7 +113,7 @@ def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], di
             "task": task,
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {SPLITS[task]: str(rows.path)}},
+            "dataset_kwargs": {"data_files": {SPLITS[task]: str(rows.path)}, "cache_dir": str(folder / "cache")},
             "training_split": None,
         }
         if SPLITS[task] == "test":
@@ -195,6 +198,7 @@ def _accuracies(results: Mapping[str, Any], batch: int | str, file: str) -> Accu
         }
     if set(AVERAGED) <= set(values):
         values["average"] = sum(values[task] for task in AVERAGED) / len(AVERAGED)
+    if set(AVERAGED) <= set(errors):  # a single question has none
         errors["average"] = math.sqrt(sum(errors[task] ** 2 for task in AVERAGED)) / len(AVERAGED)
     return Accuracies(values, errors, {"tasks": protocol, "batch": batch, "results": file})
 

@@ -68,7 +68,7 @@ class Activations:
 
     def __setitem__(self, piece: slice, hidden: Tensor) -> None:
         """Keep the hidden states of some windows, in place of those that were there."""
-        if self._stream is None:
+        if self._stream is None or not hidden.is_cuda:
             self._store[piece].copy_(hidden)
             return
         self._stream.wait_stream(torch.cuda.current_stream(self.device))

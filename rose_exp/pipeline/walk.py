@@ -199,14 +199,17 @@ class _BlockWalk:
         owners = ranks.owners([group[0].columns ** 3 + sum(x.weight.numel() * x.columns for x in group) for group in groups])
         done: dict[int, list[LayerReport]] = {}
         failure = None
-        for place, owner in enumerate(owners):
+        for place, owner in enumerate(owners):  # all before any is solved: each waits for all ranks
             ranks.reduce(moments[place], owner)
+            if owner != ranks.rank:
+                moments[place] = None
+        for place, owner in enumerate(owners):
             if owner == ranks.rank and failure is None:
                 try:
                     done[place] = self._prune_group(groups[place], moments[place])
                 except RoseExpError as error:
                     failure = error
-            moments[place] = None  # its memory is the next group's
+                moments[place] = None  # its memory is the next group's
         answers = ranks.gather((done, None if failure is None else str(failure)))
         if failure is not None:
             raise failure
@@ -220,10 +223,10 @@ class _BlockWalk:
         return [report for place in range(len(groups)) for report in everything[place]]
 
     def _prune_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> list[LayerReport]:
-        self._study_group(group, moments)
         plan = self.plan
-        start = self._now()
         try:
+            self._study_group(group, moments)
+            start = self._now()
             results = prune_layers(
                 [layer.weight for layer in group],
                 moments,

@@ -187,7 +187,7 @@ class Guarded:
         self.record = record
         self.tracker: Tracker = Nowhere()
         self.opened: Tracker | None = None
-        if settings.kind == "none" or settings.mode == "disabled" or not record.kept:
+        if settings.kind == "none" or (settings.kind == "wandb" and settings.mode == "disabled") or not record.kept:
             return
         record.data["tracking"] = {"kind": settings.kind, "failure": None}
         try:

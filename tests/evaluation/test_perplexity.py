@@ -9,6 +9,7 @@ import torch
 
 from rose_exp.errors import RoseExpError
 from rose_exp.evaluation import perplexity
+from rose_exp.ranks import Ranks
 
 from ..models.families import build, tokens
 
@@ -27,6 +28,21 @@ def test_perplexity_is_that_of_the_definition():
 def test_the_batch_does_not_matter():
     model, windows = build("gemma3"), tokens(5, 20)
     assert perplexity(model, windows, batch=1).value == pytest.approx(perplexity(model, windows, batch=4).value, rel=1e-5)
+
+
+def test_the_standard_error_is_that_of_the_windows():
+    model, windows = build("llama").double(), tokens(6, 20)
+    found = perplexity(model, windows)
+    means = torch.tensor([math.log(perplexity(model, window[None]).value) for window in windows])
+    assert found.standard_error == pytest.approx(found.value * float(means.std()) / 6**0.5, rel=1e-5)
+    assert perplexity(model, windows[:1]).standard_error == 0
+
+
+def test_a_rank_without_a_window_does_nothing():
+    ranks = Ranks()
+    ranks.share = lambda windows: windows[:0]
+    ranks.gather = lambda own: [[1.5], own]
+    assert perplexity(build("llama"), tokens(1), ranks=ranks).value == pytest.approx(math.exp(1.5))
 
 
 def test_a_broken_model_is_told():

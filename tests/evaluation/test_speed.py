@@ -41,7 +41,9 @@ def test_a_run_without_the_hardware_says_so_and_gives_no_number(small, tmp_path)
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     local = [override for override in small if not override.startswith("evaluation")]
-    done = rose_exp(*local, "sparsity=2:4", "evaluation=speed", "hydra.run.dir=out", folder=tmp_path)
+    done = rose_exp(
+        *local, "sparsity=2:4", "evaluation=speed", "evaluation.speed.window=128", "hydra.run.dir=out", folder=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     reason = "expected a CUDA device with sparse tensor cores, got cpu"
     assert f"evaluation.speed: cannot be measured: {reason}" in done.stdout + done.stderr

@@ -81,6 +81,27 @@ def test_all_seven_their_metrics_and_their_mean(seven):
     assert own["results"]["boolq"]["acc,none"] == pytest.approx(found.values["boolq"] / 100)
 
 
+def test_the_standard_error_of_the_mean(seven):
+    found = seven[0]
+    expected = math.sqrt(sum(found.standard_errors[task] ** 2 for task in AVERAGED)) / 7
+    assert found.standard_errors["average"] == pytest.approx(expected)
+
+
+def test_a_single_question_has_no_standard_error(stories, shared, tmp_path):
+    wanted = ZeroShotSettings(tasks=list(AVERAGED), data_dir=str(shared / "data/zeroshot"), limit=1)
+    with prepared(wanted) as tasks:
+        found = measure(*stories, tasks, wanted, tmp_path)
+    assert found.values["average"] == pytest.approx(sum(found.values[task] for task in AVERAGED) / 7)
+    assert found.standard_errors == {}
+
+
+def test_rows_of_another_schema_are_told_before_any_work(tmp_path):
+    (tmp_path / "piqa_validation.jsonl").write_text('{"question": "?"}\n')
+    wanted = ZeroShotSettings(tasks=["piqa"], data_dir=str(tmp_path))
+    with pytest.raises(RoseExpError, match="cannot read the rows of piqa"), prepared(wanted):
+        pass
+
+
 def test_no_average_of_fewer_than_the_seven():
     results = {
         "results": {"boolq": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "other": {"f1,none": 0.25, "f1_stderr,none": "N/A"}},

@@ -61,7 +61,20 @@ def test_a_study_repeats_what_pruning_does(case, study):
 def test_a_study_of_groups_of_weights(case):
     found = study_layer(*case, SemiStructured(2, 4), block_size=32)
     assert found.sparsity == "2:4"
+    alone = prune_layer(*case, sparsity=SemiStructured(2, 4), block_size=32)
+    assert found.moved[found.worst] == pytest.approx(alone.error, rel=1e-4)
+    odd = study_layer(*case, SemiStructured(3, 7), block_size=32)
+    alone = prune_layer(*case, sparsity=SemiStructured(3, 7), block_size=32)
+    assert odd.moved[odd.worst] == pytest.approx(alone.error, rel=1e-4)
     assert all(errors == sorted(errors) for errors in found.cumulative.values())
+
+
+def test_a_study_raises_the_damping_as_pruning_does():
+    weight, inputs = layer(8, 40, tokens=1)
+    found = study_layer(weight, moments_of(inputs), Unstructured(0.5), block_size=16, damping=0.0)
+    assert found.damping >= 1e-4
+    natural = prune_layer(weight, moments_of(inputs), sparsity=Unstructured(0.5), block_size=16, damping=found.damping)
+    assert found.moved[found.worst] == pytest.approx(natural.error, rel=1e-3, abs=1e-7)
 
 
 def test_what_is_drawn_is_what_was_found(study, tmp_path):

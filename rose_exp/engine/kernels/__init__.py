@@ -7,6 +7,8 @@ block in place, pruned weights to exact zeros, and return its errors (width, row
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -51,8 +53,11 @@ def cuda_kernels() -> ModuleType:
     return gpu
 
 
+def has_triton() -> bool:
+    """Whether Triton is there, as it is with CUDA builds of torch."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on any device (the variable is Triton's own)."""
-    import os
-
     return os.environ.get("TRITON_INTERPRET") == "1"
