@@ -69,6 +69,8 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
     from jinja2 import UndefinedError
     from lm_eval.tasks import TaskManager
 
+    for noisy in ("lm_eval", "datasets"):  # they tell every step, and defaults that the stock tasks rely on
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
         own, protocol = _task_files(settings, Path(folder))
         paths = [folder] if own else []
@@ -158,8 +160,6 @@ def measure(
     batch = settings.batch
     if batch == "auto" and next(model.parameters()).device.type == "cpu":
         batch = CPU_BATCH
-    for noisy in ("lm_eval", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     own = Quiet(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
     tracker = EvaluationTracker(output_path=str(folder / "results.json"))
     results = simple_evaluate(
