@@ -11,6 +11,7 @@ import pytest
 
 from rose_exp import wheels
 from rose_exp.errors import RoseExpError
+from rose_exp.evaluation.zero_shot_data import SPLITS
 
 
 @pytest.fixture
@@ -86,6 +87,10 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
 
 
 def test_the_real_list_names_each_file_once():
-    assert set(wheels.WHEELS) == {"smollm2-135m", "c4", "wiki"}
+    questions = {name for name, f in wheels.WHEELS.items() if f.kind == "zero_shot"}
+    assert questions == {f"{task}_{split}" for task, split in SPLITS.items()}
+    assert set(wheels.WHEELS) - questions == {"smollm2-135m", "c4", "wiki"}
+    places = {(f.package, f.version, f.file_name) for f in wheels.WHEELS.values()}
+    assert len(places) == len(wheels.WHEELS)  # no two share a place in the cache
     assert all(len(f.sha256) == len(f.wheel_sha256) == 64 for f in wheels.WHEELS.values())
     assert all(dataclasses.asdict(f)["version"] for f in wheels.WHEELS.values())

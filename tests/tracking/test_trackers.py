@@ -146,4 +146,4 @@ def test_disabled_and_none_leave_nothing(config, tmp_path):
         config_of = config(*overrides)
         record = run_experiment(read_settings(config_of), config_of, tmp_path)
         assert "tracking" not in record
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "run.json"]
