@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
         record.data["layers"] = [report.as_dict() for report in reports]
         watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
         record.write()
-    record.data["metrics"]["sparsity"] = _sparsity(settings, model)
+    record.data["metrics"]["sparsity"] = _sparsity(settings, model, record.data["layers"])
 
     if evaluation or zero_shot.tasks:
         model.to(device)
@@ -241,12 +242,15 @@ def _plan(settings: Settings) -> PruningPlan:
     )
 
 
-def _sparsity(settings: Settings, model: nn.Module) -> float:
-    """Measured share of zeros among the weights that the pipeline's patterns choose, pruned or not."""
+def _sparsity(settings: Settings, model: nn.Module, reports: Sequence[Mapping[str, Any]]) -> float:
+    """Measured share of zeros (or of numbers saved, see :class:`LayerReport`) among the weights that the pipeline's patterns
+    choose, pruned or not."""
     pipeline = settings.pipeline
     layers = [
         layer
         for layer in all_linear_layers(find_blocks(model, settings.model.blocks))
         if chosen(layer.name, pipeline.layers, pipeline.skip)
     ]
-    return sum(int((layer.weight == 0).sum()) for layer in layers) / sum(layer.weight.numel() for layer in layers)
+    saved = {report["name"]: report["sparsity"] * report["rows"] * report["columns"] for report in reports if report["rank"]}
+    zeros = sum(saved[layer.name] if layer.name in saved else int((layer.weight == 0).sum()) for layer in layers)
+    return zeros / sum(layer.weight.numel() for layer in layers)

@@ -267,8 +267,7 @@ class Settings(Section):
     @property
     def label(self) -> str:
         """The method as the literature calls it; any ordering that is not ROSE's is spelt out."""
-        names = {DENSE: "Dense", "magnitude": "Magnitude", "wanda": "Wanda", "dsnot": "DSnoT", "sparsegpt": "SparseGPT"}
-        label = names.get(self.method.name, self.method.name)
+        label = METHODS[self.method.name].__name__ if self.pruned else "Dense"
         ordering = self.reorder.build()
         if ordering is None:
             return label

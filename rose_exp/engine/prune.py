@@ -26,6 +26,8 @@ class PruneResult:
     Attributes:
         weight: (rows, columns), in the dtype of the input, exactly zero where pruned.
         mask: (rows, columns) bool, True where pruned.
+        rank: of the matrix that OATS adds to the pruned one: where it is not 0, ``weight`` is their sum, zero nowhere, and a
+            layer of rows × columns is stored as the unmasked weights and rank · (rows + columns) more numbers.
         order: (columns,) int64, the order in which columns were pruned; left to right for methods that prune all at once.
         relative_range: (max − min) / max of the block losses, by the ordering's score (Wanda's without one), 0 to 1.
         reordered: whether the columns were pruned in another order than left to right.
@@ -40,6 +42,13 @@ class PruneResult:
     reordered: bool
     error: float
     damping: float
+    rank: int = 0
+
+    @property
+    def stored(self) -> int:
+        """Numbers that the layer is made of: weights that are not masked, and those of the added matrix."""
+        rows, columns = self.mask.shape
+        return int((~self.mask).sum()) + self.rank * (rows + columns)
 
 
 def prune_layer(
@@ -157,6 +166,8 @@ class _Found:
     def __init__(self, layer: Layer, method: Method, solution: Solution, dtype: torch.dtype, refine: int):
         self.layer, self.method, self.solution = layer, method, solution
         self.solved = solution.weight
+        if refine and solution.rank:
+            raise ValueError(f"refine: expected 0 where a low-rank part is added to the pruned weight, got {refine}")
         if refine:
             self.solved = refine_kept(self.solved, layer.weight, solution.mask, layer.curvature.hessian, refine)
         self.weight = self.solved.to(dtype)
@@ -187,6 +198,7 @@ class _Found:
             reordered=moved,
             error=_share(lost, total),
             damping=layer.curvature.damping if self.solution.factor else 0.0,
+            rank=self.solution.rank,
         )
 
 

@@ -241,6 +241,7 @@ class _BlockWalk:
         except (ValueError, NotPositiveDefiniteError) as error:
             raise RoseExpError(f"{', '.join(layer.name for layer in group)}: {error}") from error
         zeros = torch.stack([(result.weight == 0).sum() for result in results]).tolist()
+        saved = [r.weight.numel() - r.stored if r.rank else count for r, count in zip(results, zeros, strict=True)]
         for layer, result in zip(group, results, strict=True):
             layer.set_weight(result.weight)
             if result.damping > plan.damping:
@@ -248,7 +249,7 @@ class _BlockWalk:
         seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # a row
         return [
             self._report(layer, result, moments.tokens, count, seconds)
-            for layer, result, count in zip(group, results, zeros, strict=True)
+            for layer, result, count in zip(group, results, saved, strict=True)
         ]
 
     def _study_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> None:
@@ -261,18 +262,19 @@ class _BlockWalk:
         self.seconds.studying += self._now() - start
 
     @staticmethod
-    def _report(layer: LinearLayer, result: PruneResult, tokens: int, zeros: int, seconds: float) -> LayerReport:
+    def _report(layer: LinearLayer, result: PruneResult, tokens: int, saved: int, seconds: float) -> LayerReport:
         rows, columns = result.weight.shape
         return LayerReport(
             name=layer.name,
             rows=rows,
             columns=columns,
             tokens=tokens,
-            sparsity=zeros / (rows * columns),
+            sparsity=saved / (rows * columns),
             error=result.error,
             relative_range=result.relative_range,
             reordered=result.reordered,
             damping=result.damping,
+            rank=result.rank,
             seconds=seconds * rows,
         )
 

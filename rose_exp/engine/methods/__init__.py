@@ -1,16 +1,28 @@
-"""The pruning methods, by the name that :func:`rose_exp.engine.prune_layer` knows them by."""
+"""The pruning methods. Every file of this folder that defines a :class:`Method` is one, called by the file's name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from .base import Layer, Method, Solution, settle
 from .dsnot import DSnoT
 from .magnitude import Magnitude
+from .oats import OATS
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-METHODS: dict[str, type[Method]] = {
-    "magnitude": Magnitude,
-    "wanda": Wanda,
-    "dsnot": DSnoT,
-    "sparsegpt": SparseGPT,
-}
 
-__all__ = ["METHODS", "DSnoT", "Layer", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda", "settle"]
+def _found() -> dict[str, type[Method]]:
+    modules = [importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
+    classes = [(m.__name__.rpartition(".")[2], c) for m in modules for c in vars(m).values() if _is_method_of(c, m.__name__)]
+    return dict(classes)
+
+
+def _is_method_of(thing: object, module: str) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Method) and thing is not Method and thing.__module__ == module
+
+
+METHODS: dict[str, type[Method]] = _found()
+
+__all__ = ["METHODS", "OATS", "DSnoT", "Layer", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda", "settle"]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -102,6 +102,7 @@ class Solution:
         factor: of the Hessian, where the method has inverted it.
         lost: tr((W−V) H (W−V)ᵀ) where the method knows it, a tensor of no dimensions.
         costs: what each update of a sweep has cost, see :func:`rose_exp.engine.sweep.sweep`.
+        rank: of a matrix that has been added to the pruned one, so that ``weight`` is zero nowhere; 0: none.
     """
 
     weight: Tensor
@@ -109,12 +110,14 @@ class Solution:
     factor: Factor | None = None
     lost: Tensor | None = None
     costs: Tensor | None = None
+    rank: int = 0
 
 
 class Method(ABC):
-    """A pruning method. Subclasses are frozen dataclasses whose fields are the method's options."""
+    """A pruning method. Subclasses are frozen dataclasses, called as the literature calls the method, whose fields are the
+    method's options."""
 
-    sequential: bool = False
+    sequential: ClassVar[bool] = False
     """Whether the method prunes column by column, so that an ordering changes what comes out."""
 
     @abstractmethod
