@@ -59,9 +59,9 @@ class PruningPlan:
 class LayerReport:
     """One pruned layer, for the record.
 
-    ``sparsity`` is the measured share of zeros, and where a matrix of ``rank`` above 0 has been added (OATS), the share of numbers
-    that storing both parts saves; ``seconds`` is for solving, without the passes through the block: layers
-    with the same input are solved together, and share its time by their rows.
+    ``sparsity`` is the measured share of zeros, and where a matrix of ``rank`` above 0 has been added (OATS), the share of
+    numbers that storing both parts saves. ``seconds`` is for solving, without the passes through the block: layers with the
+    same input are solved together, and share its time by their rows.
     """
 
     name: str
