@@ -6,52 +6,83 @@ from . import quiet  # noqa: F401  isort: skip
 
 import atexit
 import logging
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from .command import check_command, config_folder, swept_settings
+from .command import Command, check_command, config_folder
 from .errors import RoseExpError, SettingsError
 from .ranks import launched, process_group
 from .report import format_table
 from .report.terminal import show_config
+from .run_id import register_resolver
 from .settings import read_settings
+from .sweeps.devices import claimed
+from .sweeps.optuna import register_sweeper
+from .sweeps.summary import format_outcomes, outcomes
 from .tracking import Identity
-from .tracking.record import FILE_NAME
+from .tracking.record import FILE_NAME, now
 
 log = logging.getLogger(__name__)
+
+SWEPT = "ROSE_EXP_SWEPT"  # environment of a sweep's jobs, wherever they run: the settings that they differ in
+
+register_resolver()  # here, since a launcher's workers import this module and no other
+register_sweeper()
 
 
 def main() -> None:
     """Check the whole command first, so that no mistake is found after hours of work; then hand over to Hydra."""
     try:
-        check_command(sys.argv[1:])
+        command = check_command(sys.argv[1:])
     except SettingsError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    if command.planned:
+        from .sweeps.plan import format_plan  # slow to import
+
+        print(format_plan(command.jobs, command.sweep))
+        return
+    os.environ[SWEPT] = " ".join(sorted(command.swept))
     if launched()[0]:
         _be_quiet()
+    started = now()
     try:
         with process_group(cpu="device=cpu" in sys.argv):
-            _run()
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
     except RoseExpError as error:
         print(error, file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if command.sweep is not None and not command.searched and not launched()[0]:
+            _tell(command, started)
+
+
+def _tell(command: Command, started: str) -> None:
+    """The table at the end of a sweep, however it ended; the exit status tells of failures."""
+    found = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started)
+    print(f"\n{format_outcomes(found)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
+    if any(outcome.state not in ("ran", "reused") for outcome in found):
         sys.exit(1)
 
 
 def _identity(hydra_config: DictConfig) -> Identity | None:
-    """A job of a sweep is called by what differs from the other jobs, and belongs to the sweep's folder."""
+    """A job of a sweep is called by what differs from the other jobs, and belongs to the sweep."""
     if hydra_config.mode == RunMode.RUN:
         return None
-    swept = swept_settings(sys.argv[1:]) | set(hydra_config.sweeper.params or {})
-    own = [text for text in hydra_config.overrides.task if text.partition("=")[0].lstrip("+~") in swept]
-    return Identity(" ".join(own) or str(hydra_config.job.num), "/".join(Path(hydra_config.sweep.dir).parts[-2:]))
+    swept = os.environ.get(SWEPT, "").split()
+    task = hydra_config.overrides.task
+    own = [text for text in task if text.partition("=")[0].lstrip("+~") in swept] or task
+    shared = [text for text in task if text not in own]
+    return Identity(" ".join(own), " ".join(shared) or Path(hydra_config.sweep.dir).name)
 
 
 def _be_quiet() -> None:
@@ -62,21 +93,30 @@ def _be_quiet() -> None:
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
 
 
-@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-def _run(config: DictConfig) -> None:
-    from .experiment import run_experiment  # slow to import, and --help needs none of it
+def job(config: DictConfig) -> dict[str, Any] | None:
+    """One run, as Hydra calls it, here or in a launcher's worker; its metrics, None where it failed."""
+    from .runs import do_run  # slow to import, and --help needs none of it
 
     hydra_config = HydraConfig.get()
+    sweep = hydra_config.mode == RunMode.MULTIRUN
     folder = Path(hydra_config.runtime.output_dir)
     resolved = OmegaConf.to_container(config, resolve=True)
     if not launched()[0]:
         show_config(resolved)
     try:
-        record = run_experiment(read_settings(resolved), resolved, folder, _identity(hydra_config))
+        settings = read_settings(resolved)
+        with claimed(settings.device, sweep) as device:
+            record = do_run(settings.on(device), resolved, folder, _identity(hydra_config), wait=sweep)
     except RoseExpError as error:
         log.error("%s", error)
-        if hydra_config.mode == RunMode.RUN or launched()[1] > 1:  # processes that failed by themselves are out of step
-            sys.exit(1)
-        return  # a sweep goes on with its other jobs; the table at its end tells, and so does the exit status
-    if hydra_config.mode == RunMode.RUN and not launched()[0]:
-        print(f"\n{format_table([record])}\n\nfull record: {folder / FILE_NAME}")
+    except Exception:
+        if not sweep:
+            raise
+        log.exception("the job failed; the sweep goes on")
+    else:
+        if not sweep and not launched()[0]:
+            print(f"\n{format_table([record])}\n\nfull record: {folder / FILE_NAME}")
+        return record["metrics"]
+    if not sweep or launched()[1] > 1:  # processes that failed by themselves are out of step
+        sys.exit(1)
+    return None  # a sweep goes on with its other jobs; the table at its end tells, and so does the exit status

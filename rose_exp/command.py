@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import SettingsError, suggest
-from .settings import read_settings
+from .run_id import run_id
+from .settings import Settings, read_settings
 
 
 def config_folder() -> Path:
@@ -28,7 +31,47 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def check_command(arguments: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Job:
+    """One run that a command stands for.
+
+    Attributes:
+        name: what differs from the other jobs of the sweep; of a single run, the method, the model and the pattern.
+        config: resolved.
+    """
+
+    name: str
+    settings: Settings
+    config: dict[str, Any]
+
+    @cached_property
+    def run_id(self) -> str:
+        return run_id(self.settings)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sound command line.
+
+    Attributes:
+        jobs: all that it stands for; none where it only shows something. Of a search, jobs at the ends of what is searched.
+        swept: settings with several values.
+        sweep: folder in which the jobs of a sweep have theirs; None: a single run.
+        searched: whether a sweeper chooses the jobs as it goes.
+    """
+
+    jobs: list[Job]
+    swept: set[str]
+    sweep: Path | None
+    searched: bool
+
+    @property
+    def planned(self) -> bool:
+        """Whether the jobs are to be listed and not run."""
+        return any(job.settings.plan for job in self.jobs)
+
+
+def check_command(arguments: Sequence[str]) -> Command:
     """Compose and check every job that a command line stands for, running none.
 
     Raises:
@@ -37,20 +80,21 @@ def check_command(arguments: Sequence[str]) -> None:
     parsed = get_args_parser().parse_args(arguments)
     only_shown = (parsed.help, parsed.hydra_help, parsed.cfg, parsed.info, parsed.shell_completion)
     if any(only_shown) or parsed.experimental_rerun:
-        return
+        return Command([], set(), None, False)
     with initialize_config_dir(str(parsed.config_dir or config_folder()), version_base="1.3"):
         overrides, problems = _sound_overrides(parsed.overrides)
-        for job in _jobs(overrides, parsed.multirun):
-            problems += [problem for problem in _job_problems(job) if problem not in problems]
+        hydra_config = _hydra_config(overrides) if parsed.multirun else None
+        single, axes = _axes(overrides, hydra_config)
+        jobs = []
+        for combination in itertools.product(*axes):
+            found = _job([*single, *combination], list(combination))
+            jobs += [found] if isinstance(found, Job) else []
+            problems += [p for p in found if p not in problems] if isinstance(found, list) else []
     if problems:
         raise SettingsError(problems)
-
-
-def swept_settings(arguments: Sequence[str]) -> set[str]:
-    """The settings that a sound command line gives several values."""
-    parser = OverridesParser.create()
-    overrides = [parser.parse_override(text) for text in get_args_parser().parse_args(arguments).overrides]
-    return {override.key_or_group for override in overrides if override.is_sweep_override()}
+    swept = {axis[0].partition("=")[0].lstrip("+~") for axis in axes if axis}
+    sweep = Path(hydra_config.sweep.dir) if hydra_config is not None else None
+    return Command(jobs, swept, sweep, hydra_config is not None and "BasicSweeper" not in hydra_config.sweeper._target_)
 
 
 def _sound_overrides(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -96,7 +140,12 @@ def _group_problems(override: Override) -> list[str]:
 
 
 def _choices(override: Override) -> Iterable[Any]:
-    return override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    """All values of an override; of an interval that is searched, its ends."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    if override.is_interval_sweep():
+        return [override.value().start, override.value().end]
+    return override.sweep_iterator()
 
 
 def _settings_of(groups: Sequence[Override]) -> DictConfig:
@@ -128,23 +177,26 @@ def _all_names(config: DictConfig, prefix: str = "") -> list[str]:
     return names
 
 
-def _jobs(overrides: Sequence[Override], multirun: bool) -> Iterable[list[str]]:
-    """The overrides of each job, those that ``hydra.sweeper.params`` of an experiment brings included."""
+def _hydra_config(overrides: Sequence[Override]) -> DictConfig | None:
+    """Hydra's own settings; None where they cannot be composed, and checking a job will tell why."""
     single = [o.input_line for o in overrides if not o.is_sweep_override()]
-    axes = [[_as_text(o, value) for value in o.sweep_iterator()] for o in overrides if o.is_sweep_override()]
-    if multirun:
-        given = {override.key_or_group for override in overrides}
-        try:
-            params = compose("config", overrides=single, return_hydra_config=True).hydra.sweeper.get("params") or {}
-        except (HydraException, OmegaConfBaseException):
-            params = {}  # checking the job itself tells what is wrong
-        parser = OverridesParser.create()
-        for name, values in params.items():
-            override = parser.parse_override(f"{name}={values}")
-            if name not in given:
-                axes.append([_as_text(override, value) for value in _choices(override)])
-    for combination in itertools.product(*axes):
-        yield [*single, *combination]
+    try:
+        return compose("config", overrides=single, return_hydra_config=True).hydra
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
+def _axes(overrides: Sequence[Override], hydra_config: DictConfig | None) -> tuple[list[str], list[list[str]]]:
+    """What all jobs share, and the values of each setting that has several, those that ``hydra.sweeper.params`` of an
+    experiment brings included; all as overrides."""
+    single = [o.input_line for o in overrides if not o.is_sweep_override()]
+    given = {override.key_or_group for override in overrides}
+    parser = OverridesParser.create()
+    params = (hydra_config.sweeper.get("params") or {}) if hydra_config is not None else {}
+    brought = [parser.parse_override(f"{name}={values}") for name, values in params.items() if name not in given]
+    swept = [override for override in [*overrides, *brought] if override.is_sweep_override()]
+    single += [override.input_line for override in brought if not override.is_sweep_override()]
+    return single, [[_as_text(override, value) for value in _choices(override)] for override in swept]
 
 
 def _as_text(override: Override, value: Any) -> str:
@@ -156,12 +208,14 @@ def _as_text(override: Override, value: Any) -> str:
     return f"{key}={quoted}"
 
 
-def _job_problems(overrides: Sequence[str]) -> list[str]:
+def _job(overrides: Sequence[str], own: Sequence[str]) -> Job | list[str]:
+    """One job, or its mistakes."""
     try:
         config = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
-        read_settings(config)
+        settings = read_settings(config)
     except SettingsError as error:
         return error.problems
     except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
         return [" ".join(str(error).split())]
-    return []
+    name = " ".join(own) or f"{settings.label} {settings.model.name} {settings.sparsity.build()}"
+    return Job(name, settings, config)

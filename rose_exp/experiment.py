@@ -23,6 +23,7 @@ from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, 
 from .pipeline import PassSeconds, PruningPlan, chosen, prune_model
 from .ranks import Ranks
 from .report.figures import draw_figures, write_study
+from .run_id import run_id
 from .settings import Settings
 from .tracking import Guarded, Identity, RunRecord, Stopwatch, environment
 
@@ -44,9 +45,9 @@ def run_experiment(
     """
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
-    record = RunRecord(folder, config, settings.label, kept=ranks.first)
+    record = RunRecord(folder, config, settings.label, run_id(settings), kept=ranks.first)
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.build()}")
-    tracker = Guarded(settings.tracking, record, identity, folder)
+    tracker = Guarded(settings.tracking, record, identity, folder, settings.tags)
     try:
         with ExitStack() as stack:
             _run(settings, record, folder, ranks, stack, tracker)

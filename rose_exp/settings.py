@@ -234,7 +234,6 @@ class TrackingSettings(Section):
     group: str | None = None  # null: the sweep
     name: str | None = None  # null: what differs from the other jobs of the sweep
     job_type: str = "prune"
-    tags: list[str] = []
     save_model: bool = False  # the pruned model as an artifact
 
     def problems(self, where: str) -> list[str]:
@@ -261,8 +260,11 @@ class Settings(Section):
     tracking: TrackingSettings
     figures: FiguresSettings
     seed: Count
-    device: str
+    device: str | list[str]  # a list: any of these that no other job of a sweep is using
     save: bool
+    tags: list[str] = []  # for a person to find the run by
+    plan: bool = False  # the jobs are listed and none is run
+    rerun: bool = False  # also what is finished already
 
     @property
     def label(self) -> str:
@@ -275,6 +277,10 @@ class Settings(Section):
             return "ROSE"
         always = "always" if ordering.threshold is None else f"over {ordering.threshold:g}"
         return f"{label} (columns {ordering.columns}, blocks {ordering.blocks}, {always}, by {ordering.score})"
+
+    def on(self, device: str) -> Settings:
+        """The same on one device."""
+        return self.model_copy(update={"device": device})
 
     @property
     def pruned(self) -> bool:

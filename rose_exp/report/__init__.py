@@ -1,5 +1,5 @@
 """Tables from run records. Reads ``run.json`` only: nothing here imports the pipeline."""
 
-from .table import SweepTable, collect_records, format_table
+from .table import collect_records, format_table
 
-__all__ = ["SweepTable", "collect_records", "format_table"]
+__all__ = ["collect_records", "format_table"]

@@ -1,16 +1,11 @@
-"""The table at the end of a run or a sweep."""
+"""Records in a plain table."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
-from ..ranks import launched
 from ..tracking.record import FILE_NAME, read_record
 
 ZERO_SHOT = "zero_shot."
@@ -57,22 +52,3 @@ def _row(record: dict[str, Any], measured: Sequence[str]) -> list[str]:
 
 def _number(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.3g}"
-
-
-class SweepTable(Callback):
-    """A Hydra callback: prints the table once a sweep has ended, and fails the command if a run has failed."""
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        if launched()[0]:
-            return  # the first process tells
-        folder = Path(config.hydra.sweep.dir)
-        found = collect_records(folder)
-        if not found:
-            return
-        records = [record for _, record in found]
-        print(f"\n{format_table(records)}\n\nfull records: {folder.resolve()}{'/*/' + FILE_NAME}")
-        failed = [(path, record) for path, record in found if record["status"] != "finished"]
-        for path, record in failed:
-            print(f"{record['status']}: {path.parent}: {record['error']}", file=sys.stderr)
-        if failed:
-            sys.exit(1)

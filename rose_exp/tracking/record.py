@@ -28,20 +28,21 @@ LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "saf
 class RunRecord:
     """``run.json`` of one run, on disk from the start and rewritten whole at each step.
 
-    Fields: ``status`` (running, finished, failed), ``label``, ``config``, ``metrics``, ``standard_errors``, ``layers``,
-    ``protocol``, ``seconds`` by stage, ``peak_memory_bytes``, ``error``, ``started`` and ``ended``.
+    Fields: ``status`` (running, finished, failed), ``run_id``, ``label``, ``config``, ``metrics``, ``standard_errors``,
+    ``layers``, ``protocol``, ``seconds`` by stage, ``peak_memory_bytes``, ``error``, ``started`` and ``ended``.
 
     Args:
         kept: whether anything is written: of several processes at one run, the first one writes.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], label: str, kept: bool = True):
+    def __init__(self, folder: Path, config: dict[str, Any], label: str, run_id: str, kept: bool = True):
         self.kept = kept
         self.path = folder / FILE_NAME
         self.data: dict[str, Any] = {
             "status": "running",
+            "run_id": run_id,
             "label": label,
-            "started": _now(),
+            "started": now(),
             "ended": None,
             "error": None,
             "metrics": {},
@@ -61,7 +62,7 @@ class RunRecord:
         Raises:
             RoseExpError: the disk refuses.
         """
-        self.data["peak_memory_bytes"] = _peak_memory()
+        self.data["peak_memory_bytes"] = peak_memory()
         if not self.kept:
             return
         write_atomically(self.path, json.dumps(self.data, indent=1, allow_nan=True) + "\n")
@@ -73,11 +74,11 @@ class RunRecord:
             self.data["standard_errors"][name] = standard_error
 
     def finish(self) -> None:
-        self.data |= {"status": "finished", "ended": _now()}
+        self.data |= {"status": "finished", "ended": now()}
         self.write()
 
     def fail(self, error: BaseException) -> None:
-        self.data |= {"status": "failed", "ended": _now(), "error": f"{type(error).__name__}: {error}"}
+        self.data |= {"status": "failed", "ended": now(), "error": f"{type(error).__name__}: {error}"}
         self.write()
 
 
@@ -114,13 +115,18 @@ def read_record(path: Path) -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and revision that a number may depend on."""
     return {
-        "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "versions": versions(),
         "revision": _git_revision(),
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of this package, of the libraries that a number may depend on, and of Python."""
+    return {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -143,8 +149,9 @@ def write_atomically(path: Path, text: str) -> None:
         raise RoseExpError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def now() -> str:
+    """The time as records tell it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _version(name: str) -> str | None:
@@ -170,9 +177,9 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{device}: {torch.cuda.get_device_name(device)}"
+        return f"{device}: {torch.cuda.getdevice_name(device)}"
     return f"{device.type}: {platform.processor() or platform.machine()}"
 
 
@@ -185,7 +192,7 @@ def _reset_peak_memory() -> None:
         return
 
 
-def _peak_memory() -> dict[str, int | None]:
+def peak_memory() -> dict[str, int | None]:
     """Peak resident memory of this process and peak allocation on the CUDA device, bytes."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     status = Path("/proc/self/status")

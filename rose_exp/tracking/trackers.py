@@ -66,7 +66,9 @@ class Nowhere:
 class Wandb:
     """A run of Weights & Biases; offline it needs no account, and lies in the run's folder until ``wandb sync``."""
 
-    def __init__(self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path):
+    def __init__(
+        self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path, tags: Sequence[str]
+    ):
         import wandb  # slow to import
 
         self.wandb = wandb
@@ -77,7 +79,7 @@ class Wandb:
             name=settings.name or identity.name,
             group=settings.group or identity.group,
             job_type=settings.job_type,
-            tags=list(settings.tags),
+            tags=list(tags),
             config=config,
             dir=str(folder),
             reinit="create_new",  # the jobs of a sweep share a process, and nothing else
@@ -115,7 +117,9 @@ class Wandb:
 class TensorBoard:
     """An event file in the run's folder."""
 
-    def __init__(self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path):
+    def __init__(
+        self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path, tags: Sequence[str]
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
@@ -147,7 +151,9 @@ class TensorBoard:
 class Csv:
     """``layers.csv`` and ``metrics.csv`` in the run's folder."""
 
-    def __init__(self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path):
+    def __init__(
+        self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path, tags: Sequence[str]
+    ):
         self.folder = folder
         self.file = (folder / "layers.csv").open("w", newline="", encoding="utf-8")
         self.writer: csv.DictWriter | None = None
@@ -183,7 +189,7 @@ class Guarded:
     """A tracker that may fail without the run failing: the first failure is logged and put into the record, and the tracker is
     told nothing more but that the run is over."""
 
-    def __init__(self, settings: TrackingSettings, record: RunRecord, identity: Identity, folder: Path):
+    def __init__(self, settings: TrackingSettings, record: RunRecord, identity: Identity, folder: Path, tags: Sequence[str]):
         self.record = record
         self.tracker: Tracker = Nowhere()
         self.opened: Tracker | None = None
@@ -191,7 +197,7 @@ class Guarded:
             return
         record.data["tracking"] = {"kind": settings.kind, "failure": None}
         try:
-            self.tracker = self.opened = KINDS[settings.kind](settings, record.data["config"], identity, folder)
+            self.tracker = self.opened = KINDS[settings.kind](settings, record.data["config"], identity, folder, tags)
         except Exception as error:  # whatever a tracker does wrong, the run is worth more
             self._failed("start", error)
 

@@ -1,0 +1,95 @@
+"""What two numbers must share to stand in one table: everything that they hang on but what the table is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+ROWS = ("method", "reorder", "sparsity", "seed")  # what tables compare, or average over
+WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations", "evaluation")
+OF_SEED = ("protocol.seed", "protocol.calibration.seed", "protocol.calibration.tokens_sha256")
+OF_PRUNED = ("calibration", "engine", "pipeline", "protocol.calibration", "protocol.backend")  # of no meaning for a dense model
+PLACES = ("path", "embedded", "source")  # of what has a fingerprint of its own beside it
+FOLLOWING = {  # what a setting brings with it in the protocol
+    "calibration.samples": ("protocol.calibration.windows",),
+    "calibration.window": ("protocol.calibration.window",),
+    "model": ("protocol.model",),
+}
+SPARSITY = "sparsity"
+
+
+def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str, Any]:
+    """Everything that a metric of a run hangs on but method, order, sparsity, seed and the setting ``columns``."""
+    config = {name: value for name, value in record["config"].items() if name != "hydra"}
+    protocol = {name: value for name, value in record["protocol"].items() if name not in ("evaluation", "zero_shot", "speed")}
+    found = flat(config) | flat(protocol, "protocol.")
+    kind, _, name = metric.partition(".")
+    if kind == "perplexity":
+        own = {"evaluation": record["protocol"]["evaluation"][name], "batch": config["evaluation"].get("batch")}
+        found |= flat(own, "protocol.")
+    elif kind == "zero_shot":
+        found |= _zero_shot(record["protocol"].get("zero_shot", {}))
+    else:
+        found |= flat(record["protocol"].get("speed") or {}, "protocol.speed.")
+    left_out = [*ROWS, *WITHOUT_EFFECT, *OF_SEED, columns, *FOLLOWING.get(columns, ())]
+    if is_dense(record):
+        left_out += OF_PRUNED
+    kept = {name: value for name, value in found.items() if not any(within(name, other) for other in left_out)}
+    return {name: value for name, value in kept.items() if not _place(name, kept)}
+
+
+def _zero_shot(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """How tasks were asked; the name of the file of results and the folder of the rows say nothing of it."""
+    return flat({name: value for name, value in protocol.items() if name != "results"}, "protocol.zero_shot.")
+
+
+def _place(name: str, among: Mapping[str, Any]) -> bool:
+    """Whether this says where something lies whose fingerprint stands beside it."""
+    parent, _, last = name.rpartition(".")
+    if last not in PLACES:
+        return False
+    return f"{parent}.sha256" in among or f"protocol.{parent}.sha256" in among
+
+
+def is_dense(record: Mapping[str, Any]) -> bool:
+    return record["config"]["method"]["name"] == "dense"
+
+
+def agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two sets of conditions have equal values for all that both know."""
+    return all(second[name] == value for name, value in first.items() if name in second)
+
+
+def differing(several: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Names that have not the same value everywhere, with the value in each; ``None`` where one has none."""
+    names: Iterable[str] = dict.fromkeys(name for conditions in several for name in conditions)
+    values = {name: [conditions.get(name) for conditions in several] for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name; lists and empty mappings as they are."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def within(name: str, other: str) -> bool:
+    """Whether the setting ``name`` is ``other`` or a part of it."""
+    return name == other or name.startswith(f"{other}.")
+
+
+def column_of(record: Mapping[str, Any], columns: str) -> str:
+    """The column that a run belongs to: its value of a setting, or its sparsity."""
+    config = record["config"]
+    if columns == SPARSITY:
+        sparsity = config["sparsity"]
+        return sparsity["pattern"] if sparsity["ratio"] is None or ":" in sparsity["pattern"] else f"{sparsity['ratio']:g}"
+    value: Any = config
+    for part in columns.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return str(value)

@@ -1,0 +1,202 @@
+"""Run records to tables: methods × sparsities (or × any other setting), over paired seeds, one protocol a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .cells import Cell, mark_best, paired_difference
+from .conditions import SPARSITY, agree, column_of, conditions, differing, flat, is_dense, within
+from .published import find
+
+ALL = "all"  # the only column of tasks' tables, and where a dense model stands
+HIGHER_IS_BETTER = ("zero_shot", "speedup")
+MINUTES = "minutes.pruning"
+
+
+@dataclass
+class Table:
+    """One metric of one model under one protocol.
+
+    Attributes:
+        metric: ``perplexity.<set>``, ``minutes.pruning`` …; or ``zero_shot``, whose columns are tasks.
+        columns: what varies from column to column.
+        cells: by row and column.
+        conditions: what all numbers here hang on.
+        letter: of the protocol, where the model has tables of several.
+    """
+
+    model: str
+    metric: str
+    at: str | None
+    columns: str
+    conditions: dict[str, Any]
+    cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    letter: str = ""
+
+    @property
+    def lower_is_better(self) -> bool:
+        return not self.metric.startswith(HIGHER_IS_BETTER)
+
+    @property
+    def names(self) -> list[str]:
+        """The columns, in order."""
+        found = dict.fromkeys(name for row in self.cells.values() for name in row)
+        return list(found) if self.metric == "zero_shot" else sorted(found, key=_order)
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({s for name, row in self.cells.items() if name != "Dense" for cell in row.values() for s in cell.values})
+
+    def title(self) -> str:
+        at = f", {self.columns} {self.at}" if self.at and self.at != ALL else ""
+        return f"{self.model}: {self.metric}{at}" + (f" (protocol {self.letter})" if self.letter else "")
+
+
+@dataclass
+class Report:
+    """All tables, and what is not in them.
+
+    Attributes:
+        differences: for each model and metric with several tables of one kind, the settings that tell the protocols apart, each
+            with its value in every protocol.
+        left_out: runs that did not finish, and why.
+        allowed: settings that were told not to part tables.
+    """
+
+    tables: list[Table]
+    differences: dict[str, dict[str, list[Any]]]
+    left_out: list[str]
+    baseline: str
+    allowed: Sequence[str]
+    runs: int
+
+
+def gather(
+    records: Sequence[Mapping[str, Any]], columns: str = SPARSITY, baseline: str = "SparseGPT", allowed: Sequence[str] = ()
+) -> Report:
+    """Put runs into tables. Runs whose conditions differ in anything but method, order, sparsity, seed and ``columns`` never
+    share one, unless what they differ in is ``allowed``."""
+    finished = {r.get("run_id") or id(r): r for r in records if r["status"] == "finished"}  # of a run done twice the last
+    runs = list(finished.values())
+    left_out = [f"{r['status']}: {r['label']} {r.get('run_id')}: {r['error']}" for r in records if r["status"] != "finished"]
+    rows = _row_names(runs, columns)
+    tables: list[Table] = []
+    for dense in (False, True):  # a dense model goes into every table that its protocol fits
+        for record, row in zip(runs, rows, strict=True):
+            if is_dense(record) == dense:
+                _add(tables, record, row, columns, allowed)
+    for table in tables:
+        _finish(table, baseline)
+    order = {name: i for i, name in enumerate(dict.fromkeys(rows))}
+    for table in tables:
+        table.cells = dict(sorted(table.cells.items(), key=lambda item: (item[0] != "Dense", order[item[0]])))
+    tables.sort(key=lambda table: (table.model, table.metric == MINUTES, table.metric))
+    return Report(tables, _letters(tables), left_out, baseline, allowed, len(runs))
+
+
+def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str, allowed: Sequence[str]) -> None:
+    model = record["protocol"]["model"]["name"]
+    column = column_of(record, columns)
+    for metric, at, name, value in _measured(record, column):
+        found = {n: v for n, v in conditions(record, metric, columns).items() if not any(within(n, a) for a in allowed)}
+        kind = metric.partition(".")[0] if metric.startswith("zero_shot") else metric
+        same = [t for t in tables if (t.model, t.metric) == (model, kind) and _fits(t, at, found, is_dense(record))]
+        if not same:
+            same = [Table(model, kind, at, columns, found)]
+            tables += same
+        for table in same:
+            places = (table.names or [ALL]) if is_dense(record) and kind != "zero_shot" else [name]
+            for place in places:
+                _put(table, record, row, place, metric, value)
+
+
+def _fits(table: Table, at: str | None, found: Mapping[str, Any], dense: bool) -> bool:
+    if dense:
+        return agree(found, table.conditions)
+    return table.at == at and table.conditions == found
+
+
+def _measured(record: Mapping[str, Any], column: str) -> Iterable[tuple[str, str | None, str, float]]:
+    """Metric, the table's own column where it has one for each, the column, and the value."""
+    for metric, value in record["metrics"].items():
+        if metric.startswith("zero_shot."):
+            yield metric, column, metric.removeprefix("zero_shot."), value
+        elif metric != "sparsity":
+            yield metric, None, column, value
+    if "pruning" in record["seconds"]:
+        yield MINUTES, None, column, record["seconds"]["pruning"] / 60
+
+
+def _put(table: Table, record: Mapping[str, Any], row: str, column: str, metric: str, value: float) -> None:
+    cell = table.cells.setdefault(row, {}).setdefault(column, Cell())
+    calibration = record["protocol"]["calibration"]
+    seed = record["config"]["seed"]
+    cell.values[seed] = value
+    cell.draws[seed] = calibration["tokens_sha256"] if calibration else None
+    sparsity = "dense" if is_dense(record) else column_of(record, SPARSITY)
+    cell.published = find(record["config"], record["label"], sparsity, metric, cell.mean)
+
+
+def _finish(table: Table, baseline: str) -> None:
+    for column in table.names:
+        pruned = {row: cells[column] for row, cells in table.cells.items() if column in cells and row != "Dense"}
+        mark_best(pruned, table.lower_is_better)
+        if baseline in pruned and table.metric != MINUTES:
+            for row, cell in pruned.items():
+                if row != baseline:
+                    cell.difference = paired_difference(cell, pruned[baseline])
+
+
+def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
+    """The method of each run as the literature calls it, and where several variants of one are there, what tells them apart."""
+    kinds = []
+    for record in runs:
+        config = record["config"]
+        own = flat({"method": config["method"], "reorder": config["reorder"]})
+        own = {name: value for name, value in own.items() if not within(name, columns)}
+        kinds.append(json.dumps({} if is_dense(record) else own, sort_keys=True))
+    labels: dict[str, str] = {}
+    for record, kind in zip(runs, kinds, strict=True):  # a threshold in the columns is in no row's name
+        labels[kind] = min(labels.get(kind, record["label"]), record["label"], key=len)
+    by_label: dict[str, list[str]] = {}
+    for kind, label in labels.items():
+        by_label.setdefault(label, []).append(kind)
+    names = {}
+    for label, variants in by_label.items():
+        values = [flat(json.loads(kind)) for kind in variants]
+        apart = differing(values)
+        for kind, value in zip(variants, values, strict=True):
+            told = ", ".join(f"{name.rpartition('.')[2]}={value[name]}" for name in apart if name in value)
+            names[kind] = f"{label} ({told})" if told else label
+    return [names[kind] for kind in kinds]
+
+
+def _letters(tables: Sequence[Table]) -> dict[str, dict[str, list[Any]]]:
+    """Name the protocols of each model and metric, where there are several, and tell them apart."""
+    kinds: dict[tuple[str, str], list[Table]] = {}
+    for table in tables:
+        kinds.setdefault((table.model, table.metric), []).append(table)
+    told = {}
+    for (model, metric), of_kind in kinds.items():
+        protocols = []
+        for table in of_kind:
+            if table.conditions not in protocols:
+                protocols.append(table.conditions)
+        if len(protocols) > 1:
+            for table in of_kind:
+                table.letter = chr(ord("A") + protocols.index(table.conditions) % 26)
+            told[f"{model}: {metric}"] = differing(protocols)
+    return told
+
+
+def _order(column: str) -> tuple[int, float, str]:
+    """Numbers by size, then patterns and words."""
+    try:
+        number = float(column)
+    except ValueError:
+        return (1, math.inf, column)
+    return (0, number, column)

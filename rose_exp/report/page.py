@@ -1,0 +1,116 @@
+"""The report as one self-contained web page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .figures import COLOURS, DPI, FOLDER, MARKERS, STUDIES
+from .gather import MINUTES, Report, Table
+from .text import NOTHING, blocks, caption, notes
+
+
+def studies_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """What runs have found of layers whose order they studied."""
+    paths = [path for folder in folders for path in sorted((folder / FOLDER).glob("*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def web_page(report: Report, studies: Sequence[dict[str, Any]] = ()) -> str:
+    """HTML with its style and its figures inside, and nothing that is fetched."""
+    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    return page.render(
+        report=report,
+        tables=[_shown(report, table) for table in report.tables],
+        studies=[{"layer": s["layer"], "figures": [_embedded(draw(s)) for draw in STUDIES.values()]} for s in studies],
+    )
+
+
+def _shown(report: Report, table: Table) -> dict[str, Any]:
+    shown = []
+    for heading, show in blocks(report, table):
+        rows = [
+            (
+                name,
+                [
+                    (show(cells[c]) if c in cells else NOTHING, c in cells and cells[c].best and not heading)
+                    for c in table.names
+                ],
+            )
+            for name, cells in table.cells.items()
+        ]
+        if heading:
+            rows = [(name, cells) for name, cells in rows if any(text != NOTHING for text, _ in cells)]
+        shown.append({"heading": heading, "rows": rows})
+    figures = [_embedded(figure) for figure in _figures(report, table)]
+    return {"table": table, "caption": caption(table), "blocks": shown, "notes": notes(table), "figures": figures}
+
+
+def _figures(report: Report, table: Table) -> list[Figure]:
+    """The values of a table over its columns, and the differences to the baseline with their intervals."""
+    if table.metric in ("zero_shot", MINUTES):
+        return []
+    figures = [values_figure(table)] if len(table.names) > 1 else []
+    if any(cell.difference and cell.difference.low is not None for row in table.cells.values() for cell in row.values()):
+        figures.append(differences_figure(report, table))
+    return figures
+
+
+def values_figure(table: Table) -> Figure:
+    """Mean and standard deviation of every method over the columns."""
+    figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for i, (row, cells) in enumerate(table.cells.items()):
+        places = [x for x, name in enumerate(table.names) if name in cells]
+        means = [cells[table.names[x]].mean for x in places]
+        spreads = [cells[table.names[x]].deviation or 0 for x in places]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.4, "capsize": 3}
+        axes.errorbar(places, means, spreads, label=row, ls="--" if row == "Dense" else "-", **style)
+    values = [cell.mean for row in table.cells.values() for cell in row.values()]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    axes.set_xticks(range(len(table.names)), table.names)
+    axes.set(xlabel=table.columns, ylabel=table.metric)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def differences_figure(report: Report, table: Table) -> Figure:
+    """Differences to the baseline, relative to it, with 95 % confidence intervals."""
+    figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    rows = [
+        row for row, cells in table.cells.items() if any(c.difference and c.difference.low is not None for c in cells.values())
+    ]
+    for i, row in enumerate(rows):
+        found = [(x, table.cells[row][n].difference) for x, n in enumerate(table.names) if n in table.cells[row]]
+        found = [(x, d) for x, d in found if d is not None and d.low is not None]
+        scale = [100 * d.relative / d.mean if d.mean else 0 for _, d in found]
+        places = [x + (i - (len(rows) - 1) / 2) * 0.12 for x, _ in found]
+        halves = [(d.high - d.low) / 2 * s for (_, d), s in zip(found, scale, strict=True)]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "ls": "", "capsize": 3}
+        axes.errorbar(places, [100 * d.relative for _, d in found], [abs(h) for h in halves], label=row, **style)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set_xticks(range(len(table.names)), table.names)
+    axes.set(xlabel=table.columns, ylabel=f"% of {report.baseline}, 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _embedded(figure: Figure) -> str:
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,0 +1,185 @@
+"""Tables as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .cells import Cell, Difference
+from .gather import MINUTES, Report, Table
+from .published import Published
+
+NOTHING = "–"
+FIELDS = (
+    *("model", "metric", "protocol", "at", "method", "column", "seeds", "mean", "standard_deviation", "best"),
+    *("baseline", "difference", "low", "high", "pairs", "published", "source", "trust", "deviation", "within_tolerance"),
+)
+
+
+def number(value: float) -> str:
+    if abs(value) >= 1e4:
+        return f"{value:.2e}"
+    return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3f}"
+
+
+def spread(cell: Cell) -> str:
+    """Mean ± standard deviation over the seeds, or a single value."""
+    return number(cell.mean) + (f" ± {number(cell.deviation)}" if cell.deviation is not None else "")
+
+
+def difference(found: Difference) -> str:
+    """Mean with its confidence interval, and relative to the baseline."""
+    interval = f" [{found.low:+.2f}, {found.high:+.2f}]" if found.low is not None else ""
+    return f"{found.mean:+.2f}{interval} ({found.relative:+.1%})"
+
+
+def beside(found: Published, points: bool) -> str:
+    """A published value, what ours deviates by, and whether that is within tolerance."""
+    away = f"{found.deviation:+.2f}" if points else f"{found.deviation:+.1%}"
+    judged = {True: "within", False: "outside", None: "not judged"}[found.within]
+    mark = "" if found.trust == "primary" else f", {found.trust}"
+    return f"{number(found.value)}{mark} (ours {away}, {judged})"
+
+
+def caption(table: Table) -> str:
+    """The protocol in words."""
+    known = table.conditions
+    parts = []
+    if "protocol.calibration.windows" in known or "calibration.samples" in known:
+        samples, window = known.get("calibration.samples", "varying"), known.get("calibration.window", "varying")
+        parts.append(f"calibrated on {samples} windows of {window} tokens, cut as {known.get('protocol.calibration.cut')}")
+        parts.append(f"blocks of {known.get('engine.block_size', 'varying')}, damping {known.get('engine.damping', 'varying')}")
+    if "protocol.evaluation.windows" in known:
+        parts.append(
+            f"measured on {known['protocol.evaluation.windows']} windows of {known['protocol.evaluation.window']} tokens"
+        )
+    if table.metric == "zero_shot":
+        limit = known.get("protocol.zero_shot.limit")
+        parts.append("accuracy in %, " + (f"the first {limit} questions of each task" if limit else "all questions"))
+    seeds = ", ".join(map(str, table.seeds))
+    parts.append(f"seeds {seeds}" if seeds else "no seed")
+    if len(table.seeds) > 1:
+        parts.append("mean ± standard deviation over the seeds")
+    versions = [f"{name} {known.get(f'protocol.versions.{name}')}" for name in ("torch", "transformers", "rose_exp")]
+    parts.append(", ".join(versions) + f", {known.get('protocol.device')}, {_revision(known)}")
+    return "; ".join(parts)
+
+
+def _revision(known: Mapping[str, Any]) -> str:
+    """Short enough for a caption; the records have it whole."""
+    commit, sign, changes = (known.get("protocol.revision") or "no revision known").partition("+")
+    return f"revision {commit[:10]}{sign}{changes}" if " " not in commit else commit
+
+
+def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str]]]:
+    """What is shown of a table, each with its heading: values, and differences and published values where there are any."""
+    cells = [cell for row in table.cells.values() for cell in row.values()]
+    points = table.metric == "zero_shot"
+    shown: list[tuple[str, Callable[[Cell], str]]] = [("", spread)]
+    if any(cell.difference for cell in cells):
+        several = any(cell.difference and cell.difference.low is not None for cell in cells)
+        heading = f"Difference to {report.baseline}, paired by seed" + (", with 95 % confidence interval" if several else "")
+        shown.append((heading, lambda cell: difference(cell.difference) if cell.difference else NOTHING))
+    if any(cell.published for cell in cells):
+        shown.append(("Published", lambda cell: beside(cell.published, points) if cell.published else NOTHING))
+    return shown
+
+
+def notes(table: Table) -> list[str]:
+    """Sources of the published values, and why some are not judged."""
+    found = [cell.published for row in table.cells.values() for cell in row.values() if cell.published]
+    lines = dict.fromkeys(f"published: {p.source} ({p.trust})" for p in found)
+    return [*lines, *dict.fromkeys(f"not judged: {p.why_not}" for p in found if p.why_not)]
+
+
+def markdown(report: Report) -> str:
+    lines = [f"# {report.runs} runs", ""]
+    for table in report.tables:
+        lines += [f"## {table.title()}", "", f"{caption(table)}.", ""]
+        for heading, show in blocks(report, table):
+            rows = _rows(table, show, bold=("**", "**") if not heading else ("", ""))
+            if heading:
+                rows = [row for row in rows if set(row[1:]) != {NOTHING}]
+                lines += [f"{heading}:", ""]
+            lines += [_line(["", *table.names]), _line(["---", *("---:" for _ in table.names)]), *map(_line, rows), ""]
+        lines += [*(f"* {note}" for note in notes(table)), ""] if notes(table) else []
+    lines += _remarks(report)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _remarks(report: Report) -> list[str]:
+    lines = []
+    for where, settings in report.differences.items():
+        lines += [f"## Not in one table: {where}", "", "These settings differ between the protocols A, B and so on:", ""]
+        lines += [f"* `{name}`: {' | '.join(str(value) for value in values)}" for name, values in settings.items()]
+        lines.append("")
+    if report.allowed:
+        lines += [f"Told not to part tables: {', '.join(f'`{name}`' for name in report.allowed)}.", ""]
+    if report.left_out:
+        lines += ["## Not in the tables", "", *(f"* {line}" for line in report.left_out), ""]
+    return lines
+
+
+def _rows(table: Table, show: Callable[[Cell], str], bold: tuple[str, str]) -> list[list[str]]:
+    found = []
+    for row, cells in table.cells.items():
+        texts = [show(cells[name]) if name in cells else NOTHING for name in table.names]
+        marked = [name in cells and cells[name].best for name in table.names]
+        found.append([row, *(f"{bold[0]}{t}{bold[1]}" if best else t for t, best in zip(texts, marked, strict=True))])
+    return found
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def comma_separated(report: Report) -> str:
+    """A line for every cell."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for table in report.tables:
+        for row, cells in table.cells.items():
+            for name, cell in cells.items():
+                d, p = cell.difference, cell.published
+                own = (table.model, table.metric, table.letter, table.at or "", row, name)
+                values = (" ".join(map(str, sorted(cell.values))), cell.mean, cell.deviation, cell.best)
+                away = (report.baseline, d.mean, d.low, d.high, d.pairs) if d else ("",) * 5
+                paper = (p.value, p.source, p.trust, p.deviation, p.within) if p else ("",) * 5
+                writer.writerow([*own, *values, *away, *paper])
+    return file.getvalue()
+
+
+def latex(report: Report) -> str:
+    """A ``table`` with booktabs rules for every table; needs ``\\usepackage{booktabs}``."""
+    return "\n".join(_latex_table(table) for table in report.tables)
+
+
+def _latex_table(table: Table) -> str:
+    rows = _rows(table, spread, bold=(r"\textbf{", "}"))
+    body = [" & ".join(_escape(cell) for cell in row) + r" \\" for row in rows]
+    arrow = r"$\downarrow$" if table.lower_is_better else r"$\uparrow$"
+    return "\n".join(
+        [
+            r"\begin{table}[t]",
+            r"  \centering",
+            rf"  \caption{{{_escape(table.title())} {'' if table.metric == MINUTES else arrow}. {_escape(caption(table))}.}}",
+            rf"  \begin{{tabular}}{{l{'r' * len(table.names)}}}",
+            r"    \toprule",
+            "    " + " & ".join(["", *map(_escape, table.names)]) + r" \\",
+            r"    \midrule",
+            *("    " + line for line in body),
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _escape(text: str) -> str:
+    for sign in "&%#_":
+        text = text.replace(sign, "\\" + sign)
+    return text.replace("±", r"$\pm$").replace("×", r"$\times$").replace(NOTHING, "--")

@@ -1,0 +1,91 @@
+"""What a run is called: a fingerprint of all settings that can change its result, and of no other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .errors import SettingsError
+from .fingerprint import folder_sha256
+from .settings import DENSE, Settings, TextSettings, read_settings
+from .wheels import WHEELS
+
+LENGTH = 12  # hexadecimal digits: a clash among a million runs has a chance of 1 in 500
+WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations")
+ONLY_OF_PRUNED = ("sparsity", "reorder", "calibration", "engine", "seed", "pipeline.true_sequential", "pipeline.batch")
+UNKNOWN = "unknown"
+
+
+def run_id(settings: Settings) -> str:
+    """Twelve hexadecimal digits, equal for settings that must lead to equal results.
+
+    The settings count as resolved, so that another default in a configuration file makes another run. Files count by their
+    content, not by their place, and embedded ones by that of the wheel they are in. Of a dense model all that only pruning
+    could use is left out.
+    """
+    text = json.dumps(identifying(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def identifying(settings: Settings) -> dict[str, Any]:
+    """The settings that count, as :func:`run_id` sees them, by dotted name."""
+    values = settings.model_dump(mode="json")
+    values["sparsity"] = str(settings.sparsity.build())
+    values["model"] |= _place(settings.model.path, settings.model.embedded)
+    values["calibration"] |= _text_place(settings.calibration)
+    for name, text in settings.evaluation.perplexity.items():
+        values["evaluation"]["perplexity"][name] |= _text_place(text)
+    for name in ("include_path", "data_dir"):
+        folder = values["evaluation"]["zero_shot"][name]
+        if folder is not None:
+            values["evaluation"]["zero_shot"][name] = folder_sha256(Path(folder).expanduser())
+    left_out = WITHOUT_EFFECT + (ONLY_OF_PRUNED if settings.method.name == DENSE else ())
+    return {name: value for name, value in flat(values).items() if not any(_within(name, other) for other in left_out)}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _within(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.")
+
+
+def _text_place(text: TextSettings) -> dict[str, Any]:
+    """Where a text is from; what stands behind the first that is set has no effect."""
+    place = _place(text.path, text.embedded)
+    if text.path is not None or text.embedded is not None:
+        place |= dict.fromkeys(("dataset", "subset", "data_files", "revision", "split"))
+    return place
+
+
+def _place(path: str | None, embedded: str | None) -> dict[str, Any]:
+    if path is not None:
+        place = Path(path).expanduser()
+        return {"path": folder_sha256(place) if place.exists() else path, "embedded": None}
+    return {"path": None, "embedded": WHEELS[embedded].sha256 if embedded is not None else None}
+
+
+def _resolved_run_id(*, _root_: DictConfig) -> str:
+    plain = OmegaConf.create({name: _root_._get_node(name) for name in _root_ if name != "hydra"})
+    try:
+        return run_id(read_settings(OmegaConf.to_container(plain, resolve=True)))
+    except SettingsError:
+        return UNKNOWN  # of a configuration that is shown, not run
+
+
+def register_resolver() -> None:
+    """Let configuration files say ``${run_id:}``."""
+    OmegaConf.register_new_resolver("run_id", _resolved_run_id, replace=True)

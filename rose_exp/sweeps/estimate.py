@@ -1,0 +1,134 @@
+"""What a run will take: memory from the model's configuration alone, time from rates that were measured on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..models import ModelShape
+from ..settings import Settings
+from ..tracking.record import peak_memory
+
+PROBE = 1024  # rows and columns of the product that is timed where no record tells a rate
+PROBE_SECONDS = 0.3
+PASSES = ("calibrating", "moments", "solving", "advancing")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiplications and additions of a run, by stage of ``seconds`` in run records."""
+
+    operations: dict[str, float]
+
+    @classmethod
+    def planned(cls, settings: Settings, shape: ModelShape) -> Work:
+        """Of a run that has not been done."""
+        operations: dict[str, float] = {}
+        if settings.pruned:
+            tokens = settings.calibration.samples * settings.calibration.window
+            operations |= _pruning(settings.method.name, [(rows, columns, tokens) for rows, columns in shape.layers])
+        if settings.evaluation.perplexity:
+            windows = settings.evaluation.perplexity.values()
+            tokens = sum(text.window * (text.windows or 0) for text in windows)
+            operations["evaluation"] = 2 * shape.parameters * tokens
+        return cls(operations)
+
+    @classmethod
+    def done(cls, record: Mapping[str, Any]) -> Work:
+        """Of a run, from its record."""
+        layers = [(layer["rows"], layer["columns"], layer["tokens"]) for layer in record["layers"]]
+        operations = _pruning(record["config"]["method"]["name"], layers) if layers else {}
+        windows = record["protocol"]["evaluation"].values()
+        tokens = sum(text["window"] * text["windows"] for text in windows)
+        return cls(operations | {"evaluation": 2 * record["protocol"]["model"]["parameters"] * tokens})
+
+
+def _pruning(method: str, layers: Iterable[tuple[int, int, int]]) -> dict[str, float]:
+    """Of layers of (rows, columns, tokens). What a method does is reckoned by its largest products; rates absorb the rest."""
+    found = dict.fromkeys(("pruning.calibrating", "pruning.moments", f"pruning.solving {method}", "pruning.advancing"), 0.0)
+    for rows, columns, tokens in layers:
+        found["pruning.calibrating"] += 2 * rows * columns * tokens
+        found["pruning.advancing"] += 2 * rows * columns * tokens
+        found["pruning.moments"] += columns**2 * tokens
+        found[f"pruning.solving {method}"] += columns**3 + 2 * rows * columns**2
+    return found
+
+
+@dataclass
+class Rates:
+    """Operations a second by stage, of one model on this device.
+
+    Attributes:
+        product: of a float32 product, measured just now; for stages that no record tells of.
+    """
+
+    product: float
+    measured: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]], device: str, model: str) -> Rates:
+        """From finished runs of the same model on the same device: of each stage the median."""
+        found: dict[str, list[float]] = {}
+        for record in records:
+            protocol = record["protocol"]
+            if record["status"] != "finished" or (protocol.get("device"), protocol["model"]["name"]) != (device, model):
+                continue
+            for stage, operations in Work.done(record).operations.items():
+                seconds = record["seconds"].get(stage.split()[0], 0)
+                if operations and seconds:
+                    found.setdefault(stage, []).append(operations / seconds)
+        return cls(_product_rate(device), {stage: statistics.median(rates) for stage, rates in found.items()})
+
+    def seconds(self, work: Work) -> tuple[float, bool]:
+        """How long a run takes, and whether all of it is from records."""
+        total = sum(operations / self.measured.get(stage, self.product) for stage, operations in work.operations.items())
+        return total, set(work.operations) <= set(self.measured)
+
+
+def _product_rate(device: str) -> float:
+    place = "cuda" if device.startswith("cuda") else "cpu"
+    matrix = torch.ones(PROBE, PROBE, device=place)
+    matrix @ matrix
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < PROBE_SECONDS:
+        (matrix @ matrix)[0, 0].item()  # waits for it
+        products += 1
+    return 2 * PROBE**3 * products / (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak."""
+
+    host: int
+    device: int | None
+
+
+def memory(settings: Settings, shape: ModelShape, cuda: bool) -> Memory:
+    """Peak memory of a run, from shapes alone.
+
+    The model stands on the host; a block at a time, the hidden states of all windows, the moments of a block's layers and what
+    solving the widest takes stand on the device, which without a GPU is the host, too. Evaluation has the whole model there.
+    """
+    width = torch.finfo(shape.dtype).bits // 8
+    weights = shape.parameters * width
+    working = 0
+    if settings.pruned:
+        states = settings.calibration.samples * settings.calibration.window * shape.hidden * width
+        batch = settings.pipeline.batch * settings.calibration.window * shape.widest * width * 4
+        moments = sum(columns**2 * 4 for columns in shape.inputs_of_block)
+        solving = 3 * 4 * max((columns**2 + rows * columns for rows, columns in shape.layers), default=0)
+        working = (states if settings.pipeline.activations == "device" else 0) + moments + max(batch, solving)
+    windows = [text.window for text in settings.evaluation.perplexity.values()]
+    logits = settings.evaluation.batch * max(windows, default=0) * shape.vocabulary * (width + 4)
+    here = peak_memory()["host"]  # of a process with the libraries in it
+    if cuda:
+        on_device = max(working + weights // max(shape.blocks, 1), weights + logits)
+        host = here + weights + (states if settings.pruned and settings.pipeline.activations == "host" else 0)
+        return Memory(host, on_device)
+    return Memory(here + weights + max(working, logits), None)

@@ -1,0 +1,190 @@
+"""Optuna as a Hydra sweeper: a search among settings whose study is kept in a database and taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from ..errors import RoseExpError
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+
+log = logging.getLogger(__name__)
+
+LOG = "log"  # tag(log, interval(a, b)): searched by magnitude
+
+
+class SearchError(RoseExpError, CompactHydraException):
+    """A search cannot go on; Hydra shows the message as it reads."""
+
+
+class OptunaSweeper(Sweeper):
+    """Searches for the settings with the best metric.
+
+    What is searched stands on the command line or in ``hydra.sweeper.params``: ``interval(0.1, 0.9)``, ``tag(log,
+    interval(1e-3, 1e-1))``, ``range(2, 10, 2)``, ``choice(32, 64, 128)`` or ``32,64,128``.
+
+    Args:
+        metric: a name of the run record's ``metrics``.
+        n_trials: of the study in all, those of earlier commands included.
+        n_jobs: trials that the launcher is given at once.
+        storage: URL of the study's database.
+        params: search space.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        direction: str,
+        n_trials: int,
+        n_jobs: int,
+        study_name: str,
+        storage: str,
+        seed: int,
+        params: DictConfig | None = None,
+    ):
+        self.metric, self.direction, self.n_trials, self.n_jobs = metric, direction, n_trials, n_jobs
+        self.study_name, self.storage, self.seed, self.params = study_name, storage, seed, params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run what is left of the study, batch by batch.
+
+        Raises:
+            SearchError: the study of that name searches something else, or every trial of a batch has failed.
+        """
+        from optuna.trial import TrialState
+
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        fixed, space = self._space(arguments)
+        study = self._study(fixed, space)
+        while (left := self.n_trials - len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) > 0:
+            trials = [study.ask(space) for _ in range(min(self.n_jobs, left))]
+            overrides = [[*fixed, *(f"{name}={value}" for name, value in trial.params.items())] for trial in trials]
+            self.validate_batch_is_legal(overrides)
+            answers = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+            values = [self._value(answer) for answer in answers]
+            for trial, value in zip(trials, values, strict=True):
+                self._tell(study, trial, value)
+            if not any(value is not None for value in values):
+                raise SearchError(f"hydra.sweeper: all of {len(trials)} trials failed, the last of study {self.study_name}")
+        best = study.best_trial
+        shown = " ".join(f"{name}={value}" for name, value in best.params.items())
+        print(f"\nbest of {self.n_trials} trials: {self.metric} {best.value:.4g} with {shown}\nstudy: {self.storage}")
+
+    def _value(self, answer: Any) -> float | None:
+        """The metric of a job that has ended, None where it failed."""
+        metrics = answer.return_value  # raises what the job has raised
+        if metrics is None:
+            return None
+        if self.metric not in metrics:
+            raise SearchError(f"hydra.sweeper.metric: expected one of {', '.join(metrics)}, got {self.metric!r}")
+        return float(metrics[self.metric])
+
+    @staticmethod
+    def _tell(study: Study, trial: Trial, value: float | None) -> None:
+        from optuna.trial import TrialState
+
+        if value is None:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, value)
+            log.info("trial %d: %.4g; best so far %.4g", trial.number, value, study.best_value)
+
+    def _space(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
+        """Overrides of every trial, and what is searched."""
+        parser = OverridesParser.create()
+        given = parser.parse_overrides(list(arguments))
+        names = {override.key_or_group for override in given}
+        brought = [parser.parse_override(f"{name}={value}") for name, value in self.params.items() if name not in names]
+        fixed, space = [], {}
+        for override in [*given, *brought]:
+            if override.is_sweep_override():
+                space[override.get_key_element()] = _distribution(override)
+            else:
+                fixed.append(override.input_line)
+        if not space:
+            raise SearchError("hydra.sweeper.params: expected a setting to search, such as engine.damping=interval(0.001,0.1)")
+        return fixed, space
+
+    def _study(self, fixed: Sequence[str], space: Mapping[str, BaseDistribution]) -> Study:
+        """The study, new or as earlier commands have left it, with trials that were cut off asked for again."""
+        import optuna
+        from optuna.trial import TrialState
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=self.storage, study_name=self.study_name, direction=self.direction, load_if_exists=True
+        )
+        trials = study.get_trials(deepcopy=False)
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(trials))  # no draw is made twice
+        searched = self._fingerprint(fixed, space)
+        if study.user_attrs.setdefault("searched", searched) != searched:
+            raise SearchError(
+                f"hydra.sweeper.study_name: study {self.study_name!r} in {self.storage} is of other settings; give another name"
+            )
+        study.set_user_attr("searched", searched)
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                study.tell(trial.number, state=TrialState.FAIL)
+                study.enqueue_trial(trial.params)
+        if trials:
+            log.info("study %s goes on after %d trials", self.study_name, len(trials))
+        return study
+
+    def _fingerprint(self, fixed: Sequence[str], space: Mapping[str, BaseDistribution]) -> str:
+        """Of all settings that the trials share, as resolved, and of what is searched."""
+        shared = {name: value for name, value in OmegaConf.to_container(self.config, resolve=False).items() if name != "hydra"}
+        facts = [shared, sorted(fixed), {name: repr(d) for name, d in space.items()}, self.metric, self.direction]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _distribution(override: Override) -> BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value, name = override.value(), override.key_or_group
+    by_magnitude = LOG in getattr(value, "tags", ())
+    if isinstance(value, IntervalSweep):
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log=by_magnitude)
+    if isinstance(value, RangeSweep):
+        steps = list(override.sweep_iterator())
+        kind = IntDistribution if all(isinstance(step, int) for step in steps) else FloatDistribution
+        return kind(steps[0], steps[-1], step=value.step)
+    if isinstance(value, ChoiceSweep):
+        return CategoricalDistribution([Override._get_value_element_as_str(choice) for choice in override.sweep_iterator()])
+    raise SearchError(f"{name}: expected an interval, a range or a choice to search, got {override.input_line!r}")
+
+
+def register_sweeper() -> None:
+    """Tell Hydra of the sweeper; it takes plugins from ``hydra_plugins`` only, and this file is one by that name."""
+    package = "hydra_plugins"
+    if importlib.util.find_spec(package) is None:  # no plugin is installed
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = []
+    name = f"{package}.rose_exp"
+    sys.modules[name] = sys.modules[__name__]
+    OptunaSweeper.__module__ = name
+    Plugins.instance().register(OptunaSweeper)

@@ -1,0 +1,75 @@
+"""``plan=true``: the jobs of a command, with what each will take, none of them run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..command import Job
+from ..errors import RoseExpError
+from ..models import ModelShape, model_shape
+from ..report import collect_records
+from ..tracking.record import device_name
+from .estimate import Rates, Work, memory
+
+OUTPUTS = Path("outputs")  # of a single run
+
+
+def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
+    """A line a job: its run id, whether it is done already, and the time and memory that it will take."""
+    folder = sweep or OUTPUTS
+    records = [record for _, record in collect_records(folder)] if folder.is_dir() else []
+    done = {record.get("run_id") for record in records if record["status"] == "finished"}
+    device = torch.device("cuda" if jobs[0].settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    rates: dict[str, Rates] = {}
+    shapes: dict[str, ModelShape | str] = {}
+    rows, total, rough, planned = [], 0.0, False, set()
+    for job in jobs:
+        model = job.settings.model
+        key = f"{model.path} {model.embedded} {model.revision} {model.dtype}"
+        if key not in shapes:
+            try:
+                shapes[key] = model_shape(model)
+            except RoseExpError as error:
+                shapes[key] = str(error)
+        shape = shapes[key]
+        if job.run_id in done and not job.settings.rerun:
+            rows.append((job.name, job.run_id, "finished already", "", ""))
+        elif job.run_id in planned:
+            rows.append((job.name, job.run_id, "as an earlier job", "", ""))
+        elif isinstance(shape, str):
+            rows.append((job.name, job.run_id, "to run", "unknown", "unknown"))
+        else:
+            if model.name not in rates:
+                rates[model.name] = Rates.of(records, device_name(device), model.name)
+            seconds, measured = rates[model.name].seconds(Work.planned(job.settings, shape))
+            total, rough = total + seconds, rough or not measured
+            peak = memory(job.settings, shape, device.type == "cuda")
+            shown = f"{_bytes(peak.host)}" + (f" + {_bytes(peak.device)} on the GPU" if peak.device is not None else "")
+            rows.append((job.name, job.run_id, "to run", f"{'' if measured else '~'}{_time(seconds)}", shown))
+        planned.add(job.run_id)
+    header = ("job", "run", "state", "time", "peak memory")
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    waiting = sum(row[2] == "to run" for row in rows)
+    told = [*lines, "", f"{waiting} of {len(jobs)} jobs to run, {_time(total)} one after the other on {device_name(device)}"]
+    if rough:
+        told.append(
+            "~ rough: reckoned with the rate of a float32 product, as no finished run here tells how fast these stages are"
+        )
+    if any(job.settings.evaluation.zero_shot.tasks for job in jobs):
+        told.append("without zero-shot tasks, whose time hangs on their questions")
+    told += [f"memory and time unknown: {shape[:200]}" for shape in shapes.values() if isinstance(shape, str)]
+    return "\n".join(told)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# One table or figure of the ROSE paper, from nothing to a report: makes .venv, runs the sweep and gathers it.
+#
+#   bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]
+#
+# STUDY: table2 … table7, fig1, fig4, fig5_block_size, fig5_samples, fig5_window, threshold; each is conf/experiment/rose_STUDY.yaml.
+# --models: choices of conf/model in place of the paper's.
+# --seeds: of the calibration windows, the same for every method; the paper has one, 0.
+# --small: the same study on SmolLM2-135M with short texts: two cores, an hour at most, and no hub.
+# Cut off, it goes on where it was; what is finished is not run again. The report is in outputs/STUDY/report.
+set -euo pipefail
+study="${1:?"usage: bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]"}"
+shift
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+if [ ! -f "conf/experiment/rose_$study.yaml" ]; then
+  echo "STUDY: expected one of $(cd conf/experiment && ls rose_*.yaml | sed 's/^rose_//; s/\.yaml$//' | paste -sd' '), got '$study'" >&2
+  exit 2
+fi
+
+settings=()
+folder="outputs/$study"
+small=false
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --models) settings+=("model=${2:?"--models: expected choices of conf/model"}"); shift 2 ;;
+    --seeds) settings+=("seed=${2:?"--seeds: expected numbers"}"); shift 2 ;;
+    --small) small=true; shift ;;
+    *=*) settings+=("$1"); shift ;;
+    *) echo "expected --models, --seeds, --small or SETTING=VALUE, got '$1'" >&2; exit 2 ;;
+  esac
+done
+
+columns=sparsity
+case "$study" in
+  fig5_block_size) columns=engine.block_size ;;
+  fig5_samples) columns=calibration.samples ;;
+  fig5_window) columns=calibration.window ;;
+  threshold) columns=reorder.threshold ;;
+esac
+
+if $small; then
+  folder="outputs/$study-small"
+  export HF_HUB_OFFLINE=1
+  texts=("calibration=embedded" "calibration.samples=16" "calibration.window=512")
+  measured=("evaluation=embedded" "evaluation.perplexity.embedded.window=512" "evaluation.perplexity.embedded.windows=32")
+  case "$study" in
+    table3)
+      measured[0]="evaluation=[embedded,zero_shot]"
+      measured+=("evaluation.zero_shot.limit=40") ;;
+    table6 | fig1 | fig4) measured=() ;;
+    table7) measured=("evaluation.speed.window=512" "model.dtype=float32") ;;
+    fig5_samples) texts[1]="calibration.samples=4,8,16,32" ;;
+    fig5_window) texts[2]="calibration.window=128,256,512,1024" ;;
+  esac
+  settings=("model=smollm2-135m" "${texts[@]}" "${measured[@]}" "${settings[@]}")
+fi
+
+status=0
+.venv/bin/rose-exp -m "experiment=rose_$study" "hydra.sweep.dir=$folder" "${settings[@]}" || status=$?
+[ -d "$folder" ] && .venv/bin/rose-exp-report "$folder" --columns "$columns"
+exit "$status"
