@@ -11,7 +11,7 @@
 set -euo pipefail
 study="${1:?"usage: bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]"}"
 shift
-source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh" "" # no extra, and not this script's own arguments
 if [ ! -f "conf/experiment/rose_$study.yaml" ]; then
   echo "STUDY: expected one of $(cd conf/experiment && ls rose_*.yaml | sed 's/^rose_//; s/\.yaml$//' | paste -sd' '), got '$study'" >&2
   exit 2
