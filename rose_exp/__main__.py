@@ -1,5 +1,8 @@
 """``python -m rose_exp`` is ``rose-exp``."""
 
-from .app import main
+from . import quiet  # noqa: F401  isort: skip
 
-main()
+from .entry import main
+
+if __name__ == "__main__":
+    main()

@@ -10,15 +10,17 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from .command import Command, check_command, config_folder
+from .command import Command, check_command
+from .entry import config_folder
 from .errors import RoseExpError, SettingsError
 from .ranks import launched, process_group
 from .report import format_table
@@ -30,6 +32,9 @@ from .sweeps.optuna import register_sweeper
 from .sweeps.summary import format_outcomes, outcomes
 from .tracking import Identity
 from .tracking.record import FILE_NAME, now
+
+if TYPE_CHECKING:
+    from .pipeline import FirstBlock
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +98,14 @@ def _be_quiet() -> None:
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
 
 
+@cache
+def _first_block() -> FirstBlock:
+    """What the jobs of a sweep that this process runs share."""
+    from .pipeline import FirstBlock
+
+    return FirstBlock()
+
+
 def job(config: DictConfig) -> dict[str, Any] | None:
     """One run, as Hydra calls it, here or in a launcher's worker; its metrics, None where it failed."""
     from .runs import do_run  # slow to import, and --help needs none of it
@@ -106,7 +119,8 @@ def job(config: DictConfig) -> dict[str, Any] | None:
     try:
         settings = read_settings(resolved)
         with claimed(settings.device, sweep) as device:
-            record = do_run(settings.on(device), resolved, folder, _identity(hydra_config), wait=sweep)
+            shared = _first_block() if sweep else None
+            record = do_run(settings.on(device), resolved, folder, _identity(hydra_config), sweep, shared)
     except RoseExpError as error:
         log.error("%s", error)
     except Exception:

@@ -19,16 +19,10 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .entry import config_folder
 from .errors import SettingsError, suggest
 from .run_id import run_id
 from .settings import Settings, read_settings
-
-
-def config_folder() -> Path:
-    """The configuration files: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,24 +21,29 @@ from .evaluation import perplexity, speed
 from .evaluation.zero_shot import Tasks, prepared
 from .evaluation.zero_shot import measure as measure_zero_shot
 from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
-from .pipeline import PassSeconds, PruningPlan, chosen, prune_model
+from .pipeline import FirstBlock, PassSeconds, PruningPlan, chosen, prune_model
 from .ranks import Ranks
 from .report.figures import draw_figures, write_study
 from .run_id import run_id
-from .settings import Settings
+from .settings import Settings, ZeroShotSettings
 from .tracking import Guarded, Identity, RunRecord, Stopwatch, environment
 
 log = logging.getLogger(__name__)
 
 
 def run_experiment(
-    settings: Settings, config: dict[str, Any], folder: Path, identity: Identity | None = None
+    settings: Settings,
+    config: dict[str, Any],
+    folder: Path,
+    identity: Identity | None = None,
+    first_block: FirstBlock | None = None,
 ) -> dict[str, Any]:
     """Do what ``settings`` say and leave ``run.json`` (and with ``save`` the model) in ``folder``.
 
     Args:
         config: the resolved configuration that the settings were read from, for the record.
         identity: what trackers call the run; None: the method and the model.
+        first_block: what the runs of a sweep in this process share.
     Returns:
         The run record.
     Raises:
@@ -50,7 +56,7 @@ def run_experiment(
     tracker = Guarded(settings.tracking, record, identity, folder, settings.tags)
     try:
         with ExitStack() as stack:
-            _run(settings, record, folder, ranks, stack, tracker)
+            _run(settings, record, folder, ranks, stack, tracker, first_block)
     except BaseException as error:
         record.fail(error)
         tracker.finish(failed=True)
@@ -64,7 +70,15 @@ def run_experiment(
     return record.data
 
 
-def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stack: ExitStack, tracker: Guarded) -> None:
+def _run(
+    settings: Settings,
+    record: RunRecord,
+    folder: Path,
+    ranks: Ranks,
+    stack: ExitStack,
+    tracker: Guarded,
+    first_block: FirstBlock | None,
+) -> None:
     watch = Stopwatch(record.data["seconds"])
     device = _device(settings.device, ranks)
     protocol = record.data["protocol"]
@@ -73,6 +87,7 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
     torch.manual_seed(settings.seed)
 
     zero_shot = settings.evaluation.zero_shot
+    zero_shot = zero_shot.model_copy(update={"limit": _at_most(settings, zero_shot.limit)})
     tasks = None
     with watch.stage("texts"), ranks.one_by_one():
         tokenizer = load_tokenizer(settings.model)
@@ -105,6 +120,8 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
                 scratch=folder,
                 seconds=passes,
                 on_study=lambda name, found: write_study(folder, name, found.as_dict()),
+                first_block=first_block,
+                first_key=_first_key(settings, protocol),
             )
         record.data["layers"] = [report.as_dict() for report in reports]
         watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
@@ -113,7 +130,7 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
 
     if evaluation or zero_shot.tasks:
         model.to(device)
-        _measure(settings, record, model, tokenizer, evaluation, tasks, folder, ranks, watch)
+        _measure(settings, zero_shot, record, model, tokenizer, evaluation, tasks, folder, ranks, watch)
     ranks.gather(None)  # the others have waited for it
     if settings.save and ranks.first:
         with watch.stage("saving"):
@@ -131,6 +148,7 @@ def _run(settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, stac
 
 def _measure(
     settings: Settings,
+    zero_shot: ZeroShotSettings,
     record: RunRecord,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -149,7 +167,7 @@ def _measure(
                 log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, found.value, found.standard_error)
     if tasks is not None:  # on one process: lm-eval has a way of its own to share work
         with watch.stage("zero_shot"):
-            accuracies = measure_zero_shot(model, tokenizer, tasks, settings.evaluation.zero_shot, folder)
+            accuracies = measure_zero_shot(model, tokenizer, tasks, zero_shot, folder)
         record.data["protocol"]["zero_shot"] |= accuracies.protocol
         for name, value in accuracies.values.items():
             record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
@@ -205,8 +223,14 @@ def _evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) 
     windows = {}
     for name, wanted in settings.evaluation.perplexity.items():
         where = f"evaluation.perplexity.{name}"
-        windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, wanted.windows, where)
+        limit = _at_most(settings, wanted.windows)
+        windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, limit, where)
     return windows
+
+
+def _at_most(settings: Settings, limit: int | None) -> int | None:
+    limits = [n for n in (limit, settings.evaluation.at_most) if n is not None]
+    return min(limits, default=None)
 
 
 def _check_window_lengths(settings: Settings, model: nn.Module) -> None:
@@ -241,6 +265,14 @@ def _plan(settings: Settings) -> PruningPlan:
         blocks=settings.model.blocks,
         study=settings.figures.study,
     )
+
+
+def _first_key(settings: Settings, protocol: Mapping[str, Any]) -> str:
+    """All that the moments of the first block hang on: what was run on which inputs, how, and on what."""
+    evaluated = ("evaluation", "zero_shot", "speed", "seed")
+    facts = {name: value for name, value in protocol.items() if name not in evaluated}
+    engine, pipeline = settings.engine.precision, settings.pipeline.model_dump(mode="json")
+    return json.dumps([facts, engine, pipeline, settings.model.model_dump(mode="json")], sort_keys=True)
 
 
 def _sparsity(settings: Settings, model: nn.Module, reports: Sequence[Mapping[str, Any]]) -> float:

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from .errors import RoseExpError
 from .experiment import run_experiment
+from .pipeline import FirstBlock
 from .ranks import Ranks
 from .run_id import run_id
 from .settings import Settings
@@ -25,7 +26,12 @@ LOCK = ".lock"
 
 
 def do_run(
-    settings: Settings, config: Mapping[str, Any], folder: Path, identity: Identity | None = None, wait: bool = False
+    settings: Settings,
+    config: Mapping[str, Any],
+    folder: Path,
+    identity: Identity | None = None,
+    wait: bool = False,
+    first_block: FirstBlock | None = None,
 ) -> dict[str, Any]:
     """What :func:`run_experiment` does, unless ``folder`` has it already.
 
@@ -45,7 +51,7 @@ def do_run(
             return earlier
         if ranks.first and (folder / "model").is_dir():
             shutil.rmtree(folder / "model")  # of an earlier attempt at this same run
-        return run_experiment(settings, dict(config), folder, identity)
+        return run_experiment(settings, dict(config), folder, identity, first_block)
 
 
 def _earlier(settings: Settings, folder: Path) -> dict[str, Any] | None:

@@ -202,6 +202,7 @@ class EvaluationSettings(Section):
     zero_shot: ZeroShotSettings = ZeroShotSettings()
     speed: SpeedSettings | None = None  # null: not measured
     batch: Positive = 4  # windows at once; no result depends on it beyond rounding
+    at_most: Positive | None = None  # windows of each text, and questions of each task; null: as each says
 
     def problems(self, where: str) -> list[str]:
         found = [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]

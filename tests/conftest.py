@@ -22,6 +22,28 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def small(shared) -> list[str]:
+    return small_overrides(shared)
+
+
+def small_overrides(shared: Path) -> list[str]:
+    """For a run of seconds: a small trained model and local texts."""
+    data = shared / "data"
+    return [
+        "model=local",
+        f"model.path={data}/models/stories260k-llama",
+        "calibration=local",
+        f"calibration.path={data}/text/wikitext2_raw_train_first1MB.jsonl",
+        "calibration.samples=4",
+        "calibration.window=128",
+        "evaluation=local",
+        f"evaluation.perplexity.local.path={data}/text/wikitext2_raw_test.jsonl",
+        "evaluation.perplexity.local.window=128",
+        "evaluation.perplexity.local.windows=8",
+    ]
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -16,24 +16,6 @@ from rose_exp.report import collect_records
 PARTS = ["pruning.calibrating", "pruning.moments", "pruning.studying", "pruning.solving", "pruning.advancing"]
 
 
-@pytest.fixture
-def small(shared):
-    """Overrides for a run of seconds."""
-    data = shared / "data"
-    return [
-        "model=local",
-        f"model.path={data}/models/stories260k-llama",
-        "calibration=local",
-        f"calibration.path={data}/text/wikitext2_raw_train_first1MB.jsonl",
-        "calibration.samples=4",
-        "calibration.window=128",
-        "evaluation=local",
-        f"evaluation.perplexity.local.path={data}/text/wikitext2_raw_test.jsonl",
-        "evaluation.perplexity.local.window=128",
-        "evaluation.perplexity.local.windows=8",
-    ]
-
-
 def rose_exp(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "rose_exp", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
@@ -118,7 +100,9 @@ def test_a_failed_job_is_recorded_and_the_others_go_on(small, tmp_path):
     records = [record for _, record in collect_records(tmp_path / "out")]
     assert [record["status"] for record in records] == ["finished", "failed"]
     assert "calibration.window: expected at most 512, the positions that the model has" in records[1]["error"]
-    assert "failed" in done.stdout
+    assert "1 ran, 1 failed, of 2 jobs" in done.stdout
+    why = next(line for line in done.stdout.splitlines() if line.startswith("  calibration.window=100000"))
+    assert "failed: RoseExpError: calibration.window: expected at most 512" in why
 
 
 def test_a_hub_that_cannot_be_reached_is_told(small, tmp_path):

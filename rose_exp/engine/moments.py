@@ -84,6 +84,11 @@ class InputMoments:
         self.weight += weight * len(tokens)
         self.tokens += len(tokens)
 
+    def to(self, device: torch.device | str) -> InputMoments:
+        """Move the sums to ``device``; this object."""
+        self._gram, self.sum = self._gram.to(device), self.sum.to(device)
+        return self
+
     def merge(self, other: InputMoments) -> None:
         """Add what ``other`` has seen, as if its inputs had come here."""
         if other.columns != self.columns:

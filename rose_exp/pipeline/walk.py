@@ -28,6 +28,7 @@ from ..models import BlockList, LinearLayer, find_blocks, linear_layers
 from ..ranks import Ranks
 from .activations import Activations
 from .capture import BlockCall, Enough, Probe, on_device, probe, trace
+from .first_block import FirstBlock
 from .plan import LayerReport, PassSeconds, PruningPlan, check_plan
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ def prune_model(
     scratch: Path | None = None,
     seconds: PassSeconds | None = None,
     on_study: Callable[[str, LayerStudy], None] | None = None,
+    first_block: FirstBlock | None = None,
+    first_key: str | None = None,
 ) -> list[LayerReport]:
     """Prune ``model`` in place, block by block.
 
@@ -55,6 +58,8 @@ def prune_model(
         scratch: folder for activations on disk; None: the system's.
         seconds: added to, by kind of work.
         on_study: called with the name of each layer that the plan studies, and what was found, on the rank that solves it.
+        first_block: moments of the first block from an earlier run with the same ``first_key``, which must tell apart all that
+            they hang on; or kept there for a later one.
 
     Returns:
         A report for every pruned layer, in the order of pruning.
@@ -78,6 +83,8 @@ def prune_model(
             block.to(device)
             own = {size: of_size[index] for size, of_size in calls.items()}
             walk = _BlockWalk(block, blocks.block_name(index), found.layers[index], own, plan, device, ranks, seconds, on_study)
+            if index == 0 and not plan.true_sequential:
+                walk.first_block, walk.first_key = first_block, first_key
             for report in walk.prune(hidden):
                 if on_layer is not None:
                     on_layer(len(reports), report)
@@ -146,6 +153,8 @@ class _BlockWalk:
         layers = {layer.name: layer for layer in linear_layers(block, name)}
         wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
         self.groups = [group for group in wanted if group]  # of layers that share their input
+        self.first_block: FirstBlock | None = None
+        self.first_key: str | None = None
 
     def run(self, hidden: Tensor) -> Tensor:
         return self.calls[len(hidden)].run(self.block, hidden)
@@ -173,6 +182,9 @@ class _BlockWalk:
 
     def _collect(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: _Clock) -> list[InputMoments]:
         """Moments of the inputs of each group, from one pass that stops where the last group is reached."""
+        kept = self.first_block.find(self.first_key, self.device) if self.first_block else None
+        if kept is not None:
+            return kept
         moments = [
             InputMoments(
                 g[0].columns,
@@ -191,6 +203,8 @@ class _BlockWalk:
             for _, batch in tqdm(hidden, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
                 with suppress(Enough):
                     self.run(batch)
+        if self.first_block:
+            self.first_block.keep(self.first_key, moments)
         return moments
 
     def _solve(self, groups: Sequence[Sequence[LinearLayer]], moments: list[InputMoments]) -> list[LayerReport]:

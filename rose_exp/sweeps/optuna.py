@@ -167,8 +167,7 @@ def _distribution(override: Override) -> BaseDistribution:
     value, name = override.value(), override.key_or_group
     by_magnitude = LOG in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep):
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
-        return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log=by_magnitude)
+        return FloatDistribution(value.start, value.end, log=by_magnitude)
     if isinstance(value, RangeSweep):
         steps = list(override.sweep_iterator())
         kind = IntDistribution if all(isinstance(step, int) for step in steps) else FloatDistribution

@@ -1,0 +1,45 @@
+"""Runs from Python, as from the command line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from .command import Job, check_command
+from .errors import SettingsError
+from .pipeline import FirstBlock
+from .runs import do_run
+from .sweeps.devices import claimed
+from .tracking import Identity, read_record
+from .tracking.record import FILE_NAME
+
+log = logging.getLogger(__name__)
+
+
+def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """See :func:`rose_exp.run`."""
+    jobs = check_command(overrides).jobs
+    if len(jobs) != 1:
+        raise SettingsError([f"overrides: expected those of one run, got those of {len(jobs)}; rose_exp.sweep takes them"])
+    with claimed(jobs[0].settings.device, sweep=False) as device:
+        return do_run(jobs[0].settings.on(device), jobs[0].config, folder / jobs[0].run_id)
+
+
+def run_all(overrides: list[str], folder: Path) -> list[dict[str, Any]]:
+    """See :func:`rose_exp.sweep`."""
+    first_block = FirstBlock()
+    return [_tried(job, folder, first_block) for job in check_command(["--multirun", *overrides]).jobs]
+
+
+def _tried(job: Job, folder: Path, first_block: FirstBlock) -> dict[str, Any]:
+    place = folder / job.run_id
+    try:
+        with claimed(job.settings.device, sweep=True) as device:
+            identity = Identity(job.name, folder.name)
+            return do_run(job.settings.on(device), job.config, place, identity, wait=True, first_block=first_block)
+    except Exception:
+        log.exception("%s failed; the sweep goes on", job.name)
+        if not (place / FILE_NAME).exists():  # nothing was begun, and so there is nothing that tells why
+            raise
+        return read_record(place / FILE_NAME)

@@ -1,0 +1,69 @@
+"""``plan=true`` lists jobs, with time from measured rates and memory from the configuration, and runs none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import rose_exp
+from rose_exp.command import check_command
+from rose_exp.models import model_shape
+from rose_exp.settings import ModelSettings
+from rose_exp.sweeps.estimate import Rates, Work, memory
+from rose_exp.sweeps.plan import format_plan
+
+from ..test_app import rose_exp as command
+
+
+def test_nothing_is_run(small, tmp_path):
+    done = command("-m", *small, "method=dense,rose", "seed=0,1", "plan=true", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines[1:5]] == ["method=dense", "method=dense", "method=rose", "method=rose"]
+    assert "3 of 4 jobs to run" in done.stdout  # the dense model is one
+    assert "~ rough" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_done_is_not_counted_and_its_rates_are_used(small, tmp_path):
+    rose_exp.sweep([*small, "seed=0,1"], tmp_path)
+    jobs = check_command(["-m", *small, "seed=0,1,2"]).jobs
+    text = format_plan(jobs, tmp_path)
+    assert text.count("finished already") == 2
+    assert "1 of 3 jobs to run" in text
+    assert "~" not in text
+
+
+def test_the_shape_is_that_of_the_model(shared):
+    path = shared / "data/models/stories260k-llama"
+    shape = model_shape(ModelSettings(path=str(path)))
+    assert (shape.blocks, shape.hidden, shape.vocabulary) == (5, 64, 512)
+    assert shape.dtype == torch.float32
+    assert len(shape.layers) == 35
+    assert len(shape.inputs_of_block) == 7
+
+
+def test_time_follows_the_work_at_the_rate_of_finished_runs(small, tmp_path):
+    record = rose_exp.run(small, tmp_path)
+    settings = check_command(small).jobs[0].settings
+    shape = model_shape(settings.model)
+    planned, done = Work.planned(settings, shape), Work.done(record)
+    assert planned.operations == pytest.approx(done.operations)
+    rates = Rates.of([record], record["protocol"]["device"], record["protocol"]["model"]["name"])
+    seconds, measured = rates.seconds(planned)
+    stages = ["pruning.calibrating", "pruning.moments", "pruning.solving", "pruning.advancing", "evaluation"]
+    assert measured
+    assert seconds == pytest.approx(sum(record["seconds"][stage] for stage in stages), rel=0.01)
+    assert not Rates.of([record], "another device", "stories260k-llama").seconds(planned)[1]
+
+
+def test_memory_grows_with_what_is_kept(small):
+    def bytes_of(*overrides: str) -> int:
+        settings = check_command([*small, *overrides]).jobs[0].settings
+        return memory(settings, model_shape(settings.model), cuda=False).host
+
+    more = bytes_of("calibration.samples=8004") - bytes_of()
+    assert more == pytest.approx(8000 * 128 * 64 * 4, rel=0.2)  # hidden states, float32
+    assert bytes_of("calibration.samples=8004", "pipeline.activations=disk") < bytes_of("calibration.samples=8004")

@@ -1,0 +1,120 @@
+"""A run is called by all settings that can change its result, and by no other."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from rose_exp.entry import config_folder
+from rose_exp.run_id import run_id
+from rose_exp.settings import read_settings
+
+
+def identity(*overrides: str, folder=None) -> str:
+    with initialize_config_dir(str(folder or config_folder()), version_base="1.3"):
+        config = compose("config", overrides=list(overrides))
+    return run_id(read_settings(OmegaConf.to_container(config, resolve=True)))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "method=wanda",
+        "method=sparsegpt",
+        "sparsity=2:4",
+        "sparsity.ratio=0.51",
+        "reorder.threshold=0.4",
+        "engine.damping=0.02",
+        "engine.backend=torch",
+        "pipeline.batch=2",
+        "pipeline.skip=['*.0.*']",
+        "calibration.samples=33",
+        "calibration.embedded=wiki",
+        "evaluation.perplexity.embedded.windows=47",
+        "evaluation.batch=2",
+        "model.dtype=bfloat16",
+    ],
+)
+def test_what_can_change_a_number_makes_another_run(override):
+    assert identity(override) != identity()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "device=cpu",
+        "device=[cuda:0,cuda:1]",
+        "tracking=wandb",
+        "tags=[a]",
+        "save=true",
+        "figures.draw=false",
+        "pipeline.activations=disk",
+        "plan=true",
+        "rerun=true",
+        "calibration.dataset=ignored",  # the embedded text stands before it
+        "seed=0",
+        "sparsity.ratio=0.50",
+    ],
+)
+def test_what_cannot_does_not(override):
+    assert identity(override) == identity()
+
+
+def test_equal_patterns_are_one_run():
+    assert identity("sparsity=2:4") == identity("sparsity.pattern=2:4", "sparsity.ratio=0.5")
+
+
+def test_of_a_dense_model_only_the_measurement_counts():
+    assert identity("method=dense", "reorder=none", "seed=3", "sparsity.ratio=0.9", "calibration=c4") == identity(
+        "method=dense"
+    )
+    assert identity("method=dense", "evaluation.perplexity.embedded.window=512") != identity("method=dense")
+
+
+def test_another_default_in_a_file_makes_another_run(tmp_path):
+    copy = tmp_path / "conf"
+    shutil.copytree(config_folder(), copy)
+    assert identity(folder=copy) == identity()
+    engine = copy / "engine" / "default.yaml"
+    engine.write_text(engine.read_text().replace("damping: 0.01", "damping: 0.011"))
+    assert identity(folder=copy) == identity("engine.damping=0.011") != identity()
+
+
+def test_files_count_by_what_is_in_them(tmp_path):
+    def of(name: str) -> str:
+        return identity("calibration=local", f"calibration.path={tmp_path / name}")
+
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.txt").write_text("some text")
+    (tmp_path / "c.txt").write_text("other text")
+    assert of("a.txt") == of("b.txt") != of("c.txt")
+    (tmp_path / "a.txt").write_text("changed")
+    assert of("a.txt") != of("b.txt")
+
+
+def test_folders_of_models_count_by_their_files(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    model = [f"model.path={tmp_path}/one", f"model.path={tmp_path}/two"]
+    assert identity(model[0]) == identity(model[1])
+    (tmp_path / "two" / "model.safetensors").write_text("weights")
+    assert identity(model[0]) != identity(model[1])
+
+
+def test_the_fingerprint_of_a_large_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
+    from rose_exp import fingerprint
+
+    monkeypatch.setenv("ROSE_EXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "LARGE", 1)
+    file = tmp_path / "weights"
+    file.write_text("a")
+    first = fingerprint.content_sha256(file)
+    monkeypatch.setattr(fingerprint, "file_sha256", lambda _: "read again")
+    assert fingerprint.content_sha256(file) == first
+    file.write_text("bb")
+    assert fingerprint.content_sha256(file) == "read again"
