@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .engine import METHODS, Method, Ordering, Precision, SemiStructured, Sparsity, Unstructured
 from .engine.kernels import Backend
-from .engine.ordering import Direction, Score
+from .engine.ordering import Direction
+from .engine.scores import SCORES
 from .errors import SettingsError, suggest
 from .wheels import WHEELS
 
@@ -124,7 +125,12 @@ class ReorderSettings(Section):
     columns: Direction = "none"
     blocks: Direction = "none"
     threshold: Annotated[float, Field(ge=0, le=1)] | None = 0.5  # null: every layer is reordered
-    score: Score = "wanda"
+    score: str = "wanda"
+
+    def problems(self, where: str) -> list[str]:
+        if self.score in SCORES:
+            return []
+        return [f"{where}.score: expected one of {', '.join(SCORES)}, got {self.score!r}{suggest(self.score, SCORES)}"]
 
     def build(self) -> Ordering | None:
         if self.columns == "none" and self.blocks == "none":
@@ -337,7 +343,7 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
 
 def _order_problems(sections: Mapping[str, Any]) -> list[str]:
     method, reorder = sections.get("method"), sections.get("reorder")
-    if method is None or reorder is None or reorder.build() is None:
+    if method is None or reorder is None or reorder.problems("reorder") or reorder.build() is None:
         return []
     sequential = [name for name, kind in METHODS.items() if kind.sequential]
     if method.name in sequential or method.name not in (DENSE, *METHODS):

@@ -11,7 +11,7 @@
 set -euo pipefail
 study="${1:?"usage: bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]"}"
 shift
-source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh" "" # no extra, and not this script's own arguments
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ ! -f "conf/experiment/rose_$study.yaml" ]; then
   echo "STUDY: expected one of $(cd conf/experiment && ls rose_*.yaml | sed 's/^rose_//; s/\.yaml$//' | paste -sd' '), got '$study'" >&2
   exit 2
@@ -55,6 +55,7 @@ if $small; then
   settings=("model=smollm2-135m" "${texts[@]}" "${measured[@]}" "${settings[@]}")
 fi
 
+source scripts/_venv.sh "" # no extra, and not this script's own arguments
 status=0
 .venv/bin/rose-exp -m "experiment=rose_$study" "hydra.sweep.dir=$folder" "${settings[@]}" || status=$?
 [ -d "$folder" ] && .venv/bin/rose-exp-report "$folder" --columns "$columns"

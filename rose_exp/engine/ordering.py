@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .patterns import Sparsity
+from .scores import SCORES
 
 Direction = Literal["descending", "ascending", "none"]
-Score = Literal["wanda", "obs", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,20 @@ class Ordering:
         columns: order of the columns inside each block, by column loss.
         blocks: order of the blocks, by block loss.
         threshold: reorder only where the relative range of the block losses is above this; None: always.
-        score: what a weight is expected to cost: ``wanda`` |W|·sqrt(E[x²]), ``magnitude`` |W|,
-            ``obs`` W²/[H⁻¹]ⱼⱼ with the damped Hessian.
+        score: what a weight is expected to cost, a name of :data:`rose_exp.engine.scores.SCORES`: ``wanda`` |W|·sqrt(E[x²]),
+            ``magnitude`` |W|, ``obs`` W²/[H⁻¹]ⱼⱼ with the damped Hessian.
     """
 
     columns: Direction = "descending"
     blocks: Direction = "descending"
     threshold: float | None = 0.5
-    score: Score = "wanda"
+    score: str = "wanda"
 
     def __post_init__(self):
         for name, value, known in (
             ("columns", self.columns, get_args(Direction)),
             ("blocks", self.blocks, get_args(Direction)),
-            ("score", self.score, get_args(Score)),
+            ("score", self.score, tuple(SCORES)),
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

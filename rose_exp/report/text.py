@@ -26,7 +26,12 @@ def number(value: float) -> str:
 
 def spread(cell: Cell) -> str:
     """Mean ± standard deviation over the seeds, or a single value."""
-    return number(cell.mean) + (f" ± {number(cell.deviation)}" if cell.deviation is not None else "")
+    if cell.deviation is None:
+        return number(cell.mean)
+    small = abs(cell.mean) < 1
+    return f"{number(cell.mean)} ± " + (
+        f"{cell.deviation:.{3 if small else 2}f}" if cell.deviation < 1e4 else number(cell.deviation)
+    )
 
 
 def difference(found: Difference) -> str:

@@ -73,7 +73,7 @@ def test_the_threshold_is_strict():
     ("arguments", "message"),
     [
         ({"columns": "down"}, "columns: expected one of descending, ascending, none, got 'down'"),
-        ({"score": "taylor"}, "score: expected one of wanda, obs, magnitude, got 'taylor'"),
+        ({"score": "taylor"}, "score: expected one of magnitude, obs, wanda, got 'taylor'"),
         ({"threshold": 1.5}, "threshold: expected a number from 0 to 1 or None, got 1.5"),
     ],
 )

@@ -15,8 +15,9 @@ from ..curvature import Curvature
 from ..hessian import Factor
 from ..kernels import Backend
 from ..moments import InputMoments
-from ..ordering import ColumnOrder, ExpectedLosses, Ordering, Score, arrange, expected_losses
+from ..ordering import ColumnOrder, ExpectedLosses, Ordering, arrange, expected_losses
 from ..patterns import Sparsity
+from ..scores import SCORES
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Layer:
     backend: Backend = "auto"
     moved: bool | None = None
     given: ColumnOrder | None = None
-    _losses: dict[Score, ExpectedLosses] = field(default_factory=dict, repr=False)
+    _losses: dict[str, ExpectedLosses] = field(default_factory=dict, repr=False)
 
     @property
     def moments(self) -> InputMoments:
@@ -64,17 +65,9 @@ class Layer:
         """What each weight is expected to cost, (rows, columns); see :class:`Ordering`."""
         return self.weight.abs().mul_(self.curvature.norms) if kind == "wanda" else self.weight.abs()
 
-    def _scores_by_column(self, kind: Score) -> Tensor:
-        """The same of Wᵀ, (columns, rows)."""
-        if kind == "obs":
-            saliency = self.transposed.square().div_(self.factor.inverse_diagonal()[:, None])
-            return saliency.masked_fill_(self.dead[:, None], 0)
-        scores = self.transposed.abs()
-        return scores.mul_(self.curvature.norms[:, None]) if kind == "wanda" else scores
-
-    def losses(self, kind: Score = "wanda") -> ExpectedLosses:
+    def losses(self, kind: str = "wanda") -> ExpectedLosses:
         if kind not in self._losses:
-            self._losses[kind] = expected_losses(self._scores_by_column(kind), self.sparsity, self.block_size)
+            self._losses[kind] = expected_losses(SCORES[kind](self), self.sparsity, self.block_size)
         return self._losses[kind]
 
     @cached_property

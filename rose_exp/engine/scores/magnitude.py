@@ -1,0 +1,14 @@
+"""|W|."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..methods import Layer
+
+
+def score(layer: Layer) -> Tensor:
+    return layer.transposed.abs()

@@ -1,0 +1,181 @@
+"""Which runs share a table and a cell, and what is reckoned from them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy import stats
+
+from rose_exp.report.gather import MINUTES, gather
+
+from .records import record
+
+METRIC = "perplexity.wikitext2"
+
+
+def tables(records, **options):
+    return [table for table in gather(records, **options).tables if table.metric == METRIC]
+
+
+def three_seeds(label: str, *values: float, **options) -> list[dict]:
+    return [record(label, value, seed, **options) for seed, value in enumerate(values)]
+
+
+def test_mean_deviation_and_paired_difference():
+    (table,) = tables([*three_seeds("SparseGPT", 20.0, 22.0, 27.0), *three_seeds("ROSE", 19.0, 21.5, 25.5)])
+    rose = table.cells["ROSE"]["0.7"]
+    assert rose.mean == pytest.approx(22.0)
+    assert rose.deviation == pytest.approx(math.sqrt((9 + 0.25 + 12.25) / 2))
+    found = rose.difference
+    assert found.pairs == 3
+    assert found.mean == pytest.approx(-1.0)
+    assert found.relative == pytest.approx(-1 / 23)
+    expected = stats.ttest_rel([19.0, 21.5, 25.5], [20.0, 22.0, 27.0]).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+    assert not found.significant
+    assert rose.best
+    assert not table.cells["SparseGPT"]["0.7"].best
+    assert table.cells["SparseGPT"]["0.7"].difference is None
+
+
+def test_one_seed_has_no_interval():
+    (table,) = tables([record("SparseGPT", 20.0), record("ROSE", 19.0)])
+    cell = table.cells["ROSE"]["0.7"]
+    assert cell.deviation is None
+    assert (cell.difference.mean, cell.difference.low, cell.difference.pairs) == (-1.0, None, 1)
+
+
+def test_only_seeds_that_drew_the_same_windows_are_pairs():
+    sparsegpt = three_seeds("SparseGPT", 20.0, 22.0, 24.0)
+    rose = [*three_seeds("ROSE", 19.0, 20.0), record("ROSE", 1.0, 5)]
+    rose[1]["protocol"]["calibration"]["tokens_sha256"] = "other windows"
+    (table,) = tables([*sparsegpt, *rose])
+    assert table.cells["ROSE"]["0.7"].difference.pairs == 1
+    assert table.cells["ROSE"]["0.7"].difference.mean == -1.0
+
+
+def test_sparsities_are_columns_in_order():
+    records = [record("ROSE", 1.0, ratio=ratio) for ratio in (0.9, 0.5, 0.7)] + [record("ROSE", 2.0, pattern="2:4")]
+    (table,) = tables(records)
+    assert table.names == ["0.5", "0.7", "0.9", "2:4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("config__engine__damping", 0.1),
+        ("config__engine__backend", "torch"),
+        ("config__pipeline__layers", ["*.mlp.*"]),
+        ("config__calibration__samples", 64),
+        ("protocol__calibration__sha256", "other text"),
+        ("protocol__calibration__cut", "windows"),
+        ("protocol__evaluation__wikitext2", {"source": "wikitext", "sha256": "w2", "windows": 166, "window": 4096}),
+        ("protocol__model__revision", "def"),
+        ("protocol__model__dtype", "bfloat16"),
+        ("protocol__versions__torch", "2.6.0"),
+        ("protocol__revision", "other code"),
+        ("protocol__device", "cuda: H100"),
+        ("protocol__threads", 1),
+    ],
+)
+def test_other_protocols_never_share_a_cell(change, value):
+    records = [record("SparseGPT", 20.0, 0), record("SparseGPT", 30.0, 1, **{change: value})]
+    report = gather(records)
+    of_metric = [table for table in report.tables if table.metric == METRIC]
+    assert [[list(c.values.values()) for row in t.cells.values() for c in row.values()] for t in of_metric] == [
+        [[20.0]],
+        [[30.0]],
+    ]
+    assert [table.letter for table in of_metric] == ["A", "B"]
+    name = change.partition("__")[2] if change.startswith("config") else change
+    name = name.replace("__", ".").replace("protocol.evaluation.wikitext2", "protocol.evaluation.window")
+    assert name in report.differences[f"Llama-2-7b-hf: {METRIC}"]
+    allowed = gather(records, allowed=[name])
+    assert len([table for table in allowed.tables if table.metric == METRIC]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("config__device", "cuda:1"),
+        ("config__tracking", {"kind": "wandb"}),
+        ("config__tags", ["x"]),
+        ("config__pipeline__activations", "disk"),
+        ("config__calibration__path", "/elsewhere/c4.jsonl"),  # the text's fingerprint says what it is
+        ("protocol__calibration__source", "/elsewhere/c4.jsonl"),
+    ],
+)
+def test_what_has_no_effect_parts_nothing(change, value):
+    (table,) = tables([record("SparseGPT", 20.0, 0), record("SparseGPT", 30.0, 1, **{change: value})])
+    assert table.cells["SparseGPT"]["0.7"].mean == 25.0
+
+
+def test_a_dense_model_stands_in_every_table_that_its_measurement_fits():
+    records = [
+        record("Dense", 5.0),
+        record("SparseGPT", 20.0),
+        record("SparseGPT", 21.0, config__engine__damping=0.1),
+        record("SparseGPT", 22.0, protocol__model__revision="def"),
+    ]
+    found = tables(records)
+    assert len(found) == 3
+    has_dense = {table.conditions["protocol.model.revision"]: "Dense" in table.cells for table in found}
+    assert has_dense == {"abc": True, "def": False}
+    assert all(next(iter(t.cells)) == "Dense" for t in found if "Dense" in t.cells)
+
+
+def test_any_setting_can_be_the_columns():
+    records = [record("SparseGPT", 20.0 + b, config__engine__block_size=b) for b in (64, 128)]
+    records += [record("ROSE", 19.0 + b, config__engine__block_size=b) for b in (64, 128)]
+    (table,) = tables(records, columns="engine.block_size")
+    assert table.names == ["64", "128"]
+    assert table.cells["ROSE"]["128"].difference.mean == -1.0
+    samples = [
+        record("ROSE", float(n), config__calibration__samples=n, protocol__calibration__windows=n) for n in (16, 128)
+    ]  # fmt: skip
+    (table,) = tables(samples, columns="calibration.samples")
+    assert table.names == ["16", "128"]
+
+
+def test_a_threshold_in_the_columns_is_in_no_name():
+    records = []
+    for threshold in (0.25, 0.5):
+        made = record("ROSE", 10 * threshold, config__reorder__threshold=threshold)
+        made["label"] = "ROSE" if threshold == 0.5 else "SparseGPT (columns descending, …)"
+        records.append(made)
+    (table,) = tables(records, columns="reorder.threshold")
+    assert list(table.cells) == ["ROSE"]
+    assert table.names == ["0.25", "0.5"]
+
+
+def test_variants_of_a_method_are_told_apart():
+    records = [record("DSnoT", 1.0), record("DSnoT", 2.0, config__method__options={"initial": "sparsegpt"})]
+    records[0]["config"]["method"]["options"] = {"initial": "wanda"}
+    (table,) = tables(records)
+    assert list(table.cells) == ["DSnoT (initial=wanda)", "DSnoT (initial=sparsegpt)"]
+
+
+def test_what_did_not_finish_is_told_and_a_run_done_twice_counts_once():
+    failed = record("ROSE", 1.0) | {"status": "failed", "error": "RoseExpError: no disk", "run_id": "f"}
+    report = gather([record("ROSE", 20.0), record("ROSE", 21.0), failed])
+    assert report.runs == 1
+    assert report.left_out == ["failed: ROSE f: RoseExpError: no disk"]
+    assert report.tables[0].cells["ROSE"]["0.7"].values == {0: 21.0}
+
+
+def test_tasks_are_columns_of_a_table_for_each_sparsity():
+    made = [record("SparseGPT", 1.0, ratio=r) for r in (0.5, 0.7)] + [record("Dense", 1.0)]
+    for i, one in enumerate(made):
+        one["metrics"] |= {"zero_shot.piqa": 50.0 + i, "zero_shot.average": 40.0 + i}
+        one["protocol"]["zero_shot"] = {"limit": None, "results": f"results_{i}.json"}
+    found = [table for table in gather(made).tables if table.metric == "zero_shot"]
+    assert [(table.at, table.names) for table in found] == [("0.5", ["piqa", "average"]), ("0.7", ["piqa", "average"])]
+    assert all(table.cells["Dense"]["piqa"].mean == 52.0 for table in found)
+    assert found[1].cells["SparseGPT"]["average"].mean == 41.0
+
+
+def test_minutes_of_pruning_have_a_table():
+    (table,) = [table for table in gather([record("ROSE", 1.0), record("Dense", 1.0)]).tables if table.metric == MINUTES]
+    assert table.cells["ROSE"]["0.7"].mean == 1.5
+    assert "Dense" not in table.cells

@@ -1,0 +1,88 @@
+"""Published figures: what the data files hold, and how ours are set beside them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from rose_exp.report.gather import gather
+from rose_exp.report.published import papers
+
+from ..test_command import settings_of
+from .records import record
+
+METRIC = "perplexity.wikitext2"
+TRUST = {"primary", "secondary", "digitised"}
+(PAPER,) = papers()
+
+
+def test_every_figure_is_whole():
+    seen = set()
+    for name, table in PAPER["tables"].items():
+        assert {"title", "source", "trust"} <= set(table), name
+        for figure in table["figures"]:
+            assert math.isfinite(figure["value"])
+            assert figure.get("trust", table["trust"]) in TRUST
+            key = (figure.get("model"), figure.get("method"), figure.get("sparsity"), figure["metric"])
+            assert key not in seen, key
+            seen.add(key)
+
+
+def test_the_averages_of_table_3_are_the_means_of_its_tasks():
+    rows = {}
+    for figure in PAPER["tables"]["table3"]["figures"]:
+        rows.setdefault((figure["model"], figure["method"]), {})[figure["metric"]] = figure["value"]
+    assert len(rows) == 21
+    for row in rows.values():
+        tasks = [value for metric, value in row.items() if metric.startswith("zero_shot.") and not metric.endswith("average")]
+        assert sum(tasks) / 7 == pytest.approx(row["zero_shot.average"], abs=0.006)
+
+
+def test_models_and_protocol_name_settings_that_there_are():
+    paths = {settings_of(f"model={name}").model.path for name in PAPER["models"].values()}
+    assert paths == set(PAPER["models"])
+    config = settings_of("model=llama2-7b", "calibration=c4", "evaluation=wikitext2").model_dump()
+    for name, value in PAPER["protocol"].items():
+        place = config
+        for part in name.split("."):
+            place = place[part]
+        assert place == value, name
+
+
+def cell(label, perplexity, **options):
+    (table,) = [t for t in gather([record(label, perplexity, **options)]).tables if t.metric == METRIC]
+    return next(iter(table.cells[label].values())).published
+
+
+def test_ours_is_judged_by_the_tolerance():
+    near = cell("SparseGPT", 27.2)
+    assert (near.value, near.trust, near.within) == (27.68, "primary", True)
+    assert near.deviation == pytest.approx(27.2 / 27.68 - 1)
+    assert cell("SparseGPT", 30.0).within is False
+    assert cell("Dense", 5.48).within is True
+
+
+def test_another_protocol_is_not_judged():
+    found = cell("SparseGPT", 27.2, config__calibration__samples=16)
+    assert found.within is None
+    assert found.why_not == "calibration.samples 16, the paper's 128"
+    assert cell("SparseGPT", 27.2, seed=3).why_not == "seed 3, the paper's 0"
+
+
+def test_secondary_figures_say_so_and_unknown_cells_stay_empty():
+    assert cell("SparseGPT", 11.1, pattern="2:4").trust == "secondary"
+    assert cell("Wanda", 11.1, pattern="2:4") is None
+    assert cell("SparseGPT", 7.0, ratio=0.5) is None
+    assert cell("SparseGPT", 27.0, config__model__path="another/model") is None
+
+
+def test_the_papers_dsnot_starts_from_sparsegpts_mask():
+    assert cell("DSnoT", 60.0) is None
+    assert cell("DSnoT", 60.0, config__method__options={"initial": "sparsegpt"}).value == 60.44
+
+
+def test_minutes_are_shown_and_not_judged():
+    (table,) = [t for t in gather([record("ROSE", 26.0)]).tables if t.metric == "minutes.pruning"]
+    published = table.cells["ROSE"]["0.7"].published
+    assert (published.value, published.trust, published.within) == (5.15, "secondary", None)

@@ -1,0 +1,113 @@
+"""The report's files: what a reader finds in them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from rose_exp.errors import RoseExpError
+from rose_exp.report.gather import gather
+from rose_exp.report.main import main, write_report
+from rose_exp.report.page import web_page
+from rose_exp.report.text import comma_separated, latex, markdown
+
+from .records import record
+
+
+@pytest.fixture
+def report():
+    values = {"SparseGPT": (27.0, 28.0, 27.5), "ROSE": (26.0, 26.5, 26.4), "Wanda": (70.0, 71.0, 75000.0)}
+    records = [record(label, v, seed) for label, of_label in values.items() for seed, v in enumerate(of_label)]
+    return gather([*records, record("Dense", 5.47), record("ROSE", 300.0, ratio=0.8)])
+
+
+def test_markdown(report):
+    text = markdown(report)
+    assert "| ROSE | **26.30 ± 0.26** | 300.00 |" in text
+    assert "| Dense | 5.47 | 5.47 |" in text
+    assert "Difference to SparseGPT, paired by seed, with 95 % confidence interval:" in text
+    line = next(line for line in text.splitlines() if line.startswith("| ROSE | -1.20 ["))
+    assert re.fullmatch(r"\| ROSE \| -1\.20 \[-1\.\d\d, -0\.\d\d\] \(-4\.4%\) \| – \|", line)
+    assert "| ROSE | 26.38 (ours -0.3%, not judged) | – |" in text  # seeds 1 and 2 are not the paper's
+    assert "calibrated on 128 windows of 2048 tokens, cut as documents; blocks of 128, damping 0.01" in text
+    assert "seeds 0, 1, 2; mean ± standard deviation over the seeds; torch 2.13.0" in text
+
+
+def test_protocols_that_differ_are_told():
+    text = markdown(gather([record("ROSE", 26.0), record("ROSE", 27.0, config__engine__damping=0.1)]))
+    assert "## Llama-2-7b-hf: perplexity.wikitext2 (protocol A)" in text
+    assert "* `engine.damping`: 0.01 | 0.1" in text
+    allowed = markdown(gather([record("ROSE", 26.0), record("ROSE", 27.0, 1, config__engine__damping=0.1)], allowed=["engine"]))
+    assert "Told not to part tables: `engine`." in allowed
+
+
+def test_csv_has_a_line_a_cell(report):
+    rows = list(csv.DictReader(io.StringIO(comma_separated(report))))
+    rose = next(row for row in rows if row["method"] == "ROSE" and row["column"] == "0.7" and row["metric"].startswith("perp"))
+    assert (rose["seeds"], rose["best"], rose["baseline"], rose["pairs"]) == ("0 1 2", "True", "SparseGPT", "3")
+    assert float(rose["mean"]) == pytest.approx(26.3)
+    assert float(rose["low"]) < float(rose["difference"]) < float(rose["high"]) < 0
+    assert (rose["published"], rose["trust"]) == ("26.38", "primary")
+
+
+def test_latex_has_booktabs_tables(report, tmp_path):
+    text = latex(report)
+    assert r"ROSE & \textbf{26.30 $\pm$ 0.26} & 300.00 \\" in text
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == len(report.tables)
+    assert "perplexity.wikitext2" in text
+    assert not re.search(r"(?<!\\)[%_#]", text)
+    if shutil.which("pdflatex") is None:
+        pytest.skip("needs pdflatex to set it")
+    (tmp_path / "t.tex").write_text(r"\documentclass{article}\usepackage{booktabs}\begin{document}" + text + r"\end{document}")
+    assert subprocess.run(["pdflatex", "-interaction=batchmode", "t.tex"], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_the_page_is_self_contained_and_escapes(report):
+    report.left_out.append("failed: <script>alert(1)</script>")
+    page = web_page(report)
+    assert "26.30 ± 0.26" in page
+    assert page.count("data:image/png;base64,") == 2  # values, and differences
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "<script" not in page
+
+
+def test_studies_are_drawn(shared, tmp_path):
+    import rose_exp
+
+    from ..conftest import small_overrides
+
+    rose_exp.run([*small_overrides(shared), "figures.study=['*.0.self_attn.o_proj']"], tmp_path)
+    write_report([tmp_path])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "What the order does to model.layers.0.self_attn.o_proj" in page
+    assert page.count("data:image/png;base64,") == 3
+
+
+def test_the_command_writes_all_four_and_prints_the_tables(tmp_path, capsys):
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(record("ROSE", 26.0 + seed, seed)))
+    main([str(tmp_path / "runs")])
+    printed = capsys.readouterr().out
+    assert "| ROSE | 26.50 ± 0.71 |" in printed
+    written = {path.name for path in (tmp_path / "runs" / "report").iterdir()}
+    assert written == {"report.md", "report.csv", "report.tex", "report.html"}
+    assert (tmp_path / "runs" / "report" / "report.md").read_text() in printed
+
+
+def test_nothing_to_read_is_one_clear_error(tmp_path, capsys):
+    with pytest.raises(RoseExpError, match="expected a folder that exists"):
+        write_report([tmp_path / "missing"])
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert capsys.readouterr().err.startswith("DIR: expected folders with run.json in them, got none in")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RoseExpError, match="cannot read the run record"):
+        write_report([tmp_path])
