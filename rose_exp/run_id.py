@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from .dotted import flat, without
 from .errors import SettingsError
 from .fingerprint import folder_sha256
 from .settings import DENSE, Settings, TextSettings, read_settings
@@ -45,22 +45,7 @@ def identifying(settings: Settings) -> dict[str, Any]:
         if folder is not None:
             values["evaluation"]["zero_shot"][name] = folder_sha256(Path(folder).expanduser())
     left_out = WITHOUT_EFFECT + (ONLY_OF_PRUNED if settings.method.name == DENSE else ())
-    return {name: value for name, value in flat(values).items() if not any(_within(name, other) for other in left_out)}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
-def _within(name: str, other: str) -> bool:
-    return name == other or name.startswith(f"{other}.")
+    return without(flat(values), left_out)
 
 
 def _text_place(text: TextSettings) -> dict[str, Any]:

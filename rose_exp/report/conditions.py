@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..dotted import flat, without
+
 ROWS = ("method", "reorder", "sparsity", "seed")  # what tables compare, or average over
 WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations", "evaluation")
 OF_SEED = ("protocol.seed", "protocol.calibration.seed", "protocol.calibration.tokens_sha256")
@@ -34,7 +36,7 @@ def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str
     left_out = [*ROWS, *WITHOUT_EFFECT, *OF_SEED, columns, *FOLLOWING.get(columns, ())]
     if is_dense(record):
         left_out += OF_PRUNED
-    kept = {name: value for name, value in found.items() if not any(within(name, other) for other in left_out)}
+    kept = without(found, left_out)
     return {name: value for name, value in kept.items() if not _place(name, kept)}
 
 
@@ -65,22 +67,6 @@ def differing(several: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     names: Iterable[str] = dict.fromkeys(name for conditions in several for name in conditions)
     values = {name: [conditions.get(name) for conditions in several] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name; lists and empty mappings as they are."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
-def within(name: str, other: str) -> bool:
-    """Whether the setting ``name`` is ``other`` or a part of it."""
-    return name == other or name.startswith(f"{other}.")
 
 
 def column_of(record: Mapping[str, Any], columns: str) -> str:

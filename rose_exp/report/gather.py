@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..dotted import flat, without
 from .cells import Cell, mark_best, paired_difference
-from .conditions import SPARSITY, agree, column_of, conditions, differing, flat, is_dense, within
+from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense
 from .published import find
 
 ALL = "all"  # the only column of tasks' tables, and where a dense model stands
@@ -102,7 +103,7 @@ def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str,
     model = record["protocol"]["model"]["name"]
     column = column_of(record, columns)
     for metric, at, name, value in _measured(record, column):
-        found = {n: v for n, v in conditions(record, metric, columns).items() if not any(within(n, a) for a in allowed)}
+        found = without(conditions(record, metric, columns), allowed)
         kind = metric.partition(".")[0] if metric.startswith("zero_shot") else metric
         same = [t for t in tables if (t.model, t.metric) == (model, kind) and _fits(t, at, found, is_dense(record))]
         if not same:
@@ -157,7 +158,7 @@ def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
     for record in runs:
         config = record["config"]
         own = flat({"method": config["method"], "reorder": config["reorder"]})
-        own = {name: value for name, value in own.items() if not within(name, columns)}
+        own = without(own, [columns])
         kinds.append(json.dumps({} if is_dense(record) else own, sort_keys=True))
     labels: dict[str, str] = {}
     for record, kind in zip(runs, kinds, strict=True):  # a threshold in the columns is in no row's name
