@@ -38,8 +38,8 @@ def _tried(job: Job, folder: Path, first_block: FirstBlock) -> dict[str, Any]:
         with claimed(job.settings.device, sweep=True) as device:
             identity = Identity(job.name, folder.name)
             return do_run(job.settings.on(device), job.config, place, identity, wait=True, first_block=first_block)
-    except Exception:
+    except Exception as error:
         log.exception("%s failed; the sweep goes on", job.name)
         if not (place / FILE_NAME).exists():  # nothing was begun, and so there is nothing that tells why
             raise
-        return read_record(place / FILE_NAME)
+        return read_record(place / FILE_NAME) | {"status": "failed", "error": f"{type(error).__name__}: {error}"}

@@ -56,6 +56,12 @@ def main() -> None:
 
         print(format_plan(command.jobs, command.sweep))
         return
+    if command.searched and launched()[1] > 1:
+        print(
+            "torchrun: expected a run or a sweep, got a search, whose trials would differ from process to process",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     os.environ[SWEPT] = " ".join(sorted(command.swept))
     if launched()[0]:
         _be_quiet()
@@ -73,21 +79,23 @@ def main() -> None:
 
 def _tell(command: Command, started: str) -> None:
     """The table at the end of a sweep, however it ended; the exit status tells of failures."""
-    found = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started)
+    rerun = any(job.settings.rerun for job in command.jobs)
+    found = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
     print(f"\n{format_outcomes(found)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
     if any(outcome.state not in ("ran", "reused") for outcome in found):
         sys.exit(1)
 
 
 def _identity(hydra_config: DictConfig) -> Identity | None:
-    """A job of a sweep is called by what differs from the other jobs, and belongs to the sweep."""
+    """A job of a sweep is called by what differs from the other jobs, and belongs to the experiment, or to the folder."""
     if hydra_config.mode == RunMode.RUN:
         return None
     swept = os.environ.get(SWEPT, "").split()
     task = hydra_config.overrides.task
     own = [text for text in task if text.partition("=")[0].lstrip("+~") in swept] or task
-    shared = [text for text in task if text not in own]
-    return Identity(" ".join(own), " ".join(shared) or Path(hydra_config.sweep.dir).name)
+    return Identity(
+        " ".join(own), hydra_config.runtime.choices.get("experiment") or "/".join(Path(hydra_config.sweep.dir).parts[-2:])
+    )
 
 
 def _be_quiet() -> None:

@@ -99,7 +99,11 @@ def _sound_overrides(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     parsed = []
     for text in texts:
         try:
-            parsed.append(parser.parse_override(text))
+            override = parser.parse_override(text)
+            parsed = [
+                o for o in parsed if o.is_delete() or o.get_key_element() != override.get_key_element()
+            ]  # the last counts
+            parsed.append(override)
         except HydraException as error:
             problems.append(f"{text!r} is no override: expected setting=value ({str(error).splitlines()[0]})")
     known = _settings_of([o for o in parsed if _is_group(o) and not _group_problems(o)])

@@ -32,18 +32,21 @@ def content_sha256(path: Path) -> str:
 
 def weights_sha256(path: Path) -> str:
     """One fingerprint over the weight files of a folder (or one file), by name and content."""
-    return _of_files([path] if path.is_file() else [file for file in path.iterdir() if file.suffix in WEIGHTS])
+    if path.is_file():
+        return _of_files([path], path.parent)
+    return _of_files([file for file in path.iterdir() if file.suffix in WEIGHTS], path)
 
 
 def folder_sha256(path: Path) -> str:
-    """One fingerprint over a file, or over all files of a folder but hidden ones, by name and content."""
+    """One fingerprint over a file, or over all files in a folder and its folders but hidden ones, by name and content."""
     if path.is_file():
         return content_sha256(path)
-    return _of_files([file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")])
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return _of_files([f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)], path)
 
 
-def _of_files(files: list[Path]) -> str:
+def _of_files(files: list[Path], folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
-        digest.update(f"{file.name} {content_sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder)} {content_sha256(file)}\n".encode())
     return digest.hexdigest()

@@ -36,6 +36,9 @@ def identifying(settings: Settings) -> dict[str, Any]:
     """The settings that count, as :func:`run_id` sees them, by dotted name."""
     values = settings.model_dump(mode="json")
     values["sparsity"] = str(settings.sparsity.build())
+    values["method"]["layer_options"] = list(values["method"]["layer_options"].items())  # of several that fit the first counts
+    if settings.reorder.build() is None:
+        values["reorder"] = None
     values["model"] |= _place(settings.model.path, settings.model.embedded)
     values["calibration"] |= _text_place(settings.calibration)
     for name, text in settings.evaluation.perplexity.items():
@@ -51,6 +54,8 @@ def identifying(settings: Settings) -> dict[str, Any]:
 def _text_place(text: TextSettings) -> dict[str, Any]:
     """Where a text is from; what stands behind the first that is set has no effect."""
     place = _place(text.path, text.embedded)
+    if text.path is not None:
+        place["suffix"] = Path(text.path).suffix  # tells how it is read
     if text.path is not None or text.embedded is not None:
         place |= dict.fromkeys(("dataset", "subset", "data_files", "revision", "split"))
     return place

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from .errors import RoseExpError
 from .experiment import run_experiment
 from .pipeline import FirstBlock
 from .ranks import Ranks
+from .report.figures import FOLDER
 from .run_id import run_id
 from .settings import Settings
 from .tracking import Identity, read_record
@@ -44,12 +46,14 @@ def do_run(
     """
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
+    if len(set(ranks.gather(run_id(settings)))) > 1:
+        raise RoseExpError("torchrun: expected equal settings in all processes, got different ones")
     with _locked(folder, wait, ranks):
         earlier = ranks.gather(_earlier(settings, folder) if ranks.first else None)[0]
         if earlier is not None:
             log.info("%s is finished already: %s", settings.label, folder / FILE_NAME)
             return earlier
-        if ranks.first and (folder / "model").is_dir():
+        if ranks.first and settings.save and (folder / "model").is_dir():
             shutil.rmtree(folder / "model")  # of an earlier attempt at this same run
         return run_experiment(settings, dict(config), folder, identity, first_block)
 
@@ -71,9 +75,18 @@ def _earlier(settings: Settings, folder: Path) -> dict[str, Any] | None:
         )
     if record["status"] != "finished" or settings.rerun:
         return None
-    studied = record["config"].get("figures", {}).get("study", [])
-    complete = set(settings.figures.study) <= set(studied) and ((folder / "model").is_dir() or not settings.save)
-    return record if complete else None
+    return record if _complete(settings, record, folder) else None
+
+
+def _complete(settings: Settings, record: Mapping[str, Any], folder: Path) -> bool:
+    """Whether all is there that is asked for and hangs not on the settings that a run is called by."""
+    studied = set(settings.figures.study) <= set(record["config"].get("figures", {}).get("study", []))
+    saved = (folder / "model").is_dir() or not settings.save
+    drawn = (folder / FOLDER).is_dir() or not (settings.figures.draw and record["layers"])
+    timed = (
+        settings.evaluation.speed is None or not record["protocol"]["speed"]["not_measured"] or not torch.cuda.is_available()
+    )
+    return studied and saved and drawn and timed
 
 
 @contextmanager

@@ -138,3 +138,27 @@ def test_every_job_of_a_sweep_is_checked():
 )
 def test_sound_commands_pass(command):
     check_command(command.split())
+
+
+def test_of_a_setting_given_twice_the_last_counts_as_for_hydra():
+    jobs = check_command(["-m", "seed=0,1", "method=wanda", "seed=2,3", "method=sparsegpt"]).jobs
+    assert [(job.settings.seed, job.settings.method.name) for job in jobs] == [(2, "sparsegpt"), (3, "sparsegpt")]
+
+
+def test_a_search_by_several_processes_is_refused(monkeypatch, capsys):
+    from rose_exp import app
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["rose-exp", "-m", "hydra/sweeper=optuna"])
+    with pytest.raises(SystemExit):
+        app.main()
+    assert "torchrun: expected a run or a sweep, got a search" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study", sorted(p.stem for p in config_folder().glob("experiment/rose_*.yaml")))
+def test_every_study_of_the_paper_can_be_had_small(study):
+    command = ["-m", f"experiment={study}", "model=smollm2-135m", "calibration=embedded", "debug=smoke"]
+    jobs = check_command(command).jobs
+    assert {job.settings.model.embedded for job in jobs} == {"smollm2-135m"}
+    assert {job.settings.calibration.embedded for job in jobs} == {"c4"}
+    assert all(job.settings.evaluation.at_most == 2 for job in jobs)

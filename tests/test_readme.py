@@ -16,7 +16,7 @@ from .conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:rose-exp|bash) .*$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
-PRUNING = [command for command in COMMANDS if command.startswith("rose-exp")]
+PRUNING = [command for command in COMMANDS if command.startswith("rose-exp ")]
 SMALL = [
     "calibration.samples=2",
     "calibration.window=64",
@@ -27,7 +27,7 @@ SMALL = [
 
 def test_the_readme_has_its_commands():
     assert [command.split("#")[0].strip() for command in COMMANDS[:2]] == ["bash scripts/demo.sh", "bash scripts/test.sh"]
-    assert len(PRUNING) == 7
+    assert len(PRUNING) == 9
 
 
 @pytest.mark.parametrize("command", PRUNING)
@@ -49,7 +49,7 @@ def test_commands_that_need_no_hub_run(command, tmp_path):
     assert "perplexity.embedded" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "_venv.sh"])
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "reproduce.sh", "slurm_node.sh", "_venv.sh"])
 def test_the_scripts_parse_and_can_be_run(script):
     path = REPOSITORY / "scripts" / script
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0

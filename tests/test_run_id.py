@@ -118,3 +118,31 @@ def test_the_fingerprint_of_a_large_file_is_kept_until_the_file_changes(tmp_path
     assert fingerprint.content_sha256(file) == first
     file.write_text("bb")
     assert fingerprint.content_sha256(file) == "read again"
+
+
+def test_the_order_of_layer_options_counts_as_the_first_that_fits_does():
+    orders = [
+        {"*mlp*": {"max_cycles": 0}, "*down*": {"max_cycles": 9}},
+        {"*down*": {"max_cycles": 9}, "*mlp*": {"max_cycles": 0}},
+    ]
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", overrides=["method=dsnot"]), resolve=True)
+    first, second = (run_id(read_settings(config | {"method": config["method"] | {"layer_options": o}})) for o in orders)
+    assert first != second
+
+
+def test_folders_in_folders_and_how_a_text_is_read_count(tmp_path):
+    tasks = tmp_path / "tasks" / "mine"
+    tasks.mkdir(parents=True)
+    (tasks / "task.yaml").write_text("a")
+    override = f"evaluation.zero_shot.include_path={tmp_path / 'tasks'}"
+    before = identity("evaluation=zero_shot", override)
+    (tasks / "task.yaml").write_text("b")
+    assert identity("evaluation=zero_shot", override) != before
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    assert len({identity("calibration=local", f"calibration.path={tmp_path / name}") for name in ("a.txt", "a.jsonl")}) == 2
+
+
+def test_an_order_that_is_none_has_no_threshold():
+    assert identity("method=sparsegpt", "reorder=none", "reorder.threshold=0.1") == identity("method=sparsegpt")

@@ -42,11 +42,12 @@ def test_what_was_not_made_is_made(small, tmp_path, monkeypatch):
     rose_exp.run([*small, "figures.draw=false", "save=true"], tmp_path)
     assert (folder / "model" / "model.safetensors").exists()
     assert len(done) == 2
-    rose_exp.run([*small, "save=true"], tmp_path)
+    rose_exp.run([*small, "save=true", "figures.draw=false"], tmp_path)
     assert len(done) == 2
     rose_exp.run([*small, "figures.study=['*.0.self_attn.o_proj']"], tmp_path)
     assert len(done) == 3
     assert (folder / "figures" / "model.layers.0.self_attn.o_proj.json").exists()
+    assert (folder / "model" / "model.safetensors").exists()  # what was saved stays
 
 
 def test_one_that_was_cut_off_or_failed_is_done_again(small, tmp_path, monkeypatch):

@@ -18,13 +18,15 @@ class FirstBlock:
     def __init__(self):
         self._key: str | None = None
         self._moments: list[InputMoments] = []
+        self._seconds = 0.0
 
-    def find(self, key: str | None, device: object) -> list[InputMoments] | None:
-        """Copies on ``device``; None where this key's are not there."""
+    def find(self, key: str | None, device: object) -> tuple[list[InputMoments], float] | None:
+        """Copies on ``device``, and the seconds that finding them took; None where this key's are not there."""
         if key is None or key != self._key:
             return None
-        return [moments.to(device) for moments in copy.deepcopy(self._moments)]
+        return [moments.to(device) for moments in copy.deepcopy(self._moments)], self._seconds
 
-    def keep(self, key: str | None, moments: Sequence[InputMoments]) -> None:
+    def keep(self, key: str | None, moments: Sequence[InputMoments], seconds: float) -> None:
         if key is not None:
-            self._key, self._moments = key, [copy.deepcopy(of_group).to("cpu") for of_group in moments]
+            self._key, self._seconds = key, seconds
+            self._moments = [copy.deepcopy(of_group).to("cpu") for of_group in moments]

@@ -83,7 +83,8 @@ class LayerReport:
 @dataclass
 class PassSeconds:
     """Where the time of a walk goes: the dense passes, the moments' products in them, studies of layers, solving, and the
-    passes of pruned blocks. Processes that solve their layers at the same time wait for the slowest, which counts as
+    passes of pruned blocks; ``shared`` is no time of this walk, but what an earlier one has spent on the first block's moments
+    that this one was given. Processes that solve their layers at the same time wait for the slowest, which counts as
     solving."""
 
     calibrating: float = 0.0
@@ -91,6 +92,7 @@ class PassSeconds:
     studying: float = 0.0
     solving: float = 0.0
     advancing: float = 0.0
+    shared: float = 0.0
 
 
 def check_plan(blocks: BlockList, plan: PruningPlan) -> None:

@@ -184,7 +184,9 @@ class _BlockWalk:
         """Moments of the inputs of each group, from one pass that stops where the last group is reached."""
         kept = self.first_block.find(self.first_key, self.device) if self.first_block else None
         if kept is not None:
-            return kept
+            moments, self.seconds.shared = kept
+            return moments
+        start = self._now()
         moments = [
             InputMoments(
                 g[0].columns,
@@ -204,7 +206,7 @@ class _BlockWalk:
                 with suppress(Enough):
                     self.run(batch)
         if self.first_block:
-            self.first_block.keep(self.first_key, moments)
+            self.first_block.keep(self.first_key, moments, self._now() - start)
         return moments
 
     def _solve(self, groups: Sequence[Sequence[LinearLayer]], moments: list[InputMoments]) -> list[LayerReport]:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from scipy import stats
 
@@ -38,11 +39,12 @@ class Cell:
     Attributes:
         values: by seed.
         draws: fingerprint of the calibration windows by seed; None for a dense model.
-        judged: whether the published value was made by the same protocol, as far as it is known.
+        runs: records by seed.
     """
 
     values: dict[int, float] = field(default_factory=dict)
     draws: dict[int, str | None] = field(default_factory=dict)
+    runs: dict[int, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     difference: Difference | None = None
     published: Published | None = None
     best: bool = False
@@ -52,15 +54,19 @@ class Cell:
         return statistics.fmean(self.values.values())
 
     @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self.values.values()))
+
+    @property
     def deviation(self) -> float | None:
-        """Standard deviation over the seeds; None of a single one."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+        """Standard deviation over the seeds; None of a single one, and where a value is not finite."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 and self.finite else None
 
 
 def paired_difference(cell: Cell, baseline: Cell) -> Difference | None:
     """Of the seeds that both have, where both have drawn the same calibration windows."""
     seeds = [s for s in cell.values if s in baseline.values and cell.draws[s] == baseline.draws[s]]
-    if not seeds:
+    if not seeds or not (cell.finite and baseline.finite):
         return None
     differences = [cell.values[seed] - baseline.values[seed] for seed in seeds]
     mean = statistics.fmean(differences)

@@ -7,10 +7,17 @@ from typing import Any
 
 from ..dotted import flat, without
 
-ROWS = ("method", "reorder", "sparsity", "seed")  # what tables compare, or average over
+ROWS = ("method", "reorder", "seed")  # what tables compare, or average over
 WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations", "evaluation")
 OF_SEED = ("protocol.seed", "protocol.calibration.seed", "protocol.calibration.tokens_sha256")
-OF_PRUNED = ("calibration", "engine", "pipeline", "protocol.calibration", "protocol.backend")  # of no meaning for a dense model
+OF_PRUNED = (
+    "sparsity",
+    "calibration",
+    "engine",
+    "pipeline",
+    "protocol.calibration",
+    "protocol.backend",
+)  # of no meaning for a dense model
 PLACES = ("path", "embedded", "source")  # of what has a fingerprint of its own beside it
 FOLLOWING = {  # what a setting brings with it in the protocol
     "calibration.samples": ("protocol.calibration.windows",),
@@ -21,7 +28,7 @@ SPARSITY = "sparsity"
 
 
 def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str, Any]:
-    """Everything that a metric of a run hangs on but method, order, sparsity, seed and the setting ``columns``."""
+    """Everything that a metric of a run hangs on but method, order, seed and the setting ``columns``."""
     config = {name: value for name, value in record["config"].items() if name != "hydra"}
     protocol = {name: value for name, value in record["protocol"].items() if name not in ("evaluation", "zero_shot", "speed")}
     found = flat(config) | flat(protocol, "protocol.")

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..dotted import flat, without
+from ..errors import RoseExpError
 from .cells import Cell, mark_best, paired_difference
 from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense
 from .published import find
 
 ALL = "all"  # the only column of tasks' tables, and where a dense model stands
-HIGHER_IS_BETTER = ("zero_shot", "speedup")
 MINUTES = "minutes.pruning"
+JUDGED = ("perplexity.", "zero_shot", MINUTES)  # metrics of which there is a best
+BASELINE = "SparseGPT"
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Table:
 
     @property
     def lower_is_better(self) -> bool:
-        return not self.metric.startswith(HIGHER_IS_BETTER)
+        return self.metric != "zero_shot"
 
     @property
     def names(self) -> list[str]:
@@ -53,7 +55,9 @@ class Table:
         return sorted({s for name, row in self.cells.items() if name != "Dense" for cell in row.values() for s in cell.values})
 
     def title(self) -> str:
+        pattern = {self.conditions.get(f"sparsity.{name}") for name in ("pattern", "ratio")} - {None}
         at = f", {self.columns} {self.at}" if self.at and self.at != ALL else ""
+        at += f", sparsity {' '.join(sorted(map(str, pattern)))}" if pattern else ""
         return f"{self.model}: {self.metric}{at}" + (f" (protocol {self.letter})" if self.letter else "")
 
 
@@ -75,31 +79,49 @@ class Report:
     allowed: Sequence[str]
     runs: int
 
+    @property
+    def title(self) -> str:
+        return "1 run" if self.runs == 1 else f"{self.runs} runs"
+
 
 def gather(
-    records: Sequence[Mapping[str, Any]], columns: str = SPARSITY, baseline: str = "SparseGPT", allowed: Sequence[str] = ()
+    records: Sequence[Mapping[str, Any]], columns: str = SPARSITY, baseline: str = BASELINE, allowed: Sequence[str] = ()
 ) -> Report:
-    """Put runs into tables. Runs whose conditions differ in anything but method, order, sparsity, seed and ``columns`` never
-    share one, unless what they differ in is ``allowed``."""
-    finished = {r.get("run_id") or id(r): r for r in records if r["status"] == "finished"}  # of a run done twice the last
-    runs = list(finished.values())
-    left_out = [f"{r['status']}: {r['label']} {r.get('run_id')}: {r['error']}" for r in records if r["status"] != "finished"]
+    """Put runs into tables. Runs whose conditions differ in anything but method, order, seed and ``columns`` never
+    share one, unless what they differ in is ``allowed``.
+
+    Raises:
+        RoseExpError: no run is of the ``baseline``.
+    """
+    runs = [record for record in records if record["status"] == "finished"]
+    left_out = [_why_not(record) for record in records if record["status"] != "finished"]
     rows = _row_names(runs, columns)
     tables: list[Table] = []
     for dense in (False, True):  # a dense model goes into every table that its protocol fits
         for record, row in zip(runs, rows, strict=True):
             if is_dense(record) == dense:
-                _add(tables, record, row, columns, allowed)
+                left_out += _add(tables, record, row, columns, allowed)
+    left_out = list(dict.fromkeys(left_out))
+    if baseline not in rows and baseline != BASELINE:
+        raise RoseExpError(f"--baseline: expected one of {', '.join(dict.fromkeys(rows))}, got {baseline!r}")
     for table in tables:
         _finish(table, baseline)
     order = {name: i for i, name in enumerate(dict.fromkeys(rows))}
     for table in tables:
         table.cells = dict(sorted(table.cells.items(), key=lambda item: (item[0] != "Dense", order[item[0]])))
     tables.sort(key=lambda table: (table.model, table.metric == MINUTES, table.metric))
-    return Report(tables, _letters(tables), left_out, baseline, allowed, len(runs))
+    return Report(tables, _letters(tables), left_out, baseline, allowed, len({record.get("run_id") for record in runs}))
 
 
-def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str, allowed: Sequence[str]) -> None:
+def _why_not(record: Mapping[str, Any]) -> str:
+    """Why a run is in no table."""
+    why = f"failed: {record['error']}" if record["status"] == "failed" else "not finished, or still running"
+    return f"{record['label']} {record.get('run_id')} {why}"
+
+
+def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str, allowed: Sequence[str]) -> list[str]:
+    """Put the values of a run where they belong; what found its place taken by another run."""
+    taken = []
     model = record["protocol"]["model"]["name"]
     column = column_of(record, columns)
     for metric, at, name, value in _measured(record, column):
@@ -112,7 +134,9 @@ def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str,
         for table in same:
             places = (table.names or [ALL]) if is_dense(record) and kind != "zero_shot" else [name]
             for place in places:
-                _put(table, record, row, place, metric, value)
+                if not _put(table, record, row, place, value):
+                    taken.append(f"{row} {record.get('run_id')}: another run has its place in {table.title()}, {place}")
+    return taken
 
 
 def _fits(table: Table, at: str | None, found: Mapping[str, Any], dense: bool) -> bool:
@@ -128,24 +152,34 @@ def _measured(record: Mapping[str, Any], column: str) -> Iterable[tuple[str, str
             yield metric, column, metric.removeprefix("zero_shot."), value
         elif metric != "sparsity":
             yield metric, None, column, value
-    if "pruning" in record["seconds"]:
-        yield MINUTES, None, column, record["seconds"]["pruning"] / 60
+    seconds = record["seconds"]
+    if "pruning" in seconds:  # what a job before it in its sweep has done for it counts, and studies of layers do not
+        spent = seconds["pruning"] + seconds.get("pruning.shared", 0) - seconds.get("pruning.studying", 0)
+        yield MINUTES, None, column, spent / 60
 
 
-def _put(table: Table, record: Mapping[str, Any], row: str, column: str, metric: str, value: float) -> None:
+def _put(table: Table, record: Mapping[str, Any], row: str, column: str, value: float) -> bool:
+    """Whether the place was free, or held by an earlier record of the same run."""
     cell = table.cells.setdefault(row, {}).setdefault(column, Cell())
-    calibration = record["protocol"]["calibration"]
-    seed = record["config"]["seed"]
-    cell.values[seed] = value
-    cell.draws[seed] = calibration["tokens_sha256"] if calibration else None
-    sparsity = "dense" if is_dense(record) else column_of(record, SPARSITY)
-    cell.published = find(record["config"], record["label"], sparsity, metric, cell.mean)
+    calibration, seed = record["protocol"]["calibration"], record["config"]["seed"]
+    earlier = cell.runs.get(seed)
+    if earlier is not None and earlier.get("run_id") != record.get("run_id"):
+        return False
+    if earlier is None or earlier["started"] <= record["started"]:
+        cell.values[seed], cell.runs[seed] = value, record
+        cell.draws[seed] = calibration["tokens_sha256"] if calibration else None
+    return True
 
 
 def _finish(table: Table, baseline: str) -> None:
+    for row in table.cells.values():
+        for column, cell in row.items():
+            metric = f"zero_shot.{column}" if table.metric == "zero_shot" else table.metric
+            cell.published = find(list(cell.runs.values()), metric, cell.mean)
     for column in table.names:
         pruned = {row: cells[column] for row, cells in table.cells.items() if column in cells and row != "Dense"}
-        mark_best(pruned, table.lower_is_better)
+        if table.metric.startswith(JUDGED):
+            mark_best(pruned, table.lower_is_better)
         if baseline in pruned and table.metric != MINUTES:
             for row, cell in pruned.items():
                 if row != baseline:
@@ -157,7 +191,8 @@ def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
     kinds = []
     for record in runs:
         config = record["config"]
-        own = flat({"method": config["method"], "reorder": config["reorder"]})
+        moved = {config["reorder"]["columns"], config["reorder"]["blocks"]} != {"none"}
+        own = flat({"method": config["method"], "reorder": config["reorder"] if moved else "none"})
         own = without(own, [columns])
         kinds.append(json.dumps({} if is_dense(record) else own, sort_keys=True))
     labels: dict[str, str] = {}
@@ -189,7 +224,8 @@ def _letters(tables: Sequence[Table]) -> dict[str, dict[str, list[Any]]]:
                 protocols.append(table.conditions)
         if len(protocols) > 1:
             for table in of_kind:
-                table.letter = chr(ord("A") + protocols.index(table.conditions) % 26)
+                place = protocols.index(table.conditions)
+                table.letter = chr(ord("A") + place % 26) + (str(place // 26) if place >= 26 else "")
             told[f"{model}: {metric}"] = differing(protocols)
     return told
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import RoseExpError
 from ..tracking.record import FILE_NAME, write_atomically
 from .conditions import SPARSITY
-from .gather import gather
+from .gather import BASELINE, gather
 from .page import studies_of, web_page
 from .table import collect_records
 from .text import comma_separated, latex, markdown
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--columns", default=SPARSITY, help="setting that varies from column to column, such as engine.block_size"
     )
-    parser.add_argument("--baseline", default="SparseGPT", help="method that differences are taken to (default: %(default)s)")
+    parser.add_argument("--baseline", default=BASELINE, help="method that differences are taken to (default: %(default)s)")
     parser.add_argument(
         "--allow", action="append", default=[], metavar="SETTING", help="let runs that differ in this stand in one table"
     )
@@ -43,7 +43,7 @@ def write_report(
     folders: Sequence[Path],
     output: Path | None = None,
     columns: str = SPARSITY,
-    baseline: str = "SparseGPT",
+    baseline: str = BASELINE,
     allowed: Sequence[str] = (),
 ) -> str:
     """Read the records below ``folders``, write the report to ``output``, and give it back as Markdown.
@@ -54,7 +54,7 @@ def write_report(
     for folder in folders:
         if not folder.is_dir():
             raise RoseExpError(f"DIR: expected a folder that exists, got {folder}")
-    found = [item for folder in folders for item in collect_records(folder)]
+    found = list({path.resolve(): (path, record) for folder in folders for path, record in collect_records(folder)}.values())
     if not found:
         raise RoseExpError(f"DIR: expected folders with {FILE_NAME} in them, got none in {', '.join(map(str, folders))}")
     report = gather([record for _, record in found], columns, baseline, allowed)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
 import yaml
+
+from ..dotted import flat
+from .conditions import SPARSITY, column_of, is_dense
 
 FIGURES = ("rose",)  # files of the folder published/
 
@@ -49,13 +52,10 @@ def _index() -> dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, Any], dict
     }
 
 
-def find(config: Mapping[str, Any], label: str, sparsity: str, metric: str, value: float) -> Published | None:
-    """What a paper says of the run with this configuration, compared with our ``value``.
-
-    Args:
-        label: the method as the literature calls it.
-        sparsity: ``dense``, a ratio such as ``0.7``, or a pattern such as ``2:4``.
-    """
+def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Published | None:
+    """What a paper says of these runs, which differ in their seed alone, compared with ``value``, their mean."""
+    config, label = runs[0]["config"], runs[0]["label"]
+    sparsity = "dense" if is_dense(runs[0]) else column_of(runs[0], SPARSITY)
     for paper in papers():
         model = paper["models"].get(config["model"]["path"])
         found = _index().get((model, label, sparsity, metric)) or _index().get((model, label, None, metric))
@@ -66,7 +66,7 @@ def find(config: Mapping[str, Any], label: str, sparsity: str, metric: str, valu
         points = metric.startswith("zero_shot.")
         tolerance = table.get("tolerance_points" if points else "tolerance")
         deviation = value - figure["value"] if points else value / figure["value"] - 1
-        why_not = "the tolerance is not known" if tolerance is None else _other_protocol(paper["protocol"], config)
+        why_not = "no tolerance is known for it" if tolerance is None else _other_protocol(paper["protocol"], config)
         return Published(
             value=figure["value"],
             source=figure.get("source", table["source"]),
@@ -79,18 +79,16 @@ def find(config: Mapping[str, Any], label: str, sparsity: str, metric: str, valu
 
 
 def _other_protocol(protocol: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
-    """Which settings of a paper's protocol a run has otherwise, if any. Of a dense model only those of the evaluation count."""
-    dense = config["method"]["name"] == "dense"
-    wanted = {name: value for name, value in protocol.items() if not dense or name.startswith("evaluation.")}
-    own = {name: _get(config, name) for name in wanted}
-    differing = [f"{name} {own[name]}, the paper's {value}" for name, value in wanted.items() if own[name] not in (value, ...)]
+    """Which settings of a paper's protocol a run has otherwise, if any. Of a dense model those of the evaluation count, and of
+    a text that was not measured none."""
+    values = flat(config)
+    differing = []
+    for name, value in protocol.items():
+        if is_dense({"config": config}) and not name.startswith("evaluation."):
+            continue
+        if name.startswith("evaluation.perplexity.") and name.split(".")[2] not in config["evaluation"]["perplexity"]:
+            continue
+        own = values.get(name)
+        if own != value:
+            differing.append(f"{name} {own}, the paper's {value}")
     return "; ".join(differing) or None
-
-
-def _get(config: Mapping[str, Any], name: str) -> Any:
-    """A setting by its dotted name, ``...`` where the run has none of that kind."""
-    for part in name.split("."):
-        if not isinstance(config, Mapping) or part not in config:
-            return ...
-        config = config[part]
-    return config

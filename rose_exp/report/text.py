@@ -100,7 +100,7 @@ def notes(table: Table) -> list[str]:
 
 
 def markdown(report: Report) -> str:
-    lines = [f"# {report.runs} runs", ""]
+    lines = [f"# {report.title}", ""]
     for table in report.tables:
         lines += [f"## {table.title()}", "", f"{caption(table)}.", ""]
         for heading, show in blocks(report, table):

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from ..ranks import launched
+
 log = logging.getLogger(__name__)
 
 PAUSE = 0.5  # seconds between two looks for a free device
@@ -27,7 +29,7 @@ def claimed(wanted: str | Sequence[str], sweep: bool) -> Iterator[str]:
             had twice); or ``auto``, which in a sweep means any one GPU, where there is one.
     """
     devices = [wanted] if isinstance(wanted, str) else list(wanted)
-    if wanted == "auto" and sweep and torch.cuda.is_available():
+    if wanted == "auto" and sweep and torch.cuda.is_available() and launched()[1] == 1:  # else torchrun has handed them out
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     elif isinstance(wanted, str):
         yield wanted

@@ -16,7 +16,6 @@ from ..tracking.record import peak_memory
 
 PROBE = 1024  # rows and columns of the product that is timed where no record tells a rate
 PROBE_SECONDS = 0.3
-PASSES = ("calibrating", "moments", "solving", "advancing")
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,11 @@ class Work:
             tokens = settings.calibration.samples * settings.calibration.window
             operations |= _pruning(settings.method.name, [(rows, columns, tokens) for rows, columns in shape.layers])
         if settings.evaluation.perplexity:
-            windows = settings.evaluation.perplexity.values()
-            tokens = sum(text.window * (text.windows or 0) for text in windows)
+            at_most = settings.evaluation.at_most
+            counts = [
+                (t.window, [n for n in (t.windows, at_most) if n is not None]) for t in settings.evaluation.perplexity.values()
+            ]
+            tokens = sum(window * min(limits) for window, limits in counts if limits)  # a whole text's length is not known
             operations["evaluation"] = 2 * shape.parameters * tokens
         return cls(operations)
 
@@ -65,29 +67,34 @@ class Rates:
 
     Attributes:
         product: of a float32 product, measured just now; for stages that no record tells of.
+        starting: seconds to read texts and the model, where records tell.
     """
 
     product: float
     measured: dict[str, float] = field(default_factory=dict)
+    starting: float = 0.0
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], device: str, model: str) -> Rates:
         """From finished runs of the same model on the same device: of each stage the median."""
         found: dict[str, list[float]] = {}
+        starting = []
         for record in records:
             protocol = record["protocol"]
             if record["status"] != "finished" or (protocol.get("device"), protocol["model"]["name"]) != (device, model):
                 continue
+            starting.append(record["seconds"]["texts"] + record["seconds"]["loading"])
             for stage, operations in Work.done(record).operations.items():
                 seconds = record["seconds"].get(stage.split()[0], 0)
                 if operations and seconds:
                     found.setdefault(stage, []).append(operations / seconds)
-        return cls(_product_rate(device), {stage: statistics.median(rates) for stage, rates in found.items()})
+        measured = {stage: statistics.median(rates) for stage, rates in found.items()}
+        return cls(_product_rate(device), measured, statistics.median(starting or [0.0]))
 
     def seconds(self, work: Work) -> tuple[float, bool]:
         """How long a run takes, and whether all of it is from records."""
         total = sum(operations / self.measured.get(stage, self.product) for stage, operations in work.operations.items())
-        return total, set(work.operations) <= set(self.measured)
+        return self.starting + total, set(work.operations) <= set(self.measured)
 
 
 def _product_rate(device: str) -> float:
@@ -125,7 +132,7 @@ def memory(settings: Settings, shape: ModelShape, cuda: bool) -> Memory:
         solving = 3 * 4 * max((columns**2 + rows * columns for rows, columns in shape.layers), default=0)
         working = (states if settings.pipeline.activations == "device" else 0) + moments + max(batch, solving)
     windows = [text.window for text in settings.evaluation.perplexity.values()]
-    logits = settings.evaluation.batch * max(windows, default=0) * shape.vocabulary * (width + 4)
+    logits = settings.evaluation.batch * max(windows, default=0) * shape.vocabulary * (width + 8)  # and in float32, twice
     here = peak_memory()["host"]  # of a process with the libraries in it
     if cuda:
         on_device = max(working + weights // max(shape.blocks, 1), weights + logits)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from ..dotted import flat, without
 from ..errors import RoseExpError
+from ..run_id import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_FAILED = 5  # in a row
 LOG = "log"  # tag(log, interval(a, b)): searched by magnitude
 
 
@@ -73,13 +77,14 @@ class OptunaSweeper(Sweeper):
         """Run what is left of the study, batch by batch.
 
         Raises:
-            SearchError: the study of that name searches something else, or every trial of a batch has failed.
+            SearchError: the study of that name searches something else, or too many trials in a row have failed.
         """
         from optuna.trial import TrialState
 
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         fixed, space = self._space(arguments)
         study = self._study(fixed, space)
+        failed = 0
         while (left := self.n_trials - len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) > 0:
             trials = [study.ask(space) for _ in range(min(self.n_jobs, left))]
             overrides = [[*fixed, *(f"{name}={value}" for name, value in trial.params.items())] for trial in trials]
@@ -88,8 +93,9 @@ class OptunaSweeper(Sweeper):
             values = [self._value(answer) for answer in answers]
             for trial, value in zip(trials, values, strict=True):
                 self._tell(study, trial, value)
-            if not any(value is not None for value in values):
-                raise SearchError(f"hydra.sweeper: all of {len(trials)} trials failed, the last of study {self.study_name}")
+            failed = 0 if any(value is not None for value in values) else failed + len(trials)
+            if failed >= MAX_FAILED:
+                raise SearchError(f"hydra.sweeper: {failed} trials in a row have failed, the last of study {self.study_name}")
         best = study.best_trial
         shown = " ".join(f"{name}={value}" for name, value in best.params.items())
         print(f"\nbest of {self.n_trials} trials: {self.metric} {best.value:.4g} with {shown}\nstudy: {self.storage}")
@@ -101,7 +107,8 @@ class OptunaSweeper(Sweeper):
             return None
         if self.metric not in metrics:
             raise SearchError(f"hydra.sweeper.metric: expected one of {', '.join(metrics)}, got {self.metric!r}")
-        return float(metrics[self.metric])
+        value = float(metrics[self.metric])
+        return value if math.isfinite(value) else None
 
     @staticmethod
     def _tell(study: Study, trial: Trial, value: float | None) -> None:
@@ -122,7 +129,8 @@ class OptunaSweeper(Sweeper):
         fixed, space = [], {}
         for override in [*given, *brought]:
             if override.is_sweep_override():
-                space[override.get_key_element()] = _distribution(override)
+                present = OmegaConf.select(self.config, override.key_or_group, throw_on_missing=False)
+                space[override.get_key_element()] = _distribution(override, whole=type(present) is int)
             else:
                 fixed.append(override.input_line)
         if not space:
@@ -156,17 +164,23 @@ class OptunaSweeper(Sweeper):
 
     def _fingerprint(self, fixed: Sequence[str], space: Mapping[str, BaseDistribution]) -> str:
         """Of all settings that the trials share, as resolved, and of what is searched."""
-        shared = {name: value for name, value in OmegaConf.to_container(self.config, resolve=False).items() if name != "hydra"}
-        facts = [shared, sorted(fixed), {name: repr(d) for name, d in space.items()}, self.metric, self.direction]
+        shared = without(flat(OmegaConf.to_container(self.config, resolve=False)), ("hydra", *WITHOUT_EFFECT))
+        told = without(
+            {text.partition("=")[0].lstrip("+").replace("/", "."): text for text in fixed}, ("hydra", *WITHOUT_EFFECT)
+        )
+        facts = [shared, sorted(told.values()), {name: repr(d) for name, d in space.items()}, self.metric, self.direction]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _distribution(override: Override) -> BaseDistribution:
+def _distribution(override: Override, whole: bool = False) -> BaseDistribution:
+    """What is searched; ``whole``: of a setting that is a whole number, of which an interval has whole numbers, too."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value, name = override.value(), override.key_or_group
     by_magnitude = LOG in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep):
+        if whole:
+            return IntDistribution(math.ceil(value.start), math.floor(value.end), log=by_magnitude)
         return FloatDistribution(value.start, value.end, log=by_magnitude)
     if isinstance(value, RangeSweep):
         steps = list(override.sweep_iterator())

@@ -11,7 +11,7 @@ from ..command import Job
 from ..errors import RoseExpError
 from ..models import ModelShape, model_shape
 from ..report import collect_records
-from ..tracking.record import device_name
+from ..tracking.record import FILE_NAME, device_name, read_record
 from .estimate import Rates, Work, memory
 
 OUTPUTS = Path("outputs")  # of a single run
@@ -21,7 +21,7 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
     """A line a job: its run id, whether it is done already, and the time and memory that it will take."""
     folder = sweep or OUTPUTS
     records = [record for _, record in collect_records(folder)] if folder.is_dir() else []
-    done = {record.get("run_id") for record in records if record["status"] == "finished"}
+    done = {job.run_id for job in jobs if _finished(folder / job.run_id)}
     device = torch.device("cuda" if jobs[0].settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     rates: dict[str, Rates] = {}
     shapes: dict[str, ModelShape | str] = {}
@@ -59,10 +59,18 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
         told.append(
             "~ rough: reckoned with the rate of a float32 product, as no finished run here tells how fast these stages are"
         )
+    texts = [text for job in jobs for text in job.settings.evaluation.perplexity.values()]
+    if any(text.windows is None for text in texts) and not all(job.settings.evaluation.at_most for job in jobs):
+        told.append("without perplexity on whole texts (windows: null), whose length is not known before they are read")
     if any(job.settings.evaluation.zero_shot.tasks for job in jobs):
         told.append("without zero-shot tasks, whose time hangs on their questions")
     told += [f"memory and time unknown: {shape[:200]}" for shape in shapes.values() if isinstance(shape, str)]
     return "\n".join(told)
+
+
+def _finished(folder: Path) -> bool:
+    path = folder / FILE_NAME
+    return path.exists() and read_record(path)["status"] == "finished"
 
 
 def _time(seconds: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..report import collect_records, format_table
+from ..report import format_table
 from ..tracking import read_record
 from ..tracking.record import FILE_NAME, versions
 
@@ -32,23 +32,27 @@ class Outcome:
     record: dict[str, Any] | None
 
 
-def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str) -> list[Outcome]:
+def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: bool = False) -> list[Outcome]:
     """What became of each job.
 
     Args:
         jobs: name and run id of each.
         sweep: folder that the jobs' folders are in.
         started: when the sweep was, as in run records.
+        rerun: whether nothing was to be reused.
     """
     found = {identity: sweep / identity for _, identity in jobs}
     if any(not (folder / FILE_NAME).exists() for folder in found.values()):  # hydra.sweep.subdir may say another name
-        found |= {record["run_id"]: path.parent for path, record in collect_records(sweep) if record.get("run_id") in found}
+        records = [(path.parent, read_record(path)) for path in sorted(sweep.glob(f"*/{FILE_NAME}"))]
+        found |= {record["run_id"]: folder for folder, record in records if record.get("run_id") in found}
     told: list[Outcome] = []
     seen = set()
     for name, identity in jobs:
         path = found[identity] / FILE_NAME
         record = read_record(path) if path.exists() else None
         state, why = _state(record, started)
+        if state == "reused" and rerun:
+            state, why = "not run", "there is an earlier record only"
         if identity in seen and state == "ran":
             state = "reused"  # the same as an earlier job
         seen.add(identity)

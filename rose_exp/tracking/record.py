@@ -178,8 +178,9 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
+    """What computes, by its type and name; which of several equal ones it was has no effect."""
     if device.type == "cuda":
-        return f"{device}: {torch.cuda.getdevice_name(device)}"
+        return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {platform.processor() or platform.machine()}"
 
 

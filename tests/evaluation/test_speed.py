@@ -11,7 +11,7 @@ import torch
 from rose_exp.engine import SemiStructured, Unstructured
 from rose_exp.evaluation.speed import obstacle
 
-from ..test_app import rose_exp, small  # noqa: F401  (a fixture)
+from ..test_app import rose_exp
 
 CUDA = torch.device("cuda")
 
@@ -37,7 +37,7 @@ def test_where_it_can_be_measured(sparsity, device, capability, dtype, reason, m
         assert re.fullmatch(reason, found)
 
 
-def test_a_run_without_the_hardware_says_so_and_gives_no_number(small, tmp_path):  # noqa: F811
+def test_a_run_without_the_hardware_says_so_and_gives_no_number(small, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     local = [override for override in small if not override.startswith("evaluation")]

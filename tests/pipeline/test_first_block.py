@@ -15,14 +15,15 @@ def test_only_the_same_key_finds_copies():
     moments = InputMoments(4)
     moments.update(torch.randn(10, 4))
     kept = FirstBlock()
-    kept.keep("a", [moments])
-    found = kept.find("a", "cpu")[0]
+    kept.keep("a", [moments], 1.5)
+    (found,), seconds = kept.find("a", "cpu")
+    assert seconds == 1.5
     assert torch.equal(found.gram, moments.gram)
     found.gram.zero_()
-    assert torch.equal(kept.find("a", "cpu")[0].gram, moments.gram)  # a run may do with its copy what it likes
+    assert torch.equal(kept.find("a", "cpu")[0][0].gram, moments.gram)  # a run may do with its copy what it likes
     assert kept.find("b", "cpu") is None
     assert kept.find(None, "cpu") is None
-    kept.keep(None, [found])
+    kept.keep(None, [found], 0.0)
     assert kept.find("a", "cpu") is not None
 
 
@@ -38,9 +39,10 @@ def weights_after(
 def test_a_run_with_shared_moments_equals_one_without():
     shared, windows = FirstBlock(), tokens()
     for ratio in (0.5, 0.7, 0.5):
-        with_them, _ = weights_after(shared, windows, ratio)
+        with_them, seconds = weights_after(shared, windows, ratio)
         without, _ = weights_after(None, windows, ratio)
         assert all(torch.equal(a, b) for a, b in zip(with_them, without, strict=True))
+    assert seconds.shared > 0  # told, so that times can be compared
 
 
 def test_the_pass_through_the_first_block_is_saved(monkeypatch):

@@ -7,6 +7,7 @@ import math
 import pytest
 from scipy import stats
 
+from rose_exp.errors import RoseExpError
 from rose_exp.report.gather import MINUTES, gather
 
 from .records import record
@@ -160,7 +161,7 @@ def test_what_did_not_finish_is_told_and_a_run_done_twice_counts_once():
     failed = record("ROSE", 1.0) | {"status": "failed", "error": "RoseExpError: no disk", "run_id": "f"}
     report = gather([record("ROSE", 20.0), record("ROSE", 21.0), failed])
     assert report.runs == 1
-    assert report.left_out == ["failed: ROSE f: RoseExpError: no disk"]
+    assert report.left_out == ["ROSE f failed: RoseExpError: no disk"]
     assert report.tables[0].cells["ROSE"]["0.7"].values == {0: 21.0}
 
 
@@ -179,3 +180,47 @@ def test_minutes_of_pruning_have_a_table():
     (table,) = [table for table in gather([record("ROSE", 1.0), record("Dense", 1.0)]).tables if table.metric == MINUTES]
     assert table.cells["ROSE"]["0.7"].mean == 1.5
     assert "Dense" not in table.cells
+
+
+def test_other_sparsities_part_tables_that_are_about_something_else():
+    records = [record("SparseGPT", 10.0, ratio=0.5), record("SparseGPT", 30.0, ratio=0.7), record("ROSE", 9.0, ratio=0.5)]
+    found = tables(records, columns="engine.block_size")
+    assert sorted(table.cells["SparseGPT"]["128"].mean for table in found) == [10.0, 30.0]
+    assert {table.title().partition("sparsity ")[2].split(" (")[0] for table in found} == {
+        "0.5 unstructured",
+        "0.7 unstructured",
+    }
+
+
+def test_two_runs_for_one_place_are_told():
+    other = record("SparseGPT", 30.0, config__engine__damping=0.1)
+    report = gather([record("SparseGPT", 10.0), other], allowed=["engine.damping"])
+    assert report.tables[0].cells["SparseGPT"]["0.7"].values == {0: 10.0}
+    assert report.left_out[0].startswith(f"SparseGPT {other['run_id']}: another run has its place in Llama-2-7b-hf")
+
+
+def test_a_run_done_again_elsewhere_is_not_mixed_with_the_first():
+    first, again = record("SparseGPT", 10.0), record("SparseGPT", 10.5)
+    again["protocol"]["device"] = "cuda: H100"
+    assert [table.letter for table in tables([first, again])] == ["A", "B"]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_perplexity_that_is_no_number_spoils_its_own_cell_only(value):
+    (table,) = tables([*three_seeds("SparseGPT", 20.0, 22.0, 24.0), *three_seeds("ROSE", 19.0, value, 20.0)])
+    assert table.cells["ROSE"]["0.7"].deviation is None
+    assert table.cells["ROSE"]["0.7"].difference is None
+    assert table.cells["SparseGPT"]["0.7"].deviation == 2.0
+
+
+def test_minutes_count_what_was_shared_and_not_what_was_studied():
+    made = record("ROSE", 1.0)
+    made["seconds"] |= {"pruning": 600.0, "pruning.studying": 540.0, "pruning.shared": 30.0}
+    (table,) = [table for table in gather([made]).tables if table.metric == MINUTES]
+    assert table.cells["ROSE"]["0.7"].mean == 1.5
+
+
+def test_a_baseline_that_is_not_there_is_refused():
+    with pytest.raises(RoseExpError, match="--baseline: expected one of ROSE, got 'Rose'"):
+        gather([record("ROSE", 1.0)], baseline="Rose")
+    assert gather([record("ROSE", 1.0)]).tables  # the usual one may be missing

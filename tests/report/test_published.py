@@ -67,7 +67,18 @@ def test_another_protocol_is_not_judged():
     found = cell("SparseGPT", 27.2, config__calibration__samples=16)
     assert found.within is None
     assert found.why_not == "calibration.samples 16, the paper's 128"
-    assert cell("SparseGPT", 27.2, seed=3).why_not == "seed 3, the paper's 0"
+    for name, value in {"evaluation__at_most": 2, "pipeline__layers": ["*.0.*"], "pipeline__true_sequential": True}.items():
+        assert cell("SparseGPT", 27.2, **{f"config__{name}": value}).within is None, name
+    assert cell("Dense", 5.48, config__evaluation__at_most=2).within is None
+
+
+def test_the_judgement_does_not_hang_on_the_order_of_the_seeds():
+    seeds = [record("ROSE", 26.0, 0), record("ROSE", 27.0, 1)]
+    for records in (seeds, seeds[::-1]):
+        (table,) = [t for t in gather(records).tables if t.metric == METRIC]
+        published = table.cells["ROSE"]["0.7"].published
+        assert published.within is True
+        assert published.deviation == pytest.approx(26.5 / 26.38 - 1)
 
 
 def test_secondary_figures_say_so_and_unknown_cells_stay_empty():

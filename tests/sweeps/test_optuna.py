@@ -28,6 +28,11 @@ def test_what_is_searched(override, expected):
     assert _distribution(OverridesParser.create().parse_override(override)) == expected
 
 
+def test_of_a_whole_number_an_interval_has_whole_numbers():
+    override = OverridesParser.create().parse_override("engine.block_size=interval(32,256)")
+    assert _distribution(override, whole=True) == IntDistribution(32, 256)
+
+
 def test_globs_are_not_searched():
     with pytest.raises(SearchError, match="expected an interval, a range or a choice"):
         _distribution(OverridesParser.create().parse_override("a=glob(*)"))

@@ -53,7 +53,15 @@ def test_time_follows_the_work_at_the_rate_of_finished_runs(small, tmp_path):
     assert planned.operations == pytest.approx(done.operations)
     rates = Rates.of([record], record["protocol"]["device"], record["protocol"]["model"]["name"])
     seconds, measured = rates.seconds(planned)
-    stages = ["pruning.calibrating", "pruning.moments", "pruning.solving", "pruning.advancing", "evaluation"]
+    stages = [
+        "texts",
+        "loading",
+        "pruning.calibrating",
+        "pruning.moments",
+        "pruning.solving",
+        "pruning.advancing",
+        "evaluation",
+    ]
     assert measured
     assert seconds == pytest.approx(sum(record["seconds"][stage] for stage in stages), rel=0.01)
     assert not Rates.of([record], "another device", "stories260k-llama").seconds(planned)[1]

@@ -12,17 +12,18 @@ import time
 import pytest
 
 from rose_exp.experiment import run_experiment
+from rose_exp.report import collect_records
 from rose_exp.settings import read_settings
 from rose_exp.tracking import Identity, read_record
 
-from ..test_app import rose_exp, small  # noqa: F401  (a fixture)
+from ..test_app import rose_exp
 from .offline import read_offline_run
 
 LAYERS = 35
 
 
 @pytest.fixture
-def config(small):  # noqa: F811
+def config(small):
     """The resolved configuration of a small run, with trackers' own settings to be added."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -37,7 +38,7 @@ def config(small):  # noqa: F811
 
 
 def test_an_offline_run_carries_everything(config, tmp_path):
-    config = config("tracking=wandb", "tracking.tags=[a,b]", "tracking.job_type=test", "save=true", "tracking.save_model=true")
+    config = config("tracking=wandb", "tags=[a,b]", "tracking.job_type=test", "save=true", "tracking.save_model=true")
     record = run_experiment(read_settings(config), config, tmp_path, Identity("method=rose", "day/sweep"))
     found = read_offline_run(tmp_path)
     assert (found.run.display_name, found.run.run_group, found.run.job_type) == ("method=rose", "day/sweep", "test")
@@ -65,7 +66,7 @@ def test_a_run_that_fails_is_finished_as_failed(config, tmp_path):
     assert read_record(tmp_path / "run.json")["status"] == "failed"
 
 
-def test_a_run_that_is_interrupted_is_finished_as_failed(small, tmp_path):  # noqa: F811
+def test_a_run_that_is_interrupted_is_finished_as_failed(small, tmp_path):
     command = [sys.executable, "-m", "rose_exp", *small, "calibration.samples=2000", "tracking=wandb", "hydra.run.dir=out"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -83,11 +84,12 @@ def _log(folder) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_jobs_of_a_sweep_do_not_leak_into_one_another(small, tmp_path):  # noqa: F811
+def test_jobs_of_a_sweep_do_not_leak_into_one_another(small, tmp_path):
     done = rose_exp("-m", *small, "method=wanda,sparsegpt", "tracking=wandb", "hydra.sweep.dir=day/sweep", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    for job, method in enumerate(("wanda", "sparsegpt")):
-        folder = tmp_path / f"day/sweep/{job}"
+    folders = {record["config"]["method"]["name"]: path.parent for path, record in collect_records(tmp_path / "day/sweep")}
+    for method in ("wanda", "sparsegpt"):
+        folder = folders[method]
         found = read_offline_run(folder)
         assert (found.run.display_name, found.run.run_group) == (f"method={method}", "day/sweep")
         assert found.config["method"]["name"] == method
