@@ -54,7 +54,9 @@ def main() -> None:
     if command.planned:
         from .sweeps.plan import format_plan  # slow to import
 
-        print(format_plan(command.jobs, command.sweep))
+        print(format_plan(command.jobs[:1] if command.searched else command.jobs, command.sweep))
+        if command.searched:
+            print("a search: each of its trials takes about as much as this one, at an end of what is searched")
         return
     if command.searched and launched()[1] > 1:
         print(

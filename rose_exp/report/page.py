@@ -99,7 +99,8 @@ def differences_figure(report: Report, table: Table) -> Figure:
         scale = [100 * d.relative / d.mean if d.mean else 0 for _, d in found]
         places = [x + (i - (len(rows) - 1) / 2) * 0.12 for x, _ in found]
         halves = [(d.high - d.low) / 2 * s for (_, d), s in zip(found, scale, strict=True)]
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "ls": "", "capsize": 3}
+        look = list(table.cells).index(row)  # as in the figure of the values
+        style = {"color": COLOURS[look % len(COLOURS)], "marker": MARKERS[look % len(MARKERS)], "ms": 5, "ls": "", "capsize": 3}
         axes.errorbar(places, [100 * d.relative for _, d in found], [abs(h) for h in halves], label=row, **style)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_yscale("symlog", linthresh=10)

@@ -31,7 +31,9 @@ def expected_count(method: str, sparsity, rows: int, columns: int, block: int) -
         return rows * (columns // sparsity.group * sparsity.pruned + narrow * sparsity.pruned // sparsity.group)
     if method == "magnitude":
         return int(rows * columns * sparsity.ratio)
-    if method in ("wanda", "dsnot"):
+    if method == "oats" and sparsity.ratio > 0:  # of the sparse part, of which the low-rank part takes a quarter
+        return rows * int(columns * (1 - 0.75 * (1 - sparsity.ratio)))
+    if method in ("wanda", "dsnot", "oats"):
         return rows * int(columns * sparsity.ratio)
     widths = [min(block, columns - start) for start in range(0, columns, block)]
     return sum(int(rows * width * sparsity.ratio) for width in widths)
@@ -62,7 +64,7 @@ def test_counts_are_exact_and_zeros_stay(data):
     result = prune_layer(weight, moments_of(inputs), method=method, sparsity=sparsity, ordering=ordering, block_size=block)
     assert torch.equal(weight, before)
     assert int(result.mask.sum()) == expected_count(method, sparsity, rows, columns, block)
-    assert (result.weight[result.mask] == 0).all()
+    assert result.rank or (result.weight[result.mask] == 0).all()
     assert torch.equal(result.order.sort().values, torch.arange(columns))
     assert 0 <= result.relative_range <= 1
     assert torch.isfinite(result.weight).all()
@@ -179,7 +181,7 @@ def test_a_failed_factor_says_so():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "obs"}, "method: expected one of magnitude, wanda, dsnot, sparsegpt, got 'obs'"),
+        ({"method": "obs"}, "method: expected one of dsnot, magnitude, oats, sparsegpt, wanda, got 'obs'"),
         ({"weight": torch.ones(3)}, r"weight: expected shape \(rows, columns\), neither 0, got \(3,\)"),
         ({"weight": torch.ones(3, 5, dtype=torch.int64)}, "weight: expected a floating type, got torch.int64"),
         ({"weight": torch.ones(3, 6)}, "moments: expected 6 columns, as the weight has, got 5"),

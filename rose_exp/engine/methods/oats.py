@@ -18,7 +18,8 @@ class OATS(Method):
 
     For a sparsity p, r = int(κ(1−p)·n·m / (n+m)) of an n × m layer, and S keeps a share (1−κ)(1−p) of each row, so that both
     together are as many numbers as a share 1−p of the weights. For N:M it is S that has the pattern, and L comes on top, as in
-    the authors' code: the layer is then less sparse than the pattern says, and the result tells by how much.
+    the authors' code: the layer is then less sparse than the pattern says, and the result tells by how much. Weights on a
+    column that never fired cost nothing: those that stay in S keep their value.
 
     Args:
         rank_ratio: κ, the share of the numbers kept that goes into L; 0.25 is the authors' own for language models.
@@ -36,6 +37,8 @@ class OATS(Method):
 
     def prune(self, layer: Layer) -> Solution:
         rows, columns = layer.weight.shape
+        if layer.sparsity.ratio == 0:  # as it is, not approximated
+            return Solution(layer.weight.clone(), torch.zeros_like(layer.weight, dtype=torch.bool))
         rank, pattern = self.split(layer.sparsity, rows, columns)
         scale = layer.curvature.norms
         scaled = layer.weight * scale  # W·D
@@ -48,7 +51,7 @@ class OATS(Method):
             mask = pattern.select_by_row(rest.abs())
             sparse = drop(rest, mask)
         weight = (sparse + part) / scale.masked_fill(layer.dead, 1)
-        return Solution(weight.masked_fill_(layer.dead, 0), mask, rank=rank)
+        return Solution(torch.where(layer.dead, drop(layer.weight, mask), weight), mask, rank=rank)
 
     def split(self, sparsity: Sparsity, rows: int, columns: int) -> tuple[int, Sparsity]:
         """The rank of L, and the pattern of S."""
