@@ -6,7 +6,8 @@
 # STUDY: table2 … table7, fig1, fig4, fig5_block_size, fig5_samples, fig5_window, threshold; each is conf/experiment/rose_STUDY.yaml.
 # --models: choices of conf/model in place of the paper's.
 # --seeds: of the calibration windows, the same for every method; the paper has one, 0.
-# --small: the same study on SmolLM2-135M with short texts: two cores, an hour at most, and no hub.
+# --small: the same study on SmolLM2-135M with short texts: two cores and no hub. OATS takes most of the time; METHODS as in
+#   method=dense,sparsegpt,rose leave it out.
 # Cut off, it goes on where it was; what is finished is not run again. The report is in outputs/STUDY/report.
 set -euo pipefail
 study="${1:?"usage: bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]"}"
