@@ -24,10 +24,10 @@ JOBS = ["method=sparsegpt,rose", "seed=0", "calibration.window=128,100000"]  # t
 pytestmark = pytest.mark.slow
 
 
-def sweep(small, folder: Path, *overrides: str, seconds: int = 240, **environment: str) -> subprocess.CompletedProcess:
+def sweep(small, folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "rose_exp", "-m", *small, *JOBS, f"hydra.sweep.dir={folder}", *overrides]
     return subprocess.run(
-        command, cwd=folder.parent, capture_output=True, text=True, timeout=seconds, check=False, env=os.environ | environment
+        command, cwd=folder.parent, capture_output=True, text=True, timeout=240, check=False, env=os.environ | environment
     )
 
 
@@ -62,12 +62,7 @@ def test_ray_on_a_cluster_of_this_machine(small, tmp_path, expected):
     if importlib.util.find_spec("ray") is None:
         pytest.skip("needs Ray: pip install rose_exp[ray]")
     folder = tmp_path / "out"
-    command = ("hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2", "device=cpu")
-    try:
-        done = sweep(small, folder, *command, seconds=120)
-    except subprocess.TimeoutExpired:  # seen once in five times, not understood: the cluster's workers stood still
-        folder = tmp_path / "again"
-        done = sweep(small, folder, *command)
+    done = sweep(small, folder, "hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2", "device=cpu")
     check(done, folder, expected)
 
 
