@@ -35,10 +35,12 @@ def small_overrides(shared: Path) -> list[str]:
         f"model.path={data}/models/stories260k-llama",
         "calibration=local",
         f"calibration.path={data}/text/wikitext2_raw_train_first1MB.jsonl",
+        "calibration.rows=300",  # tokenising all of both texts would take longer than the run
         "calibration.samples=4",
         "calibration.window=128",
         "evaluation=local",
         f"evaluation.perplexity.local.path={data}/text/wikitext2_raw_test.jsonl",
+        "evaluation.perplexity.local.rows=300",
         "evaluation.perplexity.local.window=128",
         "evaluation.perplexity.local.windows=8",
     ]

@@ -101,7 +101,7 @@ def test_a_sweep_from_python(small, tmp_path):
 
 
 def test_a_failed_job_of_a_sweep_from_python_is_told(small, tmp_path):
-    records = rose_exp.sweep([*small, "calibration.window=64,100000"], tmp_path)
+    records = rose_exp.sweep([*small, "calibration.window=64,1024"], tmp_path)
     assert [record["status"] for record in records] == ["finished", "failed"]
 
 
