@@ -16,7 +16,7 @@ from .errors import RoseExpError
 from .experiment import run_experiment
 from .pipeline import FirstBlock
 from .ranks import Ranks
-from .report.figures import FOLDER
+from .report.figures import FOLDER, draw_figures
 from .run_id import run_id
 from .settings import Settings
 from .tracking import Identity, read_record
@@ -52,6 +52,8 @@ def do_run(
         earlier = ranks.gather(_earlier(settings, folder) if ranks.first else None)[0]
         if earlier is not None:
             log.info("%s is finished already: %s", settings.label, folder / FILE_NAME)
+            if ranks.first and settings.figures.draw and not (folder / FOLDER).is_dir():
+                draw_figures(earlier, folder)  # a record is all that they need
             return earlier
         if ranks.first and settings.save and (folder / "model").is_dir():
             shutil.rmtree(folder / "model")  # of an earlier attempt at this same run
@@ -82,11 +84,10 @@ def _complete(settings: Settings, record: Mapping[str, Any], folder: Path) -> bo
     """Whether all is there that is asked for and hangs not on the settings that a run is called by."""
     studied = set(settings.figures.study) <= set(record["config"].get("figures", {}).get("study", []))
     saved = (folder / "model").is_dir() or not settings.save
-    drawn = (folder / FOLDER).is_dir() or not (settings.figures.draw and record["layers"])
     timed = (
         settings.evaluation.speed is None or not record["protocol"]["speed"]["not_measured"] or not torch.cuda.is_available()
     )
-    return studied and saved and drawn and timed
+    return studied and saved and timed
 
 
 @contextmanager

@@ -42,7 +42,9 @@ def test_what_was_not_made_is_made(small, tmp_path, monkeypatch):
     rose_exp.run([*small, "figures.draw=false", "save=true"], tmp_path)
     assert (folder / "model" / "model.safetensors").exists()
     assert len(done) == 2
-    rose_exp.run([*small, "save=true", "figures.draw=false"], tmp_path)
+    assert not (folder / "figures").exists()
+    rose_exp.run([*small, "save=true"], tmp_path)
+    assert (folder / "figures" / "layers.png").exists()  # drawn from the record
     assert len(done) == 2
     rose_exp.run([*small, "figures.study=['*.0.self_attn.o_proj']"], tmp_path)
     assert len(done) == 3
@@ -117,3 +119,19 @@ def test_a_bug_in_one_job_does_not_end_the_others(small, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "prune_model", broken)
     records = rose_exp.sweep([*small, "calibration.window=64,128"], tmp_path)
     assert [record["error"] for record in records] == ["ZeroDivisionError: a bug", "OutOfMemoryError: no memory"]
+
+
+def test_all_that_the_first_blocks_moments_hang_on_is_in_their_key(small, tmp_path):
+    from rose_exp.command import check_command
+    from rose_exp.experiment import _first_key
+
+    protocol = rose_exp.run(small, tmp_path)["protocol"]
+    key = _first_key(check_command(small).jobs[0].settings, protocol)
+    for override in ("pipeline.layers=['*.mlp.*']", "pipeline.batch=2", "engine.precision=bf16x2", "model.dtype=float16"):
+        assert _first_key(check_command([*small, override]).jobs[0].settings, protocol) != key, override
+    for name, value in {"threads": 99, "backend": "torch", "device": "cuda: H100", "ranks": 2}.items():
+        assert _first_key(check_command(small).jobs[0].settings, protocol | {name: value}) != key, name
+    calibration = protocol["calibration"] | {"tokens_sha256": "others"}
+    assert _first_key(check_command(small).jobs[0].settings, protocol | {"calibration": calibration}) != key
+    for override in ("sparsity.ratio=0.7", "method=wanda", "engine.damping=0.1"):  # these change nothing about the inputs
+        assert _first_key(check_command([*small, override, "reorder=none"]).jobs[0].settings, protocol) == key, override

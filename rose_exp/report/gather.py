@@ -159,12 +159,13 @@ def _measured(record: Mapping[str, Any], column: str) -> Iterable[tuple[str, str
 
 
 def _put(table: Table, record: Mapping[str, Any], row: str, column: str, value: float) -> bool:
-    """Whether the place was free, or held by an earlier record of the same run."""
+    """Whether the place was free, or held by an earlier record of the same run, or by one with the same value, such as one
+    that has measured another text as well."""
     cell = table.cells.setdefault(row, {}).setdefault(column, Cell())
     calibration, seed = record["protocol"]["calibration"], record["config"]["seed"]
     earlier = cell.runs.get(seed)
     if earlier is not None and earlier.get("run_id") != record.get("run_id"):
-        return False
+        return value == cell.values[seed]
     if earlier is None or earlier["started"] <= record["started"]:
         cell.values[seed], cell.runs[seed] = value, record
         cell.draws[seed] = calibration["tokens_sha256"] if calibration else None

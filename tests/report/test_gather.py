@@ -224,3 +224,13 @@ def test_a_baseline_that_is_not_there_is_refused():
     with pytest.raises(RoseExpError, match="--baseline: expected one of ROSE, got 'Rose'"):
         gather([record("ROSE", 1.0)], baseline="Rose")
     assert gather([record("ROSE", 1.0)]).tables  # the usual one may be missing
+
+
+def test_a_run_that_measured_more_is_no_other_run():
+    more = record("SparseGPT", 10.0)
+    more["run_id"] = "more"
+    more["metrics"]["perplexity.c4"] = 12.0
+    more["protocol"]["evaluation"]["c4"] = {"source": "c4", "sha256": "c", "windows": 256, "window": 2048}
+    report = gather([record("SparseGPT", 10.0), more])
+    assert not [line for line in report.left_out if METRIC in line]
+    assert {table.metric for table in report.tables} == {METRIC, "perplexity.c4", MINUTES}
