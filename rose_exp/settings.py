@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,7 +20,7 @@ from .engine.kernels import Backend
 from .engine.ordering import Direction
 from .engine.scores import SCORES
 from .errors import SettingsError, suggest
-from .wheels import WHEELS
+from .mistakes import embedded_problem, explain, file_problem, looks_local
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -51,8 +51,8 @@ class ModelSettings(Section):
 
     def problems(self, where: str) -> list[str]:
         if self.path is None:
-            return _embedded_problem(f"{where}.embedded", self.embedded, "model")
-        return _file_problem(f"{where}.path", self.path) if _looks_local(self.path) else []
+            return embedded_problem(f"{where}.embedded", self.embedded, "model")
+        return file_problem(f"{where}.path", self.path) if looks_local(self.path) else []
 
 
 class SparsitySettings(Section):
@@ -154,9 +154,9 @@ class TextSettings(Section):
 
     def problems(self, where: str) -> list[str]:
         if self.path is not None:
-            return _file_problem(f"{where}.path", self.path, folder=False)
+            return file_problem(f"{where}.path", self.path, folder=False)
         if self.embedded is not None:
-            return _embedded_problem(f"{where}.embedded", self.embedded, "text")
+            return embedded_problem(f"{where}.embedded", self.embedded, "text")
         if self.dataset is None:
             return [f"{where}: expected one of path, embedded or dataset, got none of them"]
         return [] if self.split else [f"{where}.split: expected a split of {self.dataset}, got null"]
@@ -307,7 +307,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         settings = Settings.model_validate(dict(config))
     except ValidationError as error:
         settings = None
-        problems += [_explain(mistake) for mistake in error.errors()]
+        problems += dict.fromkeys(explain(mistake, Settings) for mistake in error.errors())
     wrong = {problem.split(".")[0].split(":")[0] for problem in problems}
     sections = {}
     for name, field in Settings.model_fields.items():
@@ -335,6 +335,17 @@ def _missing(config: Mapping[str, Any], where: str = "") -> list[str]:
 def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     """Mistakes that take two sections to see, of those sections that are sound."""
     found = _order_problems(sections)
+    method, engine = sections.get("method"), sections.get("engine")
+    if (
+        method is not None
+        and engine is not None
+        and engine.refine
+        and method.name in METHODS
+        and not METHODS[method.name].sparse
+    ):
+        found.append(
+            f"engine.refine: expected 0 with {method.name}, which adds a matrix to the pruned one, got {engine.refine}"
+        )
     tracking = sections.get("tracking")
     if tracking is not None and tracking.save_model and not sections["save"]:
         found.append("tracking.save_model: expected false without save=true, got true: there is no saved model to keep")
@@ -352,59 +363,3 @@ def _order_problems(sections: Mapping[str, Any]) -> list[str]:
         f"reorder: expected none, since method {method.name} prunes no column before another; "
         f"an order goes with {', '.join(sequential)}"
     ]
-
-
-def _explain(mistake: Mapping[str, Any]) -> str:
-    """One pydantic error as 'setting: expected …, got …'."""
-    where = ".".join(str(part) for part in mistake["loc"])
-    got = f"got {mistake['input']!r}"
-    kind, context = mistake["type"], mistake.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"{where}: no such setting, {got}{_nearest_setting(mistake['loc'])}"
-    if kind == "missing":
-        return f"{where}: expected a value, got none"
-    if kind == "literal_error":
-        hint = suggest(mistake["input"], re.findall(r"'([^']+)'", context["expected"]))
-        return f"{where}: expected {context['expected']}, {got}{hint}"
-    bounds = {
-        "greater_than_equal": "at least {ge:g}",
-        "less_than_equal": "at most {le:g}",
-        "finite_number": "a finite number",
-    }
-    if kind in bounds:
-        return f"{where}: expected {bounds[kind].format(**context)}, {got}"
-    expected = mistake["msg"].removeprefix("Input should be ").split(",")[0]
-    return f"{where}: expected {expected}, {got}"
-
-
-def _nearest_setting(location: tuple) -> str:
-    section: Any = Settings
-    for part in location[:-1]:
-        field = getattr(section, "model_fields", {}).get(part)
-        section = field.annotation if field else (PerplexitySettings if section is not Settings else None)
-        if get_args(section):
-            section = get_args(section)[-1]
-    return suggest(location[-1], getattr(section, "model_fields", {}))
-
-
-def _embedded_problem(where: str, name: str | None, kind: str) -> list[str]:
-    known = [key for key, wheel_file in WHEELS.items() if wheel_file.kind == kind]
-    if name in known:
-        return []
-    return [f"{where}: expected one of {', '.join(known)}, got {name!r}{suggest(name, known)}"]
-
-
-def _looks_local(path: str) -> bool:
-    """Whether a model path can only be meant as one of this machine: hub ids are 'name' or 'owner/name'."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf") or Path(path).exists()
-
-
-def _file_problem(where: str, path: str, folder: bool = True) -> list[str]:
-    place = Path(path).expanduser()
-    if place.is_file() or (folder and place.is_dir()):
-        return []
-    what = "a folder or file" if folder else "a file"
-    near = ""
-    if place.parent.is_dir():
-        near = suggest(place.name, [entry.name for entry in place.parent.iterdir()])
-    return [f"{where}: expected {what} that exists, got {str(path)!r}{near}"]

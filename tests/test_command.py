@@ -107,6 +107,11 @@ def test_all_mistakes_are_told_together():
         ("calibration=local", "calibration: expected one of path, embedded or dataset, got none of them"),
         ("model=local", "model.path: expected a value, got none"),
         ("engine.damping=nan", "engine.damping: expected"),
+        ("device=3", "device: expected text or a list of texts, got 3"),
+        ("+evaluation.perplexity.embedded.windws=3", "no such setting, got 3; did you mean 'windows'?"),
+        ("+evaluation.sped.window=3", "evaluation.sped: no such setting"),
+        ("method=oats engine.refine=2", "engine.refine: expected 0 with oats, which adds a matrix to the pruned one, got 2"),
+        ("reorder.score=wnda", "reorder.score: expected one of magnitude, obs, wanda, got 'wnda'; did you mean 'wanda'?"),
         (
             "engine.backend=nmba",
             "engine.backend: expected 'auto', 'torch', 'numba' or 'triton', got 'nmba'; did you mean 'numba'?",

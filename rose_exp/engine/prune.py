@@ -166,7 +166,7 @@ class _Found:
     def __init__(self, layer: Layer, method: Method, solution: Solution, dtype: torch.dtype, refine: int):
         self.layer, self.method, self.solution = layer, method, solution
         self.solved = solution.weight
-        if refine and solution.rank:
+        if refine and not method.sparse:
             raise ValueError(f"refine: expected 0 where a low-rank part is added to the pruned weight, got {refine}")
         if refine:
             self.solved = refine_kept(self.solved, layer.weight, solution.mask, layer.curvature.hessian, refine)

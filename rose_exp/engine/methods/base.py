@@ -112,6 +112,8 @@ class Method(ABC):
 
     sequential: ClassVar[bool] = False
     """Whether the method prunes column by column, so that an ordering changes what comes out."""
+    sparse: ClassVar[bool] = True
+    """Whether what comes out is zero where it is pruned, so that it can be refined."""
 
     @abstractmethod
     def prune(self, layer: Layer) -> Solution: ...

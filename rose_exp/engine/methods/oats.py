@@ -26,6 +26,8 @@ class OATS(Method):
         iterations: how often the two take turns.
     """
 
+    sparse = False
+
     rank_ratio: float = 0.25
     iterations: int = 80
 
