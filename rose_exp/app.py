@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from .command import Command, check_command
 from .entry import config_folder
 from .errors import RoseExpError, SettingsError
+from .interruption import EXIT_STATUS, Interrupted
 from .ranks import launched, process_group
 from .report import format_table
 from .report.terminal import show_config
@@ -74,18 +75,22 @@ def main() -> None:
     except RoseExpError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_STATUS)
     finally:
         if command.sweep is not None and not command.searched and not launched()[0]:
-            _tell(command, started)
+            whole = _tell(command, started)
+            if not whole and sys.exc_info()[0] is None:
+                sys.exit(1)
 
 
-def _tell(command: Command, started: str) -> None:
-    """The table at the end of a sweep, however it ended; the exit status tells of failures."""
+def _tell(command: Command, started: str) -> bool:
+    """The table at the end of a sweep, however it ended; whether every job of it is done."""
     rerun = any(job.settings.rerun for job in command.jobs)
     found = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
     print(f"\n{format_outcomes(found)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
-    if any(outcome.state not in ("ran", "reused") for outcome in found):
-        sys.exit(1)
+    return all(outcome.state in ("ran", "reused") for outcome in found)
 
 
 def _identity(hydra_config: DictConfig) -> Identity | None:

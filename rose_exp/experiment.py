@@ -3,32 +3,67 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
 
-from .calibration import Windows, contiguous_windows, draw_windows, load_text
-from .engine.kernels import resolve
-from .errors import RoseExpError
+from . import interruption
+from .calibration import Windows
 from .evaluation import perplexity, speed
 from .evaluation.zero_shot import Tasks, prepared
 from .evaluation.zero_shot import measure as measure_zero_shot
-from .models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
-from .pipeline import FirstBlock, PassSeconds, PruningPlan, chosen, prune_model
+from .fingerprint import code_sha256, folder_bytes
+from .footprint import available, check_fits
+from .models import (
+    StreamedModel,
+    all_linear_layers,
+    find_blocks,
+    linear_layers,
+    load_model,
+    load_tokenizer,
+    model_shape,
+    open_model,
+    save_model,
+    save_streamed,
+    sparsity_description,
+)
+from .pipeline import (
+    BlockWeights,
+    FirstBlock,
+    InMemory,
+    OnDisk,
+    PassSeconds,
+    RunState,
+    answers_by_blocks,
+    chosen,
+    events,
+    loading_blocks,
+    prune_model,
+)
+from .preparation import (
+    at_most,
+    calibration_windows,
+    check_window_lengths,
+    evaluation_windows,
+    find_device,
+    first_key,
+    pruning_plan,
+    resolved_backend,
+)
 from .ranks import Ranks
 from .report.figures import draw_figures, write_study
-from .run_id import run_id
-from .settings import Settings, ZeroShotSettings
+from .run_id import identifying, run_id
+from .settings import Settings
 from .tracking import Guarded, Identity, RunRecord, Stopwatch, environment
 
 log = logging.getLogger(__name__)
+
+STATE = "state"  # folder in the run's, while it is not finished
 
 
 def run_experiment(
@@ -40,6 +75,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Do what ``settings`` say and leave ``run.json`` (and with ``save`` the model) in ``folder``.
 
+    What an earlier process has kept of the same run in ``folder`` is not done again.
+
     Args:
         config: the resolved configuration that the settings were read from, for the record.
         identity: what trackers call the run; None: the method and the model.
@@ -48,6 +85,8 @@ def run_experiment(
         The run record.
     Raises:
         RoseExpError: something outside the code is wrong; the record says ``failed`` and why.
+        Interrupted: the process was told to stop; the record says ``interrupted``, and the run goes on where it was when it is
+            started again.
     """
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
@@ -55,8 +94,14 @@ def run_experiment(
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.build()}")
     tracker = Guarded(settings.tracking, record, identity, folder, settings.tags)
     try:
-        with ExitStack() as stack:
-            _run(settings, record, folder, ranks, stack, tracker, first_block)
+        run = _Run(settings, record, folder, ranks, tracker, first_block)
+        with interruption.heeded(), ExitStack() as stack:
+            run.prepare(stack)
+            run.load()
+            if run.calibration is not None:
+                run.prune()
+            run.measure()
+            run.finish()
     except BaseException as error:
         record.fail(error)
         tracker.finish(failed=True)
@@ -67,223 +112,232 @@ def run_experiment(
     tracker.tell("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
     tracker.finish(failed=False)
     record.write()
+    if run.state is not None:
+        run.state.delete()
     return record.data
 
 
-def _run(
-    settings: Settings,
-    record: RunRecord,
-    folder: Path,
-    ranks: Ranks,
-    stack: ExitStack,
-    tracker: Guarded,
-    first_block: FirstBlock | None,
-) -> None:
-    watch = Stopwatch(record.data["seconds"])
-    device = _device(settings.device, ranks)
-    protocol = record.data["protocol"]
-    protocol |= {"seed": settings.seed, "ranks": ranks.size} | environment(device)
-    protocol["backend"] = _backend(settings, device) if settings.pruned else None
-    torch.manual_seed(settings.seed)
+class _Run:
+    """The stages of a run, and what they hand on."""
 
-    zero_shot = settings.evaluation.zero_shot
-    zero_shot = zero_shot.model_copy(update={"limit": _at_most(settings, zero_shot.limit)})
-    tasks = None
-    with watch.stage("texts"), ranks.one_by_one():
-        tokenizer = load_tokenizer(settings.model)
-        calibration = _calibration_windows(settings, tokenizer) if settings.pruned else None
-        evaluation = _evaluation_windows(settings, tokenizer)
-        if zero_shot.tasks and ranks.first:  # in the stack: the tasks' rows lie in a folder that goes with them
-            tasks = stack.enter_context(prepared(zero_shot))
-            protocol["zero_shot"] = {"few_shot": zero_shot.few_shot, "limit": zero_shot.limit} | tasks.protocol
-    protocol["calibration"] = calibration.protocol if calibration else None
-    protocol["evaluation"] = {name: windows.protocol for name, windows in evaluation.items()}
+    def __init__(
+        self,
+        settings: Settings,
+        record: RunRecord,
+        folder: Path,
+        ranks: Ranks,
+        tracker: Guarded,
+        first_block: FirstBlock | None,
+    ):
+        self.settings, self.record, self.folder, self.ranks, self.tracker = settings, record, folder, ranks, tracker
+        self.first_block = first_block
+        self.watch = Stopwatch(record.data["seconds"])
+        self.protocol = record.data["protocol"]
+        self.device = find_device(settings.device, ranks)
+        zero_shot = settings.evaluation.zero_shot
+        self.zero_shot = zero_shot.model_copy(update={"limit": at_most(settings, zero_shot.limit)})
+        self.calibration: Windows | None = None
+        self.evaluation: dict[str, Windows] = {}
+        self.tasks: Tasks | None = None
+        self.streamed: StreamedModel | None = None
+        self.state: RunState | None = None
 
-    with watch.stage("loading"), ranks.one_by_one():
-        loaded = load_model(settings.model)
-    model = loaded.model
-    protocol["model"] = loaded.protocol
-    _check_window_lengths(settings, model)
-    record.write()
+    def prepare(self, stack: ExitStack) -> None:
+        """See that the run fits, then read the texts, which everything else hangs on."""
+        settings = self.settings
+        self.protocol |= {"seed": settings.seed, "ranks": self.ranks.size} | environment(self.device)
+        self.protocol["backend"] = resolved_backend(settings, self.device) if settings.pruned else None
+        torch.manual_seed(settings.seed)
+        with self.watch.stage("preflight"), self.ranks.one_by_one():
+            cuda = self.device.type == "cuda"
+            there = available(self.folder, self.device)
+            self.placed, estimate = check_fits(settings, model_shape(settings.model), cuda, there)
+        self.record.data["estimate"] = estimate.as_dict() | vars(self.placed)
+        with self.watch.stage("texts"), self.ranks.one_by_one():
+            self.tokenizer = load_tokenizer(settings.model)
+            self.calibration = calibration_windows(settings, self.tokenizer) if settings.pruned else None
+            self.evaluation = evaluation_windows(settings, self.tokenizer)
+            if self.zero_shot.tasks and self.ranks.first:  # in the stack: the tasks' rows lie in a folder that goes with them
+                self.tasks = stack.enter_context(prepared(self.zero_shot))
+                facts = {"few_shot": self.zero_shot.few_shot, "limit": self.zero_shot.limit}
+                self.protocol["zero_shot"] = facts | self.tasks.protocol
+        self.protocol["calibration"] = self.calibration.protocol if self.calibration else None
+        self.protocol["evaluation"] = {name: windows.protocol for name, windows in self.evaluation.items()}
 
-    if calibration:
+    def load(self) -> None:
+        """The model, in memory or open on disk, and the state that an earlier process has left."""
+        settings = self.settings
+        with self.watch.stage("loading"), self.ranks.one_by_one():
+            if self.placed.weights == "memory":
+                loaded = load_model(settings.model)
+            else:
+                log.info("%s is read a block at a time", settings.model.name)
+                loaded, self.streamed = open_model(settings.model)
+        self.model = loaded.model
+        self.protocol["model"] = loaded.protocol
+        check_window_lengths(settings, self.model)
+        if settings.pruned and settings.pipeline.resume != "none":
+            self.state = RunState(self.folder / STATE, self._fingerprint(), settings.pipeline.resume, self.ranks)
+        blocks = self.streamed.blocks if self.streamed else find_blocks(self.model, settings.model.blocks)
+        kept = self.state.block if self.state is not None else lambda _index: None
+        self.weights: BlockWeights = OnDisk(self.streamed, kept) if self.streamed else InMemory(blocks)
+        if self.state is not None and self.state.progress.blocks:
+            self.record.data["resumed"] = self.state.progress.blocks
+        self.record.write()
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """All that the result hangs on, as far as it can change while the settings do not."""
+        protocol = self.protocol
+        model = {name: value for name, value in protocol["model"].items() if name not in ("name", "source")}
+        names = ("versions", "device", "threads", "float32_matmul_precision", "ranks", "backend")
+        own = {name: protocol[name] for name in names}
+        calibration = protocol["calibration"]["tokens_sha256"]
+        return {"settings": identifying(self.settings), "model": model, "calibration": calibration, "code": code_sha256()} | own
+
+    def prune(self) -> None:
+        settings, record = self.settings, self.record
         log.info("pruning with %s, %s", settings.label, settings.sparsity.build())
-        with watch.stage("pruning"):
+        with self.watch.stage("pruning"):
             passes = PassSeconds()
             reports = prune_model(
-                model,
-                calibration.tokens,
-                _plan(settings),
-                device,
-                on_layer=lambda step, report: tracker.tell("layer", step, report.as_dict()),
-                ranks=ranks,
-                scratch=folder,
+                self.model,
+                self.calibration.tokens,
+                pruning_plan(settings),
+                self.device,
+                on_layer=lambda step, report: self.tracker.tell("layer", step, report.as_dict()),
+                ranks=self.ranks,
+                scratch=self.folder,
                 seconds=passes,
-                on_study=lambda name, found: write_study(folder, name, found.as_dict()),
-                first_block=first_block,
-                first_key=_first_key(settings, protocol),
+                on_study=lambda name, found: write_study(self.folder, name, found.as_dict()),
+                first_block=self.first_block,
+                first_key=first_key(settings, self.protocol),
+                weights=self.weights,
+                state=self.state,
             )
         record.data["layers"] = [report.as_dict() for report in reports]
-        watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
+        record.data["events"] = [event for report in reports for event in events(report, settings.engine.damping)]
+        for kind in dict.fromkeys(event["kind"] for event in record.data["events"]):
+            found = [event for event in record.data["events"] if event["kind"] == kind]
+            log.warning("%s in %d layers, such as %s: %s", kind, len(found), found[0]["layer"], found[0]["detail"])
+        self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
         record.write()
-    record.data["metrics"]["sparsity"] = _sparsity(settings, model, record.data["layers"])
 
-    if evaluation or zero_shot.tasks:
-        model.to(device)
-        _measure(settings, zero_shot, record, model, tokenizer, evaluation, tasks, folder, ranks, watch)
-    ranks.gather(None)  # the others have waited for it
-    if settings.save and ranks.first:
-        with watch.stage("saving"):
-            log.info("saved the model to %s", save_model(model.to("cpu"), tokenizer, folder / "model"))
-    if settings.evaluation.speed is not None and ranks.first:
-        with watch.stage("speed"):
-            _measure_speed(settings, record, model, device)
-    tracker.tell("results", record.data["metrics"], record.data["layers"])
-    if settings.figures.draw and ranks.first:
-        for name, path in draw_figures(record.data, folder).items():
-            tracker.tell("figure", name, path)
-    del model, loaded
-    gc.collect()
+    def measure(self) -> None:
+        """Sparsity, then perplexity on every set, then zero-shot accuracy."""
+        settings, record = self.settings, self.record
+        record.data["metrics"]["sparsity"] = self._sparsity()
+        whole = not self.placed.by_blocks
+        if self.evaluation or self.zero_shot.tasks:
+            if whole:
+                self.model.to(self.device)
+            else:
+                _move_outside(self.model, self.weights, self.device)
+        if self.evaluation:
+            with self.watch.stage("evaluation"):
+                for name, windows in self.evaluation.items():
+                    bar = f"perplexity {name}"
+                    answers = None if whole else lambda tokens, bar=bar: self._answers(tokens, bar)
+                    found = perplexity(self.model, windows.tokens, settings.evaluation.batch, bar, self.ranks, answers)
+                    record.measured(f"perplexity.{name}", found.value, found.standard_error)
+                    log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, found.value, found.standard_error)
+        if self.tasks is not None:  # on one process: lm-eval has a way of its own to share work
+            with self.watch.stage("zero_shot"), ExitStack() as stack:
+                if not whole:
+                    stack.enter_context(loading_blocks(self.weights, self.device))
+                accuracies = measure_zero_shot(self.model, self.tokenizer, self.tasks, self.zero_shot, self.folder)
+            self.protocol["zero_shot"] |= accuracies.protocol
+            for name, value in accuracies.values.items():
+                record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
+                log.info("%s: %s %.2f %%", settings.label, name, value)
+        self.ranks.gather(None)  # the others have waited for it
 
+    def _answers(self, tokens: Tensor, bar: str) -> Iterable[tuple[Tensor, Tensor]]:
+        batch, place = self.settings.evaluation.batch, self.settings.pipeline.activations
+        if not len(tokens):
+            return []
+        return answers_by_blocks(self.model, self.weights, tokens, self.device, batch, place, self.folder, bar)
 
-def _measure(
-    settings: Settings,
-    zero_shot: ZeroShotSettings,
-    record: RunRecord,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: dict[str, Windows],
-    tasks: Tasks | None,
-    folder: Path,
-    ranks: Ranks,
-    watch: Stopwatch,
-) -> None:
-    """Perplexity on every set, then zero-shot accuracy."""
-    if evaluation:
-        with watch.stage("evaluation"):
-            for name, windows in evaluation.items():
-                found = perplexity(model, windows.tokens, settings.evaluation.batch, f"perplexity {name}", ranks)
-                record.measured(f"perplexity.{name}", found.value, found.standard_error)
-                log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, found.value, found.standard_error)
-    if tasks is not None:  # on one process: lm-eval has a way of its own to share work
-        with watch.stage("zero_shot"):
-            accuracies = measure_zero_shot(model, tokenizer, tasks, zero_shot, folder)
-        record.data["protocol"]["zero_shot"] |= accuracies.protocol
-        for name, value in accuracies.values.items():
-            record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
-            log.info("%s: %s %.2f %%", settings.label, name, value)
+    def _sparsity(self) -> float:
+        """Measured share of zeros (or of numbers saved, see :class:`LayerReport`) among the weights that the pipeline's
+        patterns choose, pruned or not."""
+        pipeline, blocks = self.settings.pipeline, self.weights.blocks
+        reported = {report["name"]: report for report in self.record.data["layers"]}
+        zeros = total = 0
+        for index in range(len(blocks.blocks)):
+            layers = [
+                layer
+                for layer in linear_layers(blocks.blocks[index], blocks.block_name(index))
+                if chosen(layer.name, pipeline.layers, pipeline.skip)
+            ]
+            total += sum(layer.weight.numel() for layer in layers)
+            saved = {x.name: round(reported[x.name]["sparsity"] * x.weight.numel()) for x in layers if x.name in reported}
+            zeros += sum(saved.values())
+            if left := [layer for layer in layers if layer.name not in saved]:
+                with self.weights.at(index, "cpu"):
+                    zeros += sum(int((layer.weight == 0).sum()) for layer in left)
+        return zeros / total
 
+    def finish(self) -> None:
+        """Save, time, tell and draw."""
+        settings, record = self.settings, self.record
+        if settings.save and self.ranks.first:
+            with self.watch.stage("saving"):
+                log.info("saved the model to %s", self._save(self.folder / "model"))
+        if settings.evaluation.speed is not None and self.ranks.first:
+            with self.watch.stage("speed"):
+                self._measure_speed()
+        record.data["peak_disk_bytes"] = self._peak_disk()
+        self.tracker.tell("results", record.data["metrics"], record.data["layers"])
+        if settings.figures.draw and self.ranks.first:
+            for name, path in draw_figures(record.data, self.folder).items():
+                self.tracker.tell("figure", name, path)
+        del self.model, self.weights, self.streamed
+        gc.collect()
 
-def _measure_speed(settings: Settings, record: RunRecord, model: nn.Module, device: torch.device) -> None:
-    """Latency of the pruned model where the hardware makes use of its pattern, else the reason why there is none."""
-    wanted = settings.evaluation.speed
-    names = {layer["name"] for layer in record.data["layers"]}
-    layers = [layer for layer in all_linear_layers(find_blocks(model, settings.model.blocks)) if layer.name in names]
-    why = speed.obstacle(settings.sparsity.build() if settings.pruned else None, device, model.dtype, layers)
-    record.data["protocol"]["speed"] = {"windows": wanted.windows, "window": wanted.window, "not_measured": why}
-    if why is not None:
-        log.warning("evaluation.speed: cannot be measured: %s", why)
-        return
-    tokens = torch.zeros(wanted.windows, wanted.window, dtype=torch.int64, device=device)
-    found = speed.measure(model.to(device), layers, tokens, wanted.repeats)
-    for name, value in found.metrics().items():
-        record.measured(name, value)
+    def _save(self, place: Path) -> Path:
+        description = None
+        if self.settings.sparsity_config:
+            reports = self.record.data["layers"]
+            pruned = {report["name"] for report in reports if not report["instead"]}
+            layers = all_linear_layers(self.weights.blocks)
+            left = [layer.name for layer in layers if layer.name not in pruned] + ["lm_head"]
+            share = self.record.data["metrics"]["sparsity"]
+            description = sparsity_description(self.settings.sparsity.pattern, share, ["Linear"], left)
+        if self.streamed is not None:
+            return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description)
+        return save_model(self.model.to("cpu"), self.tokenizer, place, description)
 
+    def _peak_disk(self) -> int:
+        """Bytes that the run's folder has held at most, without activations that were only on disk while blocks ran."""
+        state = self.state.peak_bytes if self.state is not None else 0
+        model = self.folder / "model"
+        return state + (folder_bytes(model) if model.exists() else 0)
 
-def _device(name: str, ranks: Ranks) -> torch.device:
-    if name == "auto":
-        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # each rank has set its own
-    elif ranks.size > 1 and name != "cpu":
-        raise RoseExpError(f"device: expected auto or cpu with {ranks.size} processes, each of which has its own, got {name!r}")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # where kernels are launched, and memory and time are measured
-    except (RuntimeError, AssertionError) as error:
-        raise RoseExpError(f"device: expected auto, cpu or a CUDA device of this machine, got {name!r}: {error}") from error
-    return device
-
-
-def _backend(settings: Settings, device: torch.device) -> str:
-    """The engine's backend for this device, its name as resolved (layers of float64 models are solved in plain torch)."""
-    try:
-        return resolve(settings.engine.backend, device, torch.float32)
-    except ValueError as error:
-        raise RoseExpError(f"engine.{error}") from error
-
-
-def _calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    wanted = settings.calibration
-    text = load_text(wanted, "calibration")
-    return draw_windows(text, tokenizer, wanted.window, wanted.samples, settings.seed, wanted.draw, "calibration")
-
-
-def _evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Windows]:
-    windows = {}
-    for name, wanted in settings.evaluation.perplexity.items():
-        where = f"evaluation.perplexity.{name}"
-        limit = _at_most(settings, wanted.windows)
-        windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, limit, where)
-    return windows
-
-
-def _at_most(settings: Settings, limit: int | None) -> int | None:
-    limits = [n for n in (limit, settings.evaluation.at_most) if n is not None]
-    return min(limits, default=None)
-
-
-def _check_window_lengths(settings: Settings, model: nn.Module) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    wanted = {f"evaluation.perplexity.{name}.window": text.window for name, text in settings.evaluation.perplexity.items()}
-    if settings.pruned:
-        wanted["calibration.window"] = settings.calibration.window
-    if settings.evaluation.speed is not None:
-        wanted["evaluation.speed.window"] = settings.evaluation.speed.window
-    for where, window in wanted.items():
-        if limit is not None and window > limit:
-            raise RoseExpError(f"{where}: expected at most {limit}, the positions that the model has, got {window}")
+    def _measure_speed(self) -> None:
+        """Latency of the pruned model where the hardware makes use of its pattern, else the reason why there is none."""
+        settings, record = self.settings, self.record
+        wanted = settings.evaluation.speed
+        names = {layer["name"] for layer in record.data["layers"]}
+        layers = [layer for layer in all_linear_layers(self.weights.blocks) if layer.name in names]
+        pattern = settings.sparsity.build() if settings.pruned else None
+        if self.placed.by_blocks:
+            why = "the model does not fit on the device as a whole"
+        else:
+            why = speed.obstacle(pattern, self.device, self.model.dtype, layers)
+        self.protocol["speed"] = {"windows": wanted.windows, "window": wanted.window, "not_measured": why}
+        if why is not None:
+            log.warning("evaluation.speed: cannot be measured: %s", why)
+            return
+        tokens = torch.zeros(wanted.windows, wanted.window, dtype=torch.int64, device=self.device)
+        found = speed.measure(self.model.to(self.device), layers, tokens, wanted.repeats)
+        for name, value in found.metrics().items():
+            record.measured(name, value)
 
 
-def _plan(settings: Settings) -> PruningPlan:
-    method, engine, pipeline = settings.method, settings.engine, settings.pipeline
-    return PruningPlan(
-        method=method.build(),
-        methods={pattern: method.build((pattern,)) for pattern in method.layer_options},
-        sparsity=settings.sparsity.build(),
-        ordering=settings.reorder.build(),
-        block_size=engine.block_size,
-        damping=engine.damping,
-        refine=engine.refine,
-        backend=engine.backend,
-        precision=engine.precision,
-        layers=pipeline.layers,
-        skip=pipeline.skip,
-        true_sequential=pipeline.true_sequential,
-        batch=pipeline.batch,
-        activations=pipeline.activations,
-        blocks=settings.model.blocks,
-        study=settings.figures.study,
-    )
-
-
-def _first_key(settings: Settings, protocol: Mapping[str, Any]) -> str:
-    """All that the moments of the first block hang on: what was run on which inputs, how, and on what."""
-    evaluated = ("evaluation", "zero_shot", "speed", "seed")
-    facts = {name: value for name, value in protocol.items() if name not in evaluated}
-    engine, pipeline = settings.engine.precision, settings.pipeline.model_dump(mode="json")
-    return json.dumps([facts, engine, pipeline, settings.model.model_dump(mode="json")], sort_keys=True)
-
-
-def _sparsity(settings: Settings, model: nn.Module, reports: Sequence[Mapping[str, Any]]) -> float:
-    """Measured share of zeros (or of numbers saved, see :class:`LayerReport`) among the weights that the pipeline's patterns
-    choose, pruned or not."""
-    pipeline = settings.pipeline
-    layers = [
-        layer
-        for layer in all_linear_layers(find_blocks(model, settings.model.blocks))
-        if chosen(layer.name, pipeline.layers, pipeline.skip)
-    ]
-    saved = {report["name"]: report["sparsity"] * report["rows"] * report["columns"] for report in reports if report["rank"]}
-    zeros = sum(saved[layer.name] if layer.name in saved else int((layer.weight == 0).sum()) for layer in layers)
-    return zeros / sum(layer.weight.numel() for layer in layers)
+def _move_outside(model: nn.Module, weights: BlockWeights, device: torch.device) -> None:
+    """Move all that is in no block to the device."""
+    inside = {id(module) for block in weights.blocks.blocks for module in block.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+    model.tie_weights()

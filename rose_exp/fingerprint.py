@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .wheels import cache_folder, file_sha256
 
+DECIDING = ("engine", "models", "pipeline", "calibration", "experiment.py", "ranks.py")  # what of this package makes a result
 LARGE = 64 * 2**20  # bytes; the fingerprints of files from here on are kept, as reading them takes seconds
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 
@@ -50,3 +51,16 @@ def _of_files(files: list[Path], folder: Path) -> str:
     for file in sorted(files):
         digest.update(f"{file.relative_to(folder)} {content_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def code_sha256() -> str:
+    """One fingerprint over those source files of this package that a pruned weight hangs on."""
+    package = Path(__file__).parent
+    places = [package / name for name in DECIDING]
+    files = [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
+    return _of_files(files, package)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and its folders."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

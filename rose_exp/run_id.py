@@ -16,8 +16,10 @@ from .settings import DENSE, Settings, TextSettings, read_settings
 from .wheels import WHEELS
 
 LENGTH = 12  # hexadecimal digits: a clash among a million runs has a chance of 1 in 500
-WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations")
+WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "sparsity_config", "tags", "plan", "rerun", "preflight")
+WITHOUT_EFFECT += ("pipeline.activations", "pipeline.weights", "pipeline.resume", "pipeline.by_blocks")
 ONLY_OF_PRUNED = ("sparsity", "reorder", "calibration", "engine", "seed", "pipeline.true_sequential", "pipeline.batch")
+ONLY_OF_PRUNED += ("pipeline.expert_tokens", "pipeline.starved_experts")
 UNKNOWN = "unknown"
 
 

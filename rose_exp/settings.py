@@ -231,6 +231,16 @@ class PipelineSettings(Section):
     true_sequential: bool = False  # each group of layers inside a block sees inputs made by the groups already pruned
     batch: Positive = 4  # windows at once; no result depends on it beyond rounding
     activations: Literal["device", "host", "disk"] = "device"  # where the hidden states of all windows are kept
+    weights: Literal["auto", "memory", "disk"] = "auto"  # the model's: all in memory, or a block at a time
+    by_blocks: bool | Literal["auto"] = "auto"  # measure perplexity so, too; auto: where it must be
+    resume: Literal["activations", "recompute", "none"] = "activations"  # what a run that is cut off goes on from
+    expert_tokens: Positive = 1  # an expert that fewer calibration tokens are routed to is starved
+    starved_experts: Literal["dense", "magnitude", "stop"] = "dense"  # what becomes of it
+
+    def problems(self, where: str) -> list[str]:
+        if self.weights == "disk" and self.resume == "none":
+            return [f"{where}.resume: expected activations or recompute with weights=disk, which keeps pruned blocks, got none"]
+        return []
 
 
 class TrackingSettings(Section):
@@ -269,6 +279,8 @@ class Settings(Section):
     seed: Count
     device: str | list[str]  # a list: any of these that no other job of a sweep is using
     save: bool
+    sparsity_config: bool = False  # a saved N:M model says so in the terms of compressed-tensors
+    preflight: bool = True  # a run that does not fit is refused
     tags: list[str] = []  # for a person to find the run by
     plan: bool = False  # the jobs are listed and none is run
     rerun: bool = False  # also what is finished already
@@ -315,7 +327,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             continue
         sections[name] = field.annotation.model_validate(config[name])
         problems += sections[name].problems(name)
-    problems += _cross_problems(sections | {"save": config.get("save")})
+    problems += _cross_problems(sections | {name: config.get(name) for name in ("save", "sparsity_config")})
     if problems:
         raise SettingsError(problems)
     return settings
@@ -347,6 +359,9 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
             f"engine.refine: expected 0 with {method.name}, which adds a matrix to the pruned one, got {engine.refine}"
         )
     tracking = sections.get("tracking")
+    sparsity = sections.get("sparsity")
+    if sections["sparsity_config"] and (not sections["save"] or (sparsity is not None and sparsity.pattern == "unstructured")):
+        found.append("sparsity_config: expected false unless save=true and sparsity is N:M, got true")
     if tracking is not None and tracking.save_model and not sections["save"]:
         found.append("tracking.save_model: expected false without save=true, got true: there is no saved model to keep")
     return found

@@ -30,7 +30,7 @@ def test_one_run_leaves_its_record_and_its_model(small, tmp_path):
     assert record["label"] == "ROSE"
     assert record["metrics"]["sparsity"] == 0.5
     assert record["config"]["calibration"]["samples"] == 4
-    assert set(record["seconds"]) == {"texts", "loading", "pruning", "evaluation", "saving", *PARTS}
+    assert set(record["seconds"]) == {"preflight", "texts", "loading", "pruning", "evaluation", "saving", *PARTS}
     assert record["peak_memory_bytes"]["host"] > 1e8
     assert len(record["layers"]) == 35
     assert {"name", "sparsity", "error", "relative_range", "reordered", "damping", "seconds"} <= set(record["layers"][0])

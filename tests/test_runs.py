@@ -123,15 +123,15 @@ def test_a_bug_in_one_job_does_not_end_the_others(small, tmp_path, monkeypatch):
 
 def test_all_that_the_first_blocks_moments_hang_on_is_in_their_key(small, tmp_path):
     from rose_exp.command import check_command
-    from rose_exp.experiment import _first_key
+    from rose_exp.preparation import first_key
 
     protocol = rose_exp.run(small, tmp_path)["protocol"]
-    key = _first_key(check_command(small).jobs[0].settings, protocol)
+    key = first_key(check_command(small).jobs[0].settings, protocol)
     for override in ("pipeline.layers=['*.mlp.*']", "pipeline.batch=2", "engine.precision=bf16x2", "model.dtype=float16"):
-        assert _first_key(check_command([*small, override]).jobs[0].settings, protocol) != key, override
+        assert first_key(check_command([*small, override]).jobs[0].settings, protocol) != key, override
     for name, value in {"threads": 99, "backend": "torch", "device": "cuda: H100", "ranks": 2}.items():
-        assert _first_key(check_command(small).jobs[0].settings, protocol | {name: value}) != key, name
+        assert first_key(check_command(small).jobs[0].settings, protocol | {name: value}) != key, name
     calibration = protocol["calibration"] | {"tokens_sha256": "others"}
-    assert _first_key(check_command(small).jobs[0].settings, protocol | {"calibration": calibration}) != key
+    assert first_key(check_command(small).jobs[0].settings, protocol | {"calibration": calibration}) != key
     for override in ("sparsity.ratio=0.7", "method=wanda", "engine.damping=0.1"):  # these change nothing about the inputs
-        assert _first_key(check_command([*small, override, "reorder=none"]).jobs[0].settings, protocol) == key, override
+        assert first_key(check_command([*small, override, "reorder=none"]).jobs[0].settings, protocol) == key, override

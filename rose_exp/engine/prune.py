@@ -33,6 +33,7 @@ class PruneResult:
         reordered: whether the columns were pruned in another order than left to right.
         error: tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of the weight as returned; 0 where the layer's output is zero.
         damping: really used, as a share of the mean of H's diagonal; 0 for methods that invert no Hessian.
+        dead_columns: inputs that never fired.
     """
 
     weight: Tensor
@@ -43,6 +44,7 @@ class PruneResult:
     error: float
     damping: float
     rank: int = 0
+    dead_columns: int = 0
 
     @property
     def stored(self) -> int:
@@ -175,12 +177,13 @@ class _Found:
         if lost is None or refine or dtype != layer.weight.dtype:  # of the weight as returned
             lost = quadratic_form(layer.weight - self.weight.to(layer.weight), layer.curvature.hessian)
         failed = solution.factor.failed if solution.factor else torch.zeros_like(lost)
-        facts = (failed, lost, quadratic_form(layer.weight, layer.curvature.hessian), layer.order.relative_range)
+        total = quadratic_form(layer.weight, layer.curvature.hessian)
+        facts = (failed, lost, total, layer.order.relative_range, layer.dead.sum())
         self.facts = [fact.double() for fact in (*facts, _finite(self.weight))]
 
     def result(self, facts: Sequence[float]) -> PruneResult | None:
         """The result, None where the Hessian could not be factorised."""
-        failed, lost, total, relative_range, finite = facts
+        failed, lost, total, relative_range, dead, finite = facts
         if failed:
             return None
         if not finite:
@@ -199,6 +202,7 @@ class _Found:
             error=_share(lost, total),
             damping=layer.curvature.damping if self.solution.factor else 0.0,
             rank=self.solution.rank,
+            dead_columns=int(dead),
         )
 
 

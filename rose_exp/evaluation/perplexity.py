@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from .. import interruption
 from ..errors import RoseExpError
 from ..ranks import Ranks
 
@@ -30,7 +32,12 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, tokens: Tensor, batch: int = 1, name: str = "perplexity", ranks: Ranks | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    batch: int = 1,
+    name: str = "perplexity",
+    ranks: Ranks | None = None,
+    answers: Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]] | None = None,
 ) -> Perplexity:
     """exp of the mean over windows of the mean negative log-likelihood of each window's tokens but its first.
 
@@ -42,18 +49,19 @@ def perplexity(
         tokens: (windows, length) int64.
         batch: windows at once.
         ranks: the processes that share the windows, each with the model; None: this one alone.
+        answers: gives batches of windows and their logits in another way than by running the whole model.
 
     Raises:
         RoseExpError: the model answers with NaN or infinity.
     """
-    device = next(model.parameters()).device
     ranks = ranks or Ranks()
-    means: list[float] = []  # of the negative log-likelihood, a window
     own = ranks.share(tokens)
-    for windows in tqdm(own.split(batch) if len(own) else (), desc=name, unit="batch", disable=None, leave=False):
-        windows = windows.to(device)
-        logits = model(input_ids=windows, use_cache=False).logits
-        for scores, targets in zip(logits[:, :-1], windows[:, 1:], strict=True):  # one at a time: logits are large
+    pairs = answers(own) if answers is not None else _answers(model, own, batch)
+    means: list[float] = []  # of the negative log-likelihood, a window
+    for windows, logits in tqdm(pairs, name, -(-len(own) // batch), unit="batch", disable=None, leave=False):
+        interruption.check()
+        following = windows[:, 1:].to(logits.device)
+        for scores, targets in zip(logits[:, :-1], following, strict=True):  # one at a time: logits are large
             means.append(float(functional.cross_entropy(scores.float(), targets)))
     means = [value for of_rank in ranks.gather(means) for value in of_rank]
     mean = sum(means) / len(means)
@@ -63,3 +71,9 @@ def perplexity(
         return Perplexity(math.inf, math.inf)
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     return Perplexity(math.exp(mean), math.exp(mean) * spread / math.sqrt(len(means)))
+
+
+def _answers(model: nn.Module, tokens: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    device = next(model.parameters()).device
+    for windows in tokens.split(batch) if len(tokens) else ():
+        yield windows, model(input_ids=windows.to(device), use_cache=False).logits

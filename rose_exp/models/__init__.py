@@ -1,8 +1,10 @@
 """Loading and saving models, and where a model keeps its prunable layers."""
 
+from .experts import one_by_one, projections
 from .loading import LoadedModel, load_model, load_tokenizer
-from .saving import save_model
-from .shapes import ModelShape, model_shape
+from .saving import save_model, save_streamed, sparsity_description
+from .shapes import ModelShape, model_shape, shape_of
+from .streaming import StreamedModel, let_go, open_model
 from .structure import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 
 __all__ = [
@@ -10,11 +12,19 @@ __all__ = [
     "LinearLayer",
     "LoadedModel",
     "ModelShape",
+    "StreamedModel",
     "all_linear_layers",
     "find_blocks",
+    "let_go",
     "linear_layers",
     "load_model",
     "load_tokenizer",
     "model_shape",
+    "one_by_one",
+    "open_model",
+    "projections",
     "save_model",
+    "save_streamed",
+    "shape_of",
+    "sparsity_description",
 ]

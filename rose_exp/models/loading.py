@@ -50,11 +50,11 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     log.info("loading %s", settings.name)
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model = from_pretrained(AutoModelForCausalLM, settings, dtype=dtype).eval()
-    _forget_quantization(model)
-    return LoadedModel(model, _protocol(settings, model))
+    forget_quantization(model)
+    return LoadedModel(model, protocol(settings, model))
 
 
-def _forget_quantization(model: nn.Module) -> None:
+def forget_quantization(model: nn.Module) -> None:
     """transformers marks a model read from GGUF as quantised, though its weights are whole: take the mark away, or the
     model cannot be saved."""
     quantization = getattr(model.config, "quantization_config", None)
@@ -74,18 +74,23 @@ def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
         RoseExpError: it cannot be had.
     """
     options |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    where = fetch(settings.embedded) if settings.path is None else Path(settings.path).expanduser()
-    if where.suffix == ".gguf" and where.is_file():
-        source, options = str(where.parent), options | {"gguf_file": where.name}
-    else:
-        source = str(where) if where.exists() else settings.path
+    source, gguf = located(settings)
+    options |= {"gguf_file": gguf} if gguf else {}
     try:
         return auto.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # missing, unreachable, unknown or damaged
         setting = "model.path" if settings.path is not None else "model.embedded"
         what = source if settings.path is not None else settings.embedded
-        hint = "" if where.exists() else " (no such folder here, and not to be had from the hub)"
+        hint = "" if Path(source).exists() else " (no such folder here, and not to be had from the hub)"
         raise RoseExpError(f"{setting}: cannot load {what!r}{hint}: {_first_lines(error)}") from error
+
+
+def located(settings: ModelSettings) -> tuple[str, str | None]:
+    """The model's folder or hub id, and the name of the GGUF file in it, if it is one."""
+    where = fetch(settings.embedded) if settings.path is None else Path(settings.path).expanduser()
+    if where.suffix == ".gguf" and where.is_file():
+        return str(where.parent), where.name
+    return (str(where) if where.exists() else settings.path), None
 
 
 def _first_lines(error: Exception, limit: int = 400) -> str:
@@ -93,7 +98,8 @@ def _first_lines(error: Exception, limit: int = 400) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
 
 
-def _protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
+def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
+    """What the weights are, for the record."""
     found: dict[str, Any] = {
         "name": settings.name,
         "architecture": type(model).__name__,

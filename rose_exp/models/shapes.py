@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..settings import ModelSettings
 from .loading import from_pretrained
@@ -13,20 +13,36 @@ from .structure import all_linear_layers, find_blocks, linear_layers
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """One prunable layer.
+
+    Attributes:
+        group: of layers in a row that stand in one module and are equally wide: those that share their input are among them.
+    """
+
+    rows: int
+    columns: int
+    group: str
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model.
 
     Attributes:
-        layers: (rows, columns) of each prunable layer.
-        inputs_of_block: columns of each of the first block's layers.
+        parameters: of the whole model; ``outside`` its blocks; of its ``largest`` block.
+        layers: (rows, columns) of each prunable layer of all blocks.
+        block: layers of the block with most weights, in the order that they are in.
         hidden: columns of a hidden state.
         widest: the widest input or output of a layer.
     """
 
     parameters: int
+    outside: int
+    largest: int
     dtype: torch.dtype
     layers: list[tuple[int, int]]
-    inputs_of_block: list[int]
+    block: list[LayerShape]
     blocks: int
     hidden: int
     widest: int
@@ -41,16 +57,28 @@ def model_shape(settings: ModelSettings) -> ModelShape:
     """
     config = from_pretrained(AutoConfig, settings)
     dtype = getattr(config, "dtype", None) or torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return shape_of(config, dtype, settings)
+
+
+def shape_of(config: PreTrainedConfig, dtype: torch.dtype | str, settings: ModelSettings) -> ModelShape:
+    """Sizes of the model of a configuration, kept in ``dtype``."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     blocks = find_blocks(model, settings.blocks)
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.blocks]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
     layers = [tuple(layer.weight.shape) for layer in all_linear_layers(blocks)]
     text = config.get_text_config()
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        outside=sum(parameter.numel() for parameter in model.parameters()) - sum(sizes),
+        largest=sizes[largest],
         dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)),
         layers=layers,
-        inputs_of_block=[layer.columns for layer in linear_layers(blocks.blocks[0], "")],
+        block=[
+            LayerShape(*layer.weight.shape, f"{layer.name.rpartition('.')[0]} {layer.columns}")
+            for layer in linear_layers(blocks.blocks[largest], "")
+        ],
         blocks=len(blocks.blocks),
         hidden=text.hidden_size,
         widest=max(max(shape) for shape in layers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RoseExpError, suggest
+from .experts import Projection, projections, routers
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class LinearLayer:
 
     Attributes:
         name: full name in the model, such as ``model.layers.0.self_attn.q_proj``.
-        module: ``nn.Linear``, whose weight is W, or GPT-2's ``Conv1D``, whose weight is Wᵀ.
+        module: ``nn.Linear``, whose weight is W; GPT-2's ``Conv1D``, whose weight is Wᵀ; or an expert's part of a stack.
     """
 
     name: str
@@ -26,6 +28,11 @@ class LinearLayer:
     @property
     def transposed(self) -> bool:
         return isinstance(self.module, Conv1D)
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether only those tokens reach the layer that are routed to it."""
+        return isinstance(self.module, Projection) or bool(re.search(r"(^|\.)experts\.\d+\.", self.name))
 
     @property
     def weight(self) -> Tensor:
@@ -57,12 +64,15 @@ class BlockList:
 
 
 def linear_layers(module: nn.Module, name: str) -> list[LinearLayer]:
-    """All linear layers inside ``module``, which the model calls ``name``."""
-    return [
-        LinearLayer(f"{name}.{inner}" if inner else name, layer)
-        for inner, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D))
-    ]
+    """All linear layers inside ``module``, which the model calls ``name``, each expert's on its own, but no routers."""
+    found, left_out = [], routers(module)
+    for inner, layer in module.named_modules():
+        full = f"{name}.{inner}" if inner else name
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer not in left_out:
+            found.append(LinearLayer(full, layer))
+        for expert, parts in enumerate(projections(layer)):
+            found += [LinearLayer(f"{full}.{expert}.{part}", projection) for part, projection in parts.items()]
+    return found
 
 
 def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:

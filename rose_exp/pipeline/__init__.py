@@ -1,8 +1,31 @@
 """Walking a model block by block: collect moments, prune, and feed the next block."""
 
 from .activations import Place
+from .capture import Probe, probe
 from .first_block import FirstBlock
-from .plan import LayerReport, PassSeconds, PruningPlan, chosen
+from .forward import answers_by_blocks, loading_blocks
+from .plan import LayerReport, PassSeconds, PruningPlan, StarvedExperts, chosen, events
+from .state import Resume, RunState
 from .walk import prune_model
+from .weights import BlockWeights, InMemory, OnDisk
 
-__all__ = ["FirstBlock", "LayerReport", "PassSeconds", "Place", "PruningPlan", "chosen", "prune_model"]
+__all__ = [
+    "BlockWeights",
+    "FirstBlock",
+    "InMemory",
+    "LayerReport",
+    "OnDisk",
+    "PassSeconds",
+    "Place",
+    "Probe",
+    "PruningPlan",
+    "Resume",
+    "RunState",
+    "StarvedExperts",
+    "answers_by_blocks",
+    "chosen",
+    "events",
+    "loading_blocks",
+    "probe",
+    "prune_model",
+]

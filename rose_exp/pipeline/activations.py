@@ -76,6 +76,33 @@ class Activations:
             self._store[piece].copy_(hidden, non_blocking=True)
         hidden.record_stream(self._stream)
 
+    def write(self, file: str) -> None:
+        """Write all of them to a file as they are in memory, batch by batch."""
+        self._settle()
+        with open(file, "wb") as out:
+            for piece in self.pieces:
+                self._store[piece].cpu().contiguous().view(torch.uint8).numpy().tofile(out)
+
+    def read(self, file: Path) -> None:
+        """Take them from a file that :meth:`write` has written.
+
+        Raises:
+            OSError: its length is another than that of these.
+        """
+        expected = self._store.numel() * self._store.dtype.itemsize
+        if file.stat().st_size != expected:
+            raise OSError(f"{file} has {file.stat().st_size} bytes, expected {expected}")
+        with file.open("rb") as source:
+            for piece in self.pieces:
+                part = self._store[piece]
+                held = torch.frombuffer(bytearray(source.read(part.numel() * part.dtype.itemsize)), dtype=part.dtype)
+                part.copy_(held.view(part.shape))
+
+    def _settle(self) -> None:
+        """Wait for what is on its way."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
     def _send(self, piece: slice) -> Tensor:
         with torch.cuda.stream(self._stream):
             return self._store[piece].to(self.device, non_blocking=True)

@@ -7,7 +7,8 @@ would be called with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RoseExpError
-from ..models import BlockList, linear_layers
+from ..models import BlockList, linear_layers, one_by_one
+from .weights import BlockWeights, InMemory
 
 PROBE_TOKENS = 8
 
@@ -82,33 +84,42 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, blocks: BlockList, tokens: Tensor, device: torch.device | str = "cpu") -> Probe:
+def probe(
+    model: nn.Module,
+    blocks: BlockList,
+    tokens: Tensor,
+    device: torch.device | str = "cpu",
+    weights: BlockWeights | None = None,
+) -> Probe:
     """Run the model on the first few of ``tokens`` (windows, length), each block on ``device``.
+
+    Args:
+        weights: where the blocks' weights are; None: in memory.
 
     Raises:
         RoseExpError: the blocks are no plain chain, each fed with the output of the one before: such a model cannot be
             walked block by block; or the model's output is not finite.
     """
-    chain, found = _Chain(blocks), Probe([], [])
+    chain, found, weights = _Chain(blocks), Probe([], []), weights or InMemory(blocks)
 
     def run(index: int, block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden, call = BlockCall.split(args, kwargs)
         chain.enter(index, hidden)
         inputs = _LayerInputs()
-        block.to(device)
-        with ExitStack() as stack:
-            for layer in linear_layers(block, blocks.block_name(index)):
+        with weights.at(index, device), one_by_one(block), ExitStack() as stack:
+            layers = linear_layers(block, blocks.block_name(index))
+            for layer in layers:
                 hook = layer.module.register_forward_pre_hook(inputs.record(layer.name), with_kwargs=True)
                 stack.callback(hook.remove)
             output = on_device([call], device)[0].output(forward, hidden.to(device))
-        block.to(hidden.device)
-        output = _to_device(output, hidden.device, {})
+            output = _to_device(output, hidden.device, {})
+        _add_unreached_experts(inputs.groups, [layer.name for layer in layers])
         found.layers.append(inputs.groups)
         found.tails.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
         chain.leave(index, first_tensor(output))
         return output
 
-    with _in_place_of_blocks(blocks, run):
+    with in_place_of_blocks(blocks, run):
         model(input_ids=tokens[:1, :PROBE_TOKENS], use_cache=False)
     chain.check_complete()
     return found
@@ -131,7 +142,7 @@ def trace(
             raise Enough
         return hidden if found.tails[index] is None else (hidden, *found.tails[index])
 
-    with _in_place_of_blocks(blocks, run):
+    with in_place_of_blocks(blocks, run):
         try:
             model(input_ids=tokens, use_cache=False)
         except Enough:
@@ -140,7 +151,7 @@ def trace(
 
 
 @contextmanager
-def _in_place_of_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[None]:
+def in_place_of_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[None]:
     """Let ``run(index, block, forward, args, kwargs)`` answer for every block."""
 
     def answer(index: int, block: nn.Module) -> Callable[..., Any]:
@@ -180,6 +191,22 @@ class _Chain:
     def check_complete(self) -> None:
         if self.next != len(self.blocks.blocks):
             raise RoseExpError(f"{self.blocks.block_name(self.next)} is never called; set model.blocks")
+
+
+def _add_unreached_experts(groups: list[list[str]], names: Sequence[str]) -> None:
+    """Experts in a list of modules that none of the few tokens was routed to share their inputs in the way of one that was."""
+    called = {name for group in groups for name in group}
+    for name in names:
+        expert = re.match(r"(.*\.experts\.)(\d+)(\..*)", name)
+        if name in called or expert is None:
+            continue
+        for group in list(groups):
+            reached = re.match(rf"{re.escape(expert[1])}(\d+){re.escape(expert[3])}$", group[0])
+            if reached is not None:
+                prefix, own = f"{expert[1]}{reached[1]}.", f"{expert[1]}{expert[2]}."
+                groups.append([own + other.removeprefix(prefix) for other in group if other.startswith(prefix)])
+                called |= set(groups[-1])
+                break
 
 
 class _LayerInputs:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from ..engine import Method, Ordering, Precision, Sparsity
 from ..engine.kernels import Backend
 from ..errors import RoseExpError, suggest
-from ..models import BlockList, all_linear_layers
+from ..models import BlockList, all_linear_layers, projections
 from .activations import Place
+
+StarvedExperts = Literal["dense", "magnitude", "stop"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class PruningPlan:
         activations: where the hidden states of all windows are kept between blocks.
         blocks: name of the list of blocks; None: found by structure.
         study: patterns of full layer names to study before they are pruned, see :func:`rose_exp.engine.study.study_layer`.
+        expert_tokens: an expert that fewer calibration tokens are routed to is starved.
+        starved_experts: what becomes of it: it stays dense, is pruned by magnitude, or stops the run.
     """
 
     method: Method
@@ -47,6 +51,8 @@ class PruningPlan:
     activations: Place = "device"
     blocks: str | None = None
     study: Sequence[str] = ()
+    expert_tokens: int = 1
+    starved_experts: StarvedExperts = "dense"
 
     def wants(self, name: str) -> bool:
         return chosen(name, self.layers, self.skip)
@@ -61,7 +67,8 @@ class LayerReport:
 
     ``sparsity`` is the measured share of zeros, and where a matrix of ``rank`` above 0 has been added (OATS), the share of
     numbers that storing both parts saves. ``seconds`` is for solving, without the passes through the block: layers with the
-    same input are solved together, and share its time by their rows.
+    same input are solved together, and share its time by their rows. ``dead_columns`` are inputs that never fired;
+    ``instead`` is what became of an expert that saw too few tokens: ``dense`` or ``magnitude``.
     """
 
     name: str
@@ -75,6 +82,8 @@ class LayerReport:
     damping: float
     rank: int
     seconds: float
+    dead_columns: int = 0
+    instead: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -95,6 +104,20 @@ class PassSeconds:
     shared: float = 0.0
 
 
+def events(report: LayerReport, damping: float) -> list[dict[str, Any]]:
+    """What went other than usual in a layer, for the record: ``kind``, ``layer`` and ``detail``."""
+    found = []
+    if report.instead is not None:
+        found.append(("starved_expert", f"{report.tokens} tokens were routed to it: {report.instead}"))
+    elif report.tokens < report.columns:
+        found.append(("rank_deficient", f"{report.tokens} tokens for a Hessian of {report.columns} columns"))
+    if report.dead_columns:
+        found.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs never fired"))
+    if report.damping > damping:
+        found.append(("damping_raised", f"from {damping:g} to {report.damping:g}"))
+    return [{"kind": kind, "layer": report.name, "detail": detail} for kind, detail in found]
+
+
 def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
     """Check the plan's patterns against the model's layers.
 
@@ -109,12 +132,13 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
         raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave a layer to prune, got none")
     _check_patterns("figures.study", plan.study, wanted)
     for index, block in enumerate(blocks.blocks):
+        known = {id(parameter) for module in block.modules() if projections(module) for parameter in module.parameters(False)}
         for name, parameter in block.named_parameters():
             full = f"{blocks.block_name(index)}.{name}"
-            if parameter.ndim > 2 and plan.wants(full):
+            if parameter.ndim > 2 and id(parameter) not in known and plan.wants(full):
                 raise RoseExpError(
-                    f"{full} of shape {tuple(parameter.shape)} is no linear layer (stacked experts?) and cannot be pruned; "
-                    f"name it in pipeline.skip to leave it dense"
+                    f"{full} of shape {tuple(parameter.shape)} is no linear layer, nor experts stacked in a known layout, and "
+                    f"cannot be pruned; name it in pipeline.skip to leave it dense"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What a run will take: memory from the model's configuration alone, time from rates that were measured on this machine."""
+"""How long a run will take, from rates that were measured on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from ..models import ModelShape
 from ..settings import Settings
-from ..tracking.record import peak_memory
 
 PROBE = 1024  # rows and columns of the product that is timed where no record tells a rate
 PROBE_SECONDS = 0.3
@@ -106,36 +105,3 @@ def _product_rate(device: str) -> float:
         (matrix @ matrix)[0, 0].item()  # waits for it
         products += 1
     return 2 * PROBE**3 * products / (time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak."""
-
-    host: int
-    device: int | None
-
-
-def memory(settings: Settings, shape: ModelShape, cuda: bool) -> Memory:
-    """Peak memory of a run, from shapes alone.
-
-    The model stands on the host; a block at a time, the hidden states of all windows, the moments of a block's layers and what
-    solving the widest takes stand on the device, which without a GPU is the host, too. Evaluation has the whole model there.
-    """
-    width = torch.finfo(shape.dtype).bits // 8
-    weights = shape.parameters * width
-    working = 0
-    if settings.pruned:
-        states = settings.calibration.samples * settings.calibration.window * shape.hidden * width
-        batch = settings.pipeline.batch * settings.calibration.window * shape.widest * width * 4
-        moments = sum(columns**2 * 4 for columns in shape.inputs_of_block)
-        solving = 3 * 4 * max((columns**2 + rows * columns for rows, columns in shape.layers), default=0)
-        working = (states if settings.pipeline.activations == "device" else 0) + moments + max(batch, solving)
-    windows = [text.window for text in settings.evaluation.perplexity.values()]
-    logits = settings.evaluation.batch * max(windows, default=0) * shape.vocabulary * (width + 8)  # and in float32, twice
-    here = peak_memory()["host"]  # of a process with the libraries in it
-    if cuda:
-        on_device = max(working + weights // max(shape.blocks, 1), weights + logits)
-        host = here + weights + (states if settings.pruned and settings.pipeline.activations == "host" else 0)
-        return Memory(host, on_device)
-    return Memory(here + weights + max(working, logits), None)

@@ -9,10 +9,11 @@ import torch
 
 from ..command import Job
 from ..errors import RoseExpError
+from ..footprint import available, choose, footprint, gib
 from ..models import ModelShape, model_shape
 from ..report import collect_records
 from ..tracking.record import FILE_NAME, device_name, read_record
-from .estimate import Rates, Work, memory
+from .estimate import Rates, Work
 
 OUTPUTS = Path("outputs")  # of a single run
 
@@ -46,8 +47,11 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
                 rates[model.name] = Rates.of(records, device_name(device), model.name)
             seconds, measured = rates[model.name].seconds(Work.planned(job.settings, shape))
             total, rough = total + seconds, rough or not measured
-            peak = memory(job.settings, shape, device.type == "cuda")
-            shown = f"{_bytes(peak.host)}" + (f" + {_bytes(peak.device)} on the GPU" if peak.device is not None else "")
+            there = available(folder, device)
+            placed = choose(job.settings, shape, device.type == "cuda", there)
+            peak = footprint(job.settings, shape, device.type == "cuda", placed)
+            shown = gib(peak.host) + (f" + {gib(peak.device)} on the GPU" if peak.device is not None else "")
+            shown += f", {gib(peak.disk)} of disk" + ("; does not fit" if peak.over(there) else "")
             rows.append((job.name, job.run_id, "to run", f"{'' if measured else '~'}{_time(seconds)}", shown))
         planned.add(job.run_id)
     header = ("job", "run", "state", "time", "peak memory")
@@ -77,7 +81,3 @@ def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -68,7 +68,8 @@ def _state(record: dict[str, Any] | None, started: str) -> tuple[str, str | None
         return ("reused", _other_versions(record)) if before else ("ran", None)
     if record["status"] == "failed" and not before:
         return "failed", record["error"]
-    why = "its process ended without a word" if record["status"] == "running" else "it was not tried again"
+    words = {"running": "its process ended without a word", "interrupted": f"it was stopped ({record['error']})"}
+    why = words.get(record["status"], "it was not tried again")
     return "unfinished", f"{why}; the same command takes it up again"
 
 

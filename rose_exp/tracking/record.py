@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import RoseExpError
+from ..interruption import Interrupted
 
 FILE_NAME = "run.json"
 LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "lm-eval")
@@ -28,8 +29,9 @@ LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "saf
 class RunRecord:
     """``run.json`` of one run, on disk from the start and rewritten whole at each step.
 
-    Fields: ``status`` (running, finished, failed), ``run_id``, ``label``, ``config``, ``metrics``, ``standard_errors``,
-    ``layers``, ``protocol``, ``seconds`` by stage, ``peak_memory_bytes``, ``error``, ``started`` and ``ended``.
+    Fields: ``status`` (running, finished, failed, interrupted), ``run_id``, ``label``, ``config``, ``metrics``,
+    ``standard_errors``, ``layers``, ``events``, ``protocol``, ``seconds`` by stage, ``estimate`` and ``peak_memory_bytes``,
+    ``error``, ``started`` and ``ended``.
 
     Args:
         kept: whether anything is written: of several processes at one run, the first one writes.
@@ -52,6 +54,7 @@ class RunRecord:
             "protocol": {},
             "config": config,
             "layers": [],
+            "events": [],
         }
         _reset_peak_memory()
         self.write()
@@ -78,7 +81,8 @@ class RunRecord:
         self.write()
 
     def fail(self, error: BaseException) -> None:
-        self.data |= {"status": "failed", "ended": now(), "error": f"{type(error).__name__}: {error}"}
+        status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        self.data |= {"status": status, "ended": now(), "error": f"{type(error).__name__}: {error}"}
         self.write()
 
 

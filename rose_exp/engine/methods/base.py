@@ -114,6 +114,9 @@ class Method(ABC):
     """Whether the method prunes column by column, so that an ordering changes what comes out."""
     sparse: ClassVar[bool] = True
     """Whether what comes out is zero where it is pruned, so that it can be refined."""
+    working: ClassVar[tuple[float, float]] = (3.0, 15.0)
+    """The most memory that solving takes beside the moments, in float32 matrices of (columns, columns) and of (rows, columns):
+    measured on a CPU; what is not measured has the largest of those that are."""
 
     @abstractmethod
     def prune(self, layer: Layer) -> Solution: ...

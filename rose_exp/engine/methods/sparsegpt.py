@@ -16,6 +16,7 @@ class SparseGPT(Method):
     """Weights on a column that never fired cost nothing: they go first, and those that stay keep their value."""
 
     sequential = True
+    working = (2.7, 6.5)
 
     def prune(self, layer: Layer) -> Solution:
         moved = bool(layer.order.reordered) if layer.moved is None else layer.moved

@@ -11,6 +11,8 @@ from .base import Layer, Method, Solution, drop
 class Wanda(Method):
     """Prunes the smallest |W|·sqrt(E[x²]) of each row, every calibration token counting the same."""
 
+    working = (0.9, 6.5)
+
     def prune(self, layer: Layer) -> Solution:
         mask = layer.sparsity.select_by_row(layer.scores("wanda"))
         return Solution(drop(layer.weight, mask), mask)

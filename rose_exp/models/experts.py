@@ -1,0 +1,107 @@
+"""Mixtures of experts: the layers of experts that transformers keeps stacked in three-dimensional parameters, and what routes
+to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Projection(nn.Module):
+    """One expert's part of a stacked parameter, as a linear layer of its own that hooks can be put on.
+
+    It holds no weight: ``weight`` is a view, (rows, columns), of what the stack is at the time.
+    """
+
+    def __init__(self, owner: nn.Module, parameter: str, expert: int, rows: slice):
+        super().__init__()
+        self.__dict__["owner"] = owner  # not as a submodule: the owner is above
+        self.parameter, self.expert, self.rows = parameter, expert, rows
+
+    @property
+    def weight(self) -> Tensor:
+        return self.owner._parameters[self.parameter][self.expert, self.rows]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.weight)
+
+
+def projections(module: nn.Module) -> list[dict[str, Projection]]:
+    """The layers of each expert of a stack, by the names that they have where experts stand in a list of their own; none where
+    ``module`` is no stack of a known layout: (experts, rows, columns), gate above up, no biases."""
+    kept = module.__dict__.get("_projections")
+    if kept is None:
+        kept = module.__dict__["_projections"] = _find(module)
+    return kept
+
+
+def _find(module: nn.Module) -> list[dict[str, Projection]]:
+    stacks = {name: value for name, value in module._parameters.items() if value is not None}
+    gated = "gate_up_proj" in stacks
+    if set(stacks) != {"gate_up_proj" if gated else "up_proj", "down_proj"} or any(v.ndim != 3 for v in stacks.values()):
+        return []
+    changed = getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True)
+    activation = getattr(type(module), "_apply_gate", None)
+    if changed or not hasattr(module, "act_fn") or (activation is not None and activation.__name__ != "_default_apply_gate"):
+        return []
+    experts, rows, columns = stacks["gate_up_proj" if gated else "up_proj"].shape
+    inner = rows // 2 if gated else rows
+    if stacks["down_proj"].shape != (experts, columns, inner):
+        return []
+    found = []
+    for expert in range(experts):
+        parts = {"gate_proj": ("gate_up_proj", slice(0, inner)), "up_proj": ("gate_up_proj", slice(inner, rows))}
+        parts = parts if gated else {"up_proj": ("up_proj", slice(0, rows))}
+        parts["down_proj"] = ("down_proj", slice(0, columns))
+        found.append({name: Projection(module, stack, expert, part) for name, (stack, part) in parts.items()})
+    return found
+
+
+@contextmanager
+def one_by_one(block: nn.Module) -> Iterator[None]:
+    """Let the stacked experts inside ``block`` run one after the other, each through its own layers, every one of which is
+    called, though it be with no token."""
+    stacks = [module for module in block.modules() if projections(module)]
+    try:
+        for module in stacks:
+            module.__dict__["forward"] = _forward(module)
+        yield
+    finally:
+        for module in stacks:
+            module.__dict__.pop("forward", None)
+
+
+def _forward(module: nn.Module):
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (tokens, columns); top_k_index, top_k_weights (tokens, experts a token)."""
+        output = torch.zeros_like(hidden_states)
+        for expert, layers in enumerate(projections(module)):
+            token, place = torch.where(top_k_index == expert)
+            inputs = hidden_states[token]
+            if "gate_proj" in layers:
+                inner = module.act_fn(layers["gate_proj"](inputs)) * layers["up_proj"](inputs)
+            else:
+                inner = module.act_fn(layers["up_proj"](inputs))
+            answer = layers["down_proj"](inner) * top_k_weights[token, place, None]
+            output.index_add_(0, token, answer.to(output.dtype))
+        return output
+
+    return forward
+
+
+def routers(block: nn.Module) -> set[nn.Module]:
+    """Linear layers that choose among experts, or weigh a shared one: those beside experts that answer with a number an expert,
+    or one."""
+    found: set[nn.Module] = set()
+    for module in block.modules():
+        experts = getattr(module, "experts", None)
+        if not isinstance(experts, nn.Module):
+            continue
+        count = len(experts) if isinstance(experts, nn.ModuleList) else len(projections(experts))
+        beside = [child for child in module.children() if isinstance(child, nn.Linear)]
+        found |= {child for child in beside if child.out_features in (count, 1)}
+    return found

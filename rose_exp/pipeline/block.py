@@ -1,0 +1,325 @@
+"""One block while it is pruned: a dense pass that collects moments, solving, and a pass with the pruned weights."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import interruption
+from ..engine import (
+    InputMoments,
+    Magnitude,
+    NotPositiveDefiniteError,
+    PruneResult,
+    prune_layers,
+)
+from ..engine.study import LayerStudy, study_layer
+from ..errors import RoseExpError
+from ..interruption import Interrupted
+from ..models import LinearLayer, linear_layers, one_by_one
+from ..ranks import Ranks
+from .activations import Activations
+from .capture import BlockCall, Enough
+from .first_block import FirstBlock
+from .plan import LayerReport, PassSeconds, PruningPlan
+
+log = logging.getLogger(__name__)
+
+
+class BlockWalk:
+    """One block while it is pruned.
+
+    Args:
+        groups: names of the block's layers, those with the same input together, in the order of their calls.
+        calls: how the block is called, by the number of windows.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        name: str,
+        groups: Sequence[Sequence[str]],
+        calls: Mapping[int, BlockCall],
+        plan: PruningPlan,
+        device: torch.device | str,
+        ranks: Ranks,
+        seconds: PassSeconds,
+        on_study: Callable[[str, LayerStudy], None] | None,
+    ):
+        self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
+        self.ranks, self.seconds, self.on_study = ranks, seconds, on_study
+        layers = {layer.name: layer for layer in linear_layers(block, name)}
+        wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
+        self.groups = [group for group in wanted if group]  # of layers that share their input
+        self.first_block: FirstBlock | None = None
+        self.first_key: str | None = None
+        self.part: tuple[list[LayerReport], dict[str, Tensor]] = ([], {})  # what an earlier process has done of the block
+        self.keep_part: Callable[[Sequence[LayerReport], Mapping[str, Tensor]], None] | None = None
+
+    def run(self, hidden: Tensor) -> Tensor:
+        with one_by_one(self.block):
+            return self.calls[len(hidden)].run(self.block, hidden)
+
+    def advance(self, hidden: Activations) -> None:
+        """Put what the block answers in the place of what it is given.
+
+        Raises:
+            RoseExpError: it answers with NaN or infinity.
+        """
+        start = self._now()
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once: a device is not waited for
+        for windows, batch in tqdm(hidden, f"advancing {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
+            self._check_stop()
+            answer = self.run(batch)
+            finite &= torch.isfinite(answer).all()
+            hidden[windows] = answer
+        if not finite:
+            kind = str(answer.dtype).removeprefix("torch.")
+            raise RoseExpError(
+                f"{self.name}: with its pruned weights it answers with NaN or infinity (in {kind}, whose largest number is "
+                f"{torch.finfo(answer.dtype).max:.3g}); model.dtype=float32 or bfloat16 has more room"
+            )
+        self.seconds.advancing += self._now() - start
+
+    def _check_stop(self) -> None:
+        """Stop between two batches; several processes stop together, between two blocks."""
+        if self.ranks.size == 1:
+            interruption.check()
+
+    def prune(self, hidden: Activations) -> list[LayerReport]:
+        """Prune the layers of the block.
+
+        Raises:
+            RoseExpError: a layer cannot be pruned; the message names it.
+            Interrupted: the process was told to stop; the layers that were done are kept.
+        """
+        reports: list[LayerReport] = []
+        earlier = {report.name: report for report in self.part[0]}
+        for groups in [[group] for group in self.groups] if self.plan.true_sequential else [self.groups]:
+            before = [layer for group in groups for layer in group if layer.name in earlier]
+            left = [group for group in groups if group[0].name not in earlier]
+            start = self._now()
+            clock = _Clock(self.device)
+            moments = self._collect(left, hidden, clock)
+            for layer in before:  # after the others have seen it dense
+                layer.set_weight(self.part[1][layer.name].to(layer.weight))
+            middle = self._now()
+            studied = self.seconds.studying
+            solved = self._solve(left, moments, [*reports, *(earlier[layer.name] for layer in before)])
+            found = earlier | {report.name: report for report in solved}
+            reports += [found[name] for group in groups for name in _names(group)]
+            self.seconds.moments += clock.seconds()
+            self.seconds.calibrating += middle - start - clock.seconds()
+            self.seconds.solving += self._now() - middle - (self.seconds.studying - studied)
+        return reports
+
+    def _collect(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: _Clock) -> list[InputMoments]:
+        """Moments of the inputs of each group, from one pass that stops where the last group is reached."""
+        kept = self.first_block.find(self.first_key, self.device) if self.first_block else None
+        if kept is not None:
+            moments, self.seconds.shared = kept
+            return moments
+        start = self._now()
+        moments = [
+            InputMoments(
+                g[0].columns,
+                device=self.device,
+                dtype=torch.promote_types(g[0].weight.dtype, torch.float32),
+                precision=self.plan.precision,
+            )
+            for g in groups
+        ]
+        if not groups:
+            return moments
+        with ExitStack() as stack:
+            for group, of_group in zip(groups, moments, strict=True):
+                hook = _update(of_group, clock, last=group is groups[-1])
+                stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for _, batch in tqdm(hidden, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
+                self._check_stop()
+                with suppress(Enough):
+                    self.run(batch)
+        if self.first_block:
+            self.first_block.keep(self.first_key, moments, self._now() - start)
+        return moments
+
+    def _solve(
+        self, groups: Sequence[Sequence[LinearLayer]], moments: list[InputMoments], before: Sequence[LayerReport]
+    ) -> list[LayerReport]:
+        """Prune each group on the rank that it falls to, and take over what the other ranks have made of theirs.
+
+        Args:
+            before: reports of layers of the block that are pruned already.
+        """
+        ranks = self.ranks
+        owners = ranks.owners([group[0].columns ** 3 + sum(x.weight.numel() * x.columns for x in group) for group in groups])
+        done: dict[int, list[LayerReport]] = {}
+        failure = None
+        for place, owner in enumerate(owners):  # all before any is solved: each waits for all ranks
+            ranks.reduce(moments[place], owner)
+            if owner != ranks.rank:
+                moments[place] = None
+        for place, owner in enumerate(owners):
+            if owner == ranks.rank and failure is None:
+                try:
+                    done[place] = self._prune_group(groups[place], moments[place])
+                except RoseExpError as error:
+                    failure = error
+                moments[place] = None  # its memory is the next group's
+                if ranks.size == 1 and failure is None and interruption.requested():
+                    self._keep_and_stop([*before, *(report for reports in done.values() for report in reports)])
+        answers = ranks.gather((done, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, (_, error) in enumerate(answers):
+            if error is not None:
+                raise RoseExpError(f"rank {rank}: {error}")
+        for group, owner in zip(groups, owners, strict=True):
+            for layer in group:
+                ranks.broadcast(layer.module.weight.data, owner)
+        everything = {place: reports for reports_of_rank, _ in answers for place, reports in reports_of_rank.items()}
+        return [report for place in range(len(groups)) for report in everything[place]]
+
+    def _keep_and_stop(self, reports: Sequence[LayerReport]) -> None:
+        if self.keep_part is not None:
+            layers = {layer.name: layer.weight for group in self.groups for layer in group}
+            self.keep_part(reports, {report.name: layers[report.name] for report in reports})
+        raise Interrupted(f"stopped after {reports[-1].name}")
+
+    def _prune_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> list[LayerReport]:
+        plan = self.plan
+        starved = group[0].of_expert and moments.tokens < plan.expert_tokens
+        if starved and plan.starved_experts == "stop":
+            raise RoseExpError(
+                f"{', '.join(_names(group))}: expected an expert that at least {plan.expert_tokens} calibration tokens reach "
+                f"(pipeline.expert_tokens), got {moments.tokens}; raise calibration.samples or set pipeline.starved_experts"
+            )
+        if starved and plan.starved_experts == "dense":
+            return [self._untouched(layer, moments.tokens) for layer in group]
+        try:
+            self._study_group(group, moments)
+            start = self._now()
+            results = prune_layers(
+                [layer.weight for layer in group],
+                moments,
+                methods=[Magnitude() if starved else plan.method_for(layer.name) for layer in group],
+                sparsity=plan.sparsity,
+                ordering=plan.ordering,
+                block_size=plan.block_size,
+                damping=plan.damping,
+                refine=plan.refine,
+                backend=plan.backend,
+            )
+        except (ValueError, NotPositiveDefiniteError) as error:
+            raise RoseExpError(f"{', '.join(_names(group))}: {error}") from error
+        zeros = torch.stack([(result.weight == 0).sum() for result in results]).tolist()
+        saved = [r.weight.numel() - r.stored if r.rank else count for r, count in zip(results, zeros, strict=True)]
+        for layer, result in zip(group, results, strict=True):
+            layer.set_weight(result.weight)
+        seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # a row
+        return [
+            self._report(layer, result, moments.tokens, count, seconds, "magnitude" if starved else None)
+            for layer, result, count in zip(group, results, saved, strict=True)
+        ]
+
+    def _study_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> None:
+        """Study those layers of a group that the plan names, before they are pruned."""
+        plan, start = self.plan, self._now()
+        for layer in group:
+            if self.on_study and any(fnmatchcase(layer.name, pattern) for pattern in plan.study):
+                log.info("studying the order of %s", layer.name)
+                self.on_study(layer.name, study_layer(layer.weight, moments, plan.sparsity, plan.block_size, plan.damping))
+        self.seconds.studying += self._now() - start
+
+    @staticmethod
+    def _untouched(layer: LinearLayer, tokens: int) -> LayerReport:
+        rows, columns = layer.weight.shape
+        return LayerReport(
+            name=layer.name,
+            rows=rows,
+            columns=columns,
+            tokens=tokens,
+            sparsity=int((layer.weight == 0).sum()) / (rows * columns),
+            error=0.0,
+            relative_range=0.0,
+            reordered=False,
+            damping=0.0,
+            rank=0,
+            seconds=0.0,
+            instead="dense",
+        )
+
+    @staticmethod
+    def _report(
+        layer: LinearLayer, result: PruneResult, tokens: int, saved: int, seconds: float, instead: str | None
+    ) -> LayerReport:
+        rows, columns = result.weight.shape
+        return LayerReport(
+            name=layer.name,
+            rows=rows,
+            columns=columns,
+            tokens=tokens,
+            sparsity=saved / (rows * columns),
+            error=result.error,
+            relative_range=result.relative_range,
+            reordered=result.reordered,
+            damping=result.damping,
+            rank=result.rank,
+            seconds=seconds * rows,
+            dead_columns=result.dead_columns,
+            instead=instead,
+        )
+
+    def _now(self) -> float:
+        """The time when all that has been asked of the device is done."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class _Clock:
+    """Adds up the seconds that a device spends inside it, without waiting for it."""
+
+    def __init__(self, device: torch.device | str):
+        self.cuda = torch.device(device).type == "cuda"
+        self.marks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """So far; on a device that has been waited for."""
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        return sum(start.elapsed_time(end) / 1000 if self.cuda else end - start for start, end in pairs)
+
+
+def _update(moments: InputMoments, clock: _Clock, last: bool):
+    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        with clock:
+            moments.update(args[0] if args else kwargs["input"])
+        if last:
+            raise Enough
+
+    return hook
+
+
+def _names(layers: Sequence[LinearLayer]) -> list[str]:
+    return [layer.name for layer in layers]
