@@ -27,6 +27,7 @@ from .ranks import launched, process_group
 from .report import format_table
 from .report.terminal import show_config
 from .run_id import register_resolver
+from .secrets import guard_logs, redacted
 from .settings import read_settings
 from .sweeps.devices import claimed
 from .sweeps.optuna import register_sweeper
@@ -50,7 +51,7 @@ def main() -> None:
     try:
         command = check_command(sys.argv[1:])
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        print(redacted(str(error)), file=sys.stderr)
         sys.exit(2)
     if command.planned:
         from .sweeps.plan import format_plan  # slow to import
@@ -73,7 +74,7 @@ def main() -> None:
         with process_group(cpu="device=cpu" in sys.argv):
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
     except RoseExpError as error:
-        print(error, file=sys.stderr)
+        print(redacted(str(error)), file=sys.stderr)
         sys.exit(1)
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
@@ -125,6 +126,7 @@ def job(config: DictConfig) -> dict[str, Any] | None:
     """One run, as Hydra calls it, here or in a launcher's worker; its metrics, None where it failed."""
     from .runs import do_run  # slow to import, and --help needs none of it
 
+    guard_logs()
     hydra_config = HydraConfig.get()
     sweep = hydra_config.mode == RunMode.MULTIRUN
     folder = Path(hydra_config.runtime.output_dir)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import RoseExpError
 from ..fingerprint import weights_sha256
@@ -38,7 +38,20 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     Raises:
         RoseExpError: it cannot be had.
     """
-    return from_pretrained(AutoTokenizer, settings)
+    return from_pretrained(AutoTokenizer, settings.model_copy(update={"revision": revision(settings)}))
+
+
+def revision(settings: ModelSettings) -> str | None:
+    """The commit that a branch or tag of the hub stands for just now, so that all parts of a model are of one; what the settings
+    say where the model is not the hub's.
+
+    Raises:
+        RoseExpError: its configuration cannot be had.
+    """
+    source, _ = located(settings)
+    if settings.path is None or Path(source).exists():
+        return settings.revision
+    return getattr(from_pretrained(AutoConfig, settings), "_commit_hash", None) or settings.revision
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
@@ -49,7 +62,8 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     """
     log.info("loading %s", settings.name)
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model = from_pretrained(AutoModelForCausalLM, settings, dtype=dtype).eval()
+    pinned = settings.model_copy(update={"revision": revision(settings)})
+    model = from_pretrained(AutoModelForCausalLM, pinned, dtype=dtype).eval()
     forget_quantization(model)
     return LoadedModel(model, protocol(settings, model))
 

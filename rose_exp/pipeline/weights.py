@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +59,15 @@ class OnDisk(BlockWeights):
             yield block.to(device)
         finally:
             let_go(block)
+            _give_back()
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system: the C library keeps it in pieces, and would hold twice what is in use."""
+    libc = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def fill(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from ..errors import RoseExpError
 from ..interruption import Interrupted
+from ..secrets import redacted
 
 FILE_NAME = "run.json"
 LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "lm-eval")
@@ -68,7 +69,7 @@ class RunRecord:
         self.data["peak_memory_bytes"] = peak_memory()
         if not self.kept:
             return
-        write_atomically(self.path, json.dumps(self.data, indent=1, allow_nan=True) + "\n")
+        write_atomically(self.path, redacted(json.dumps(self.data, indent=1, allow_nan=True)) + "\n")
 
     def measured(self, name: str, value: float, standard_error: float | None = None) -> None:
         """Keep a metric, and where it is known its standard error under the same name."""

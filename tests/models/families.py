@@ -26,6 +26,18 @@ CONFIGS = {
     "phi": ("PhiConfig", LLAMA_LIKE | {"hidden_size": 32}),
 }
 
+EXPERTS = LLAMA_LIKE | {"hidden_size": 32, "intermediate_size": 24, "num_experts_per_tok": 2}
+MIXTURES = {
+    "mixtral": ("MixtralConfig", EXPERTS | {"num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        EXPERTS | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}),
+    "olmoe": ("OlmoeConfig", EXPERTS | {"num_experts": 4}),
+}
+CONFIGS |= MIXTURES
+
 SHARED_INPUTS = {  # the layers of the first block, those fed by the same tensor together, in the order of their calls
     "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
     "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
@@ -38,7 +50,12 @@ def build(family: str, seed: int = 0) -> nn.Module:
     name, arguments = CONFIGS[family]
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval()
     for parameter_name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed" not in parameter_name and "wte" not in parameter_name:
+        if (
+            parameter.ndim > 1
+            and ".gate." not in parameter_name
+            and "embed" not in parameter_name
+            and "wte" not in parameter_name
+        ):
             nn.init.normal_(parameter, std=0.25)  # large enough that every layer matters to the output
     return model
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from rose_exp.engine import METHODS, InputMoments, Ordering, SparseGPT, Unstructured, Wanda, prune_layer
 from rose_exp.errors import RoseExpError
-from rose_exp.models import all_linear_layers, find_blocks
+from rose_exp.models import all_linear_layers, find_blocks, one_by_one
 from rose_exp.pipeline import PruningPlan, prune_model
 from rose_exp.pipeline.capture import probe, trace
 
@@ -38,11 +38,13 @@ def prune_slowly(model: nn.Module, windows: torch.Tensor, sequential: bool) -> N
                 layers[name].module.register_forward_pre_hook(lambda _m, args, to=moments[name]: to.update(args[0]))
                 for name in stage
             ]
-            with torch.no_grad():
+            with torch.no_grad(), one_by_one(model):
                 model(input_ids=windows, use_cache=False)
             for hook in hooks:
                 hook.remove()
             for name in stage:
+                if not moments[name].tokens:
+                    continue  # an expert that no token was routed to stays as it is
                 result = prune_layer(
                     layers[name].weight,
                     moments[name],
@@ -65,8 +67,8 @@ def test_walking_equals_running_the_whole_model_each_time(family, sequential):
         torch.testing.assert_close(layer.weight, expected.weight, rtol=1e-6, atol=1e-8, msg=layer.name)
         assert torch.equal(layer.weight == 0, expected.weight == 0), layer.name
     assert sorted(report.name for report in reports) == sorted(layer.name for layer in all_linear_layers(find_blocks(walked)))
-    assert {report.tokens for report in reports} == {windows.numel()}
-    assert all(0.49 <= report.sparsity <= 0.5 for report in reports)
+    assert {report.tokens for report in reports if ".experts." not in report.name} == {windows.numel()}
+    assert all(0.49 <= report.sparsity <= 0.5 for report in reports if not report.instead)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
