@@ -42,8 +42,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def revision(settings: ModelSettings) -> str | None:
-    """The commit that a branch or tag of the hub stands for just now, so that all parts of a model are of one; what the settings
-    say where the model is not the hub's.
+    """The commit that a branch or tag of the hub stands for just now, so that all parts of a model are of one; what the
+    settings say where the model is not the hub's.
 
     Raises:
         RoseExpError: its configuration cannot be had.
