@@ -50,12 +50,7 @@ def build(family: str, seed: int = 0) -> nn.Module:
     name, arguments = CONFIGS[family]
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval()
     for parameter_name, parameter in model.named_parameters():
-        if (
-            parameter.ndim > 1
-            and ".gate." not in parameter_name
-            and "embed" not in parameter_name
-            and "wte" not in parameter_name
-        ):
+        if parameter.ndim > 1 and not any(part in parameter_name for part in ("embed", "wte", ".gate.")):
             nn.init.normal_(parameter, std=0.25)  # large enough that every layer matters to the output
     return model
 
