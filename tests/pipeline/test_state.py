@@ -99,7 +99,9 @@ def test_a_run_that_is_told_to_stop_keeps_the_layers_of_its_block(tmp_path, sequ
 def test_a_state_of_something_else_is_refused_with_the_difference(tmp_path):
     prune(tmp_path)
     RunState(tmp_path, FINGERPRINT)
-    with pytest.raises(RoseExpError, match=r"3 blocks of a run that would end differently: code: a, now b; delete .* begin anew"):
+    with pytest.raises(
+        RoseExpError, match=r"3 blocks of a run that would end differently: code: a, now b; delete .* begin anew"
+    ):
         RunState(tmp_path, FINGERPRINT | {"code": "b"})
     with pytest.raises(RoseExpError, match=r"settings.seed: 0, now 1"):
         RunState(tmp_path, {"settings": {"seed": 1}, "code": "a"})
@@ -276,6 +278,8 @@ def test_what_a_pruned_block_answers_is_looked_at(monkeypatch):
         return answer * float("inf")
 
     monkeypatch.setattr(block.BlockWalk, "run", run)
-    with pytest.raises(RoseExpError, match=r"model.layers.0: with its pruned weights it answers with NaN or infinity \(in float32"):
+    with pytest.raises(
+        RoseExpError, match=r"model.layers.0: with its pruned weights it answers with NaN or infinity \(in float32"
+    ):
         prune_model(build("llama"), tokens(), plan())
     assert len(calls) == 3  # batches
