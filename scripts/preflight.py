@@ -8,6 +8,8 @@ The configurations are the published ones, written out, so that nothing has to b
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from transformers import LlamaConfig, MistralConfig
 
@@ -50,6 +52,7 @@ MACHINES = {  # GPU memory, host memory; disk is not what fails
 }
 
 
+@cache
 def shape(name: str) -> ModelShape:
     """Sizes of one of the five models, in half precision."""
     return shape_of(MODELS[name], torch.float16, check_command(PROTOCOL).jobs[0].settings.model)

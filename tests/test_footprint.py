@@ -144,7 +144,7 @@ def test_a_checkpoint_four_times_larger_than_the_memory_allowed_is_pruned_and_me
         (folder / name).write_bytes((shared / "data/models/stories260k-llama" / name).read_bytes())
     overrides = [x for x in small if not x.startswith("model.path")]
     overrides += [f"model.path={folder}", "method=wanda", "calibration.window=64", "evaluation.perplexity.local.window=64"]
-    overrides += ["evaluation.perplexity.local.windows=4", "pipeline.layers=['*.q_proj','*.down_proj']"]
+    overrides += ["evaluation.perplexity.local.windows=4", "pipeline.layers=['*.q_proj']"]
     code = (
         "import resource, json;"
         f"resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT}, {LIMIT}));"
@@ -161,4 +161,4 @@ def test_a_checkpoint_four_times_larger_than_the_memory_allowed_is_pruned_and_me
     assert record["estimate"]["weights"] == "disk"  # chosen, not asked for
     assert record["metrics"]["sparsity"] == 0.5
     assert record["peak_memory_bytes"]["host"] < total / 3.5
-    assert len(record["layers"]) == 2 * 72
+    assert len(record["layers"]) == 72

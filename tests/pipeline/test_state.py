@@ -54,7 +54,7 @@ class Cut(Exception):
 
 def cut_after(number: int):
     def cut(_step, report):
-        if f".{number}." in report.name:
+        if report.name.split(".")[2] == str(number):  # model.layers.1.…, transformer.h.1.…
             raise Cut
 
     return cut
@@ -74,11 +74,11 @@ def test_a_run_goes_on_after_any_block(tmp_path, resume, family):
         assert told == list(range(len(expected[1])))  # trackers hear of every layer
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_run_that_is_told_to_stop_keeps_the_layers_of_its_block(tmp_path, sequential, monkeypatch):
+@pytest.mark.parametrize(("sequential", "groups"), [(False, (1, 2, 4, 7, 11)), (True, (2, 8))])
+def test_a_run_that_is_told_to_stop_keeps_the_layers_of_its_block(tmp_path, sequential, groups, monkeypatch):
     expected = prune(tmp_path / "whole", true_sequential=sequential)
     real = block.prune_layers
-    for stop_at in range(1, 12):  # groups of layers, four a block
+    for stop_at in groups:  # of layers with the same input, four a block
         folder, solved = tmp_path / f"{stop_at}", []
 
         def counted(*a, to=solved, at=stop_at, **k):
@@ -99,9 +99,7 @@ def test_a_run_that_is_told_to_stop_keeps_the_layers_of_its_block(tmp_path, sequ
 def test_a_state_of_something_else_is_refused_with_the_difference(tmp_path):
     prune(tmp_path)
     RunState(tmp_path, FINGERPRINT)
-    with pytest.raises(
-        RoseExpError, match=r"3 blocks of a run that would end differently: code: a, now b; delete .* begin anew"
-    ):
+    with pytest.raises(RoseExpError, match=r"3 blocks of a run that would end differently: code: a, now b; delete .* anew"):
         RunState(tmp_path, FINGERPRINT | {"code": "b"})
     with pytest.raises(RoseExpError, match=r"settings.seed: 0, now 1"):
         RunState(tmp_path, {"settings": {"seed": 1}, "code": "a"})
@@ -160,7 +158,7 @@ def _killed(folder: Path, delay: float | None, at_rename: int | None) -> None:
     else:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not handled, it ends a process as SIGKILL does
         signal.setitimer(signal.ITIMER_REAL, delay)
-    prune(folder)
+    prune(folder, backend="torch")  # numba's threads do not survive a fork
 
 
 def in_child(folder: Path, delay: float | None = None, at_rename: int | None = None) -> bool:
@@ -174,12 +172,13 @@ def in_child(folder: Path, delay: float | None = None, at_rename: int | None = N
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    expected = signal.SIGKILL if at_rename is not None else signal.SIGALRM
+    assert os.WTERMSIG(status) == expected if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) == 0
     return os.WIFEXITED(status)
 
 
 @pytest.fixture
-def one_thread():
+def _one_thread():
     """A forked process has none of its parent's threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -187,26 +186,32 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_killed_around_every_write(tmp_path, one_thread):
+@pytest.mark.usefixtures("_one_thread")
+def test_killed_around_every_write(tmp_path):
     expected = prune(tmp_path / "whole", backend="torch")
     for moment in range(1, 17):  # eight files take their place in a whole run
         folder = tmp_path / f"{moment}"
         assert not in_child(folder, at_rename=moment), moment
-        assert_equal(prune(folder), expected)
+        assert_equal(prune(folder, backend="torch"), expected)
 
 
-def test_killed_at_many_random_moments(tmp_path, one_thread):
-    expected = prune(tmp_path / "warm")
+@pytest.mark.usefixtures("_one_thread")
+def test_killed_at_many_random_moments(tmp_path):
+    expected = prune(tmp_path / "warm", backend="torch")
     start = time.perf_counter()
-    prune(tmp_path / "timed")
+    prune(tmp_path / "timed", backend="torch")
     whole = time.perf_counter() - start
     generator, folder, kills = random.Random(0), tmp_path / "killed", 0
-    for round_ in range(30):
+    for number in range(40):
         if in_child(folder, delay=generator.uniform(0.01, 1.0) * whole):
-            folder = tmp_path / f"killed-{round_}"  # it came to its end: another run
+            folder = tmp_path / f"killed-{number}"  # it came to its end: another run
+            continue
         kills += 1
+        if kills % 5 == 0:  # what is there by now goes on to the right end
+            assert_equal(prune(folder, backend="torch"), expected)
+            folder = tmp_path / f"killed-{number}"
     assert kills >= 15
-    assert_equal(prune(folder), expected)
+    assert_equal(prune(folder, backend="torch"), expected)
 
 
 def test_blocks_on_disk_end_as_blocks_in_memory(tmp_path):
@@ -278,8 +283,6 @@ def test_what_a_pruned_block_answers_is_looked_at(monkeypatch):
         return answer * float("inf")
 
     monkeypatch.setattr(block.BlockWalk, "run", run)
-    with pytest.raises(
-        RoseExpError, match=r"model.layers.0: with its pruned weights it answers with NaN or infinity \(in float32"
-    ):
+    with pytest.raises(RoseExpError, match=r"model.layers.0: with its pruned weights it answers with NaN or infinity \(in"):
         prune_model(build("llama"), tokens(), plan())
     assert len(calls) == 3  # batches
