@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -23,6 +24,8 @@ from rose_exp.settings import ModelSettings
 
 from ..models.families import build, tokens
 
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["rose_exp.pipeline", "tests.models.families"])
 FINGERPRINT = {"settings": {"seed": 0}, "code": "a"}
 
 
@@ -158,48 +161,30 @@ def _killed(folder: Path, delay: float | None, at_rename: int | None) -> None:
     else:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not handled, it ends a process as SIGKILL does
         signal.setitimer(signal.ITIMER_REAL, delay)
-    prune(folder, backend="torch")  # numba's threads do not survive a fork
+    prune(folder)
 
 
 def in_child(folder: Path, delay: float | None = None, at_rename: int | None = None) -> bool:
-    """Whether the process came to its end."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            _killed(folder, delay, at_rename)
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    expected = signal.SIGKILL if at_rename is not None else signal.SIGALRM
-    assert os.WTERMSIG(status) == expected if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) == 0
-    return os.WIFEXITED(status)
+    """Whether the process came to its end. It is forked from one that has used no threads, which do not survive a fork."""
+    child = PROCESSES.Process(target=_killed, args=(folder, delay, at_rename))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL if at_rename is not None else -signal.SIGALRM)
+    return child.exitcode == 0
 
 
-@pytest.fixture
-def _one_thread():
-    """A forked process has none of its parent's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_one_thread")
 def test_killed_around_every_write(tmp_path):
-    expected = prune(tmp_path / "whole", backend="torch")
+    expected = prune(tmp_path / "whole")
     for moment in range(1, 17):  # eight files take their place in a whole run
         folder = tmp_path / f"{moment}"
         assert not in_child(folder, at_rename=moment), moment
-        assert_equal(prune(folder, backend="torch"), expected)
+        assert_equal(prune(folder), expected)
 
 
-@pytest.mark.usefixtures("_one_thread")
 def test_killed_at_many_random_moments(tmp_path):
-    expected = prune(tmp_path / "warm", backend="torch")
+    expected = prune(tmp_path / "warm")
     start = time.perf_counter()
-    prune(tmp_path / "timed", backend="torch")
+    prune(tmp_path / "timed")
     whole = time.perf_counter() - start
     generator, folder, kills = random.Random(0), tmp_path / "killed", 0
     for number in range(40):
@@ -208,10 +193,10 @@ def test_killed_at_many_random_moments(tmp_path):
             continue
         kills += 1
         if kills % 5 == 0:  # what is there by now goes on to the right end
-            assert_equal(prune(folder, backend="torch"), expected)
+            assert_equal(prune(folder), expected)
             folder = tmp_path / f"killed-{number}"
     assert kills >= 15
-    assert_equal(prune(folder, backend="torch"), expected)
+    assert_equal(prune(folder), expected)
 
 
 def test_blocks_on_disk_end_as_blocks_in_memory(tmp_path):
