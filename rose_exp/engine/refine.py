@@ -10,8 +10,8 @@ def refine(weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, steps:
     """Lower tr((W−V) H (W−V)ᵀ) over the kept entries of V by conjugate gradient.
 
     Every row is a problem of its own (H restricted to its kept columns), all are stepped at once, preconditioned by H's
-    diagonal; a step costs one product rows × columns². A row whose residual is down to rounding is left alone: further steps would
-    follow noise, and raise its error.
+    diagonal; a step costs one product rows × columns². A row whose residual is down to rounding is left alone: further steps
+    would follow noise, and raise its error.
 
     Args:
         weight: V to start from, (rows, columns), zero where pruned.
@@ -36,9 +36,8 @@ def refine(weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, steps:
     for _ in range(steps):
         image = (direction @ hessian) * kept
         curvature = (direction * image).sum(dim=1, keepdim=True)
-        step = torch.where(
-            (curvature > 0) & (power > floor), power / curvature, torch.zeros_like(power)
-        )  # 0: this row has converged
+        going = (curvature > 0) & (power > floor)  # elsewhere the row has converged
+        step = torch.where(going, power / curvature, torch.zeros_like(power))
         v.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
         scaled = residual * inverse
