@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .cells import Cell, Difference
@@ -93,10 +94,21 @@ def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str
 
 
 def notes(table: Table) -> list[str]:
-    """Sources of the published values, and why some are not judged."""
+    """Sources of the published values, why some are not judged, and what went other than usual in the runs."""
     found = [cell.published for row in table.cells.values() for cell in row.values() if cell.published]
     lines = dict.fromkeys(f"published: {p.source} ({p.trust})" for p in found)
-    return [*lines, *dict.fromkeys(f"not judged: {p.why_not}" for p in found if p.why_not)]
+    lines |= dict.fromkeys(f"not judged: {p.why_not}" for p in found if p.why_not)
+    return [*lines, *(line for name, row in table.cells.items() for line in _events(name, row.values()))]
+
+
+def _events(name: str, cells: Iterable[Cell]) -> list[str]:
+    """How many layers of a row's runs had events of each kind; their records name them."""
+    runs = {record["run_id"]: record for cell in cells for record in cell.runs.values()}
+    kinds = Counter(event["kind"] for record in runs.values() for event in record.get("events", []))
+    if not kinds:
+        return []
+    told = ", ".join(f"{kind.replace('_', ' ')} in {count} layer(s)" for kind, count in kinds.items())
+    return [f"{name}: {told} of {len(runs)} runs (events in {', '.join(sorted(runs)[:3])}{' …' if len(runs) > 3 else ''})"]
 
 
 def markdown(report: Report) -> str:

@@ -39,6 +39,15 @@ def test_markdown(report):
     assert "seeds 0, 1, 2; mean ± standard deviation over the seeds; torch 2.13.0" in text
 
 
+def test_events_of_the_runs_are_told():
+    one, two = record("SparseGPT", 27.0, 0), record("SparseGPT", 28.0, 1)
+    event = {"kind": "dead_columns", "layer": "a", "detail": "3 of 8 inputs never fired"}
+    one["events"], two["events"] = [event, event | {"layer": "b"}], [event | {"kind": "damping_raised"}]
+    text = markdown(gather([one, two, record("ROSE", 26.0)]))
+    assert "* SparseGPT: dead columns in 2 layer(s), damping raised in 1 layer(s) of 2 runs (events in " in text
+    assert "* ROSE" not in text
+
+
 def test_protocols_that_differ_are_told():
     text = markdown(gather([record("ROSE", 26.0), record("ROSE", 27.0, config__engine__damping=0.1)]))
     assert "## Llama-2-7b-hf: perplexity.wikitext2 (protocol A)" in text
