@@ -59,10 +59,7 @@ def uninterrupted(shared, tmp_path_factory):
     return overrides, folder / "out"
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGKILL, -9), (signal.SIGTERM, EXIT_STATUS), (signal.SIGINT, EXIT_STATUS)],
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, EXIT_STATUS)])
 def test_a_run_goes_on_after_a_signal_and_ends_the_same(uninterrupted, tmp_path, number, status):
     overrides, whole = uninterrupted
     process = started(overrides, tmp_path, 1)

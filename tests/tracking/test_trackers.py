@@ -13,6 +13,7 @@ import time
 import pytest
 
 from rose_exp.experiment import run_experiment
+from rose_exp.interruption import EXIT_STATUS
 from rose_exp.report import collect_records
 from rose_exp.settings import read_settings
 from rose_exp.tracking import Identity, read_record
@@ -67,7 +68,7 @@ def test_a_run_that_fails_is_finished_as_failed(config, tmp_path):
     assert read_record(tmp_path / "run.json")["status"] == "failed"
 
 
-def test_a_run_that_is_interrupted_is_finished_as_failed(small, tmp_path):
+def test_a_run_that_is_interrupted_says_so_and_is_finished_as_failed_for_trackers(small, tmp_path):
     command = [sys.executable, "-m", "rose_exp", *small, "calibration.samples=2000", "tracking=wandb", "hydra.run.dir=out"]
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in a shell's background is not
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heard)
@@ -75,9 +76,9 @@ def test_a_run_that_is_interrupted_is_finished_as_failed(small, tmp_path):
     while "pruned model.layers.0" not in _log(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == EXIT_STATUS
     record = read_record(tmp_path / "out/run.json")
-    assert (record["status"], record["error"].partition(":")[0]) == ("failed", "KeyboardInterrupt")
+    assert (record["status"], record["error"].partition(":")[0]) == ("interrupted", "Interrupted")
     assert read_offline_run(tmp_path / "out").exit_code == 1
 
 
