@@ -242,6 +242,8 @@ class _Run:
                     log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, found.value, found.standard_error)
         if self.tasks is not None:  # on one process: lm-eval has a way of its own to share work
             with self.watch.stage("zero_shot"), ExitStack() as stack:
+                hook = self.model.register_forward_pre_hook(lambda *_: interruption.check())
+                stack.callback(hook.remove)
                 if not whole:
                     stack.enter_context(loading_blocks(self.weights, self.device))
                 accuracies = measure_zero_shot(self.model, self.tokenizer, self.tasks, self.zero_shot, self.folder)

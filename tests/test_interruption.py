@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from rose_exp.interruption import EXIT_STATUS
+from rose_exp import experiment, run
+from rose_exp.interruption import EXIT_STATUS, Interrupted
 
 from .conftest import small_overrides
 from .test_app import rose_exp as command
@@ -78,3 +80,18 @@ def test_a_run_goes_on_after_a_signal_and_ends_the_same(uninterrupted, tmp_path,
     own, expected = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "out", whole))
     assert own.keys() == expected.keys()
     assert all((own[name] == expected[name]).all() for name in own)
+
+
+def test_zero_shot_does_not_outlast_a_signal(small, shared, tmp_path, monkeypatch):
+    def asked(model, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        model(torch.zeros(1, 4, dtype=torch.int64))
+        raise AssertionError("the model was run all the same")
+
+    monkeypatch.setattr(experiment, "measure_zero_shot", asked)
+    tasks = ["evaluation.zero_shot.tasks=[winogrande]", f"evaluation.zero_shot.data_dir={shared}/data/zeroshot"]
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        run([*small, "evaluation=[local,zero_shot]", *tasks], tmp_path)
+    record = json.loads(next(tmp_path.glob("*/run.json")).read_text())
+    assert record["status"] == "interrupted"
+    assert record["metrics"]["perplexity.local"] > 0
