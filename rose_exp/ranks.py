@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .engine import InputMoments
+from .engine import Drift, InputMoments
 from .errors import RoseExpError
 
 LONG = timedelta(days=7)  # one rank may work for hours while the others wait; torchrun ends them all if one dies
@@ -54,6 +54,16 @@ class Ranks:
         counts = torch.tensor([moments.weight, moments.tokens], dtype=torch.float64, device=moments.device)
         dist.all_reduce(counts)
         moments.weight, moments.tokens = float(counts[0]), int(counts[1])
+
+    def reduce_drift(self, drift: Drift, owner: int) -> None:
+        """The same of how far inputs have drifted."""
+        if self.size == 1:
+            return
+        for sums in drift.sums:
+            dist.reduce(sums, owner)
+        count = torch.tensor(drift.tokens, dtype=torch.int64, device=drift.gram.device)
+        dist.all_reduce(count)
+        drift.tokens = int(count)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite ``tensor`` with what it is at ``owner``."""

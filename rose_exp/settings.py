@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .engine import METHODS, Method, Ordering, Precision, SemiStructured, Sparsity, Unstructured
+from .engine import METHODS, Method, Ordering, Precision, Refine, SemiStructured, Sparsity, Target, Unstructured
 from .engine.kernels import Backend
 from .engine.ordering import Direction
 from .engine.scores import SCORES
@@ -220,9 +220,35 @@ class EngineSettings(Section):
 
     block_size: Positive = 128
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    refine: Count = 0
     backend: Backend = "auto"
     precision: Precision = "float32"  # of the moments' products, see InputMoments
+
+
+class RefineSettings(Section):
+    """See :class:`rose_exp.engine.Refine`."""
+
+    steps: Count = 0
+    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    mask_iterations: Count = 0
+    penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    growth: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.8
+    every: Positive = 5
+
+    def build(self) -> Refine:
+        return Refine(**self.model_dump())
+
+
+class TargetSettings(Section):
+    """See :class:`rose_exp.engine.Target`."""
+
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.0
+    residual: Annotated[float, Field(ge=0, le=1)] = 0.0
+    damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+
+    def build(self) -> Target | None:
+        """None: the dense layer, with nothing kept for anything else."""
+        return Target(**self.model_dump()) or None
 
 
 class PipelineSettings(Section):
@@ -273,6 +299,8 @@ class Settings(Section):
     calibration: CalibrationSettings
     evaluation: EvaluationSettings
     engine: EngineSettings
+    refine: RefineSettings
+    target: TargetSettings
     pipeline: PipelineSettings
     tracking: TrackingSettings
     figures: FiguresSettings
@@ -287,8 +315,20 @@ class Settings(Section):
 
     @property
     def label(self) -> str:
-        """The method as the literature calls it; any ordering that is not ROSE's is spelt out."""
-        label = METHODS[self.method.name].__name__ if self.pruned else "Dense"
+        """The method as the literature calls it; any ordering that is not ROSE's, and what comes on top, is spelt out."""
+        if not self.pruned:
+            return "Dense"
+        refine, target = self.refine.build(), self.target.build()
+        return (
+            self._method_label
+            + (f" + target {target.strength:g}/{target.residual:g}" if target else "")
+            + (f" + masks again {refine.mask_iterations}" if refine.mask_iterations else "")
+            + (f" + refine {refine.steps}" if refine.steps else "")
+        )
+
+    @property
+    def _method_label(self) -> str:
+        label = METHODS[self.method.name].__name__
         ordering = self.reorder.build()
         if ordering is None:
             return label
@@ -347,16 +387,17 @@ def _missing(config: Mapping[str, Any], where: str = "") -> list[str]:
 def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     """Mistakes that take two sections to see, of those sections that are sound."""
     found = _order_problems(sections)
-    method, engine = sections.get("method"), sections.get("engine")
+    method, refine = sections.get("method"), sections.get("refine")
     if (
         method is not None
-        and engine is not None
-        and engine.refine
+        and refine is not None
+        and refine.build()
         and method.name in METHODS
         and not METHODS[method.name].sparse
     ):
         found.append(
-            f"engine.refine: expected 0 with {method.name}, which adds a matrix to the pruned one, got {engine.refine}"
+            f"refine: expected none with {method.name}, which adds a matrix to the pruned one, got {refine.steps} steps and "
+            f"{refine.mask_iterations} mask_iterations"
         )
     tracking = sections.get("tracking")
     sparsity = sections.get("sparsity")

@@ -18,7 +18,7 @@ CHOICES = [
     for path in sorted(config_folder().glob("*/*.yaml"))
     if not path.stem.startswith("_")
 ]  # fmt: skip
-METHOD_CHOICES = "dense, dsnot, dsnot_sparsegpt, magnitude, oats, rose, sparsegpt, wanda"
+METHOD_CHOICES = "alps, dense, dsnot, dsnot_sparsegpt, magnitude, oats, rose, rose_plus, sparsegpt, wanda"
 TO_BE_SET = {
     ("model", "local"): ["model.path=."],
     ("calibration", "local"): ["calibration.path=README.md"],
@@ -110,7 +110,7 @@ def test_all_mistakes_are_told_together():
         ("device=3", "device: expected text or a list of texts, got 3"),
         ("+evaluation.perplexity.embedded.windws=3", "no such setting, got 3; did you mean 'windows'?"),
         ("+evaluation.sped.window=3", "evaluation.sped: no such setting"),
-        ("method=oats engine.refine=2", "engine.refine: expected 0 with oats, which adds a matrix to the pruned one, got 2"),
+        ("method=oats refine=least_squares", "refine: expected none with oats, which adds a matrix to the pruned one, got 8"),
         ("reorder.score=wnda", "reorder.score: expected one of magnitude, obs, wanda, got 'wnda'; did you mean 'wanda'?"),
         (
             "engine.backend=nmba",

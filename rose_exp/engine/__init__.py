@@ -6,16 +6,20 @@
 """
 
 from .hessian import NotPositiveDefiniteError
-from .methods import METHODS, DSnoT, Magnitude, Method, SparseGPT, Wanda
+from .methods import ALPS, METHODS, DSnoT, Magnitude, Method, SparseGPT, Wanda
 from .moments import InputMoments
 from .ordering import Ordering
 from .patterns import SemiStructured, Sparsity, Unstructured
 from .products import Precision
 from .prune import PruneResult, prune_layer, prune_layers, relative_error
+from .refine import Refine
+from .targets import Drift, Target
 
 __all__ = [
+    "ALPS",
     "METHODS",
     "DSnoT",
+    "Drift",
     "InputMoments",
     "Magnitude",
     "Method",
@@ -23,9 +27,11 @@ __all__ = [
     "Ordering",
     "Precision",
     "PruneResult",
+    "Refine",
     "SemiStructured",
     "SparseGPT",
     "Sparsity",
+    "Target",
     "Unstructured",
     "Wanda",
     "prune_layer",

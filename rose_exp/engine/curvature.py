@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .hessian import Factor, factorise
+from .hessian import Factor, NotPositiveDefiniteError, factorise
 from .moments import InputMoments
 
 
@@ -43,6 +43,38 @@ class Curvature:
     def factor(self) -> Factor:
         """Of the inverse Hessian, columns left to right."""
         return factorise(self.hessian.clone(), self.damping)
+
+    def normalised(self, damping: float) -> tuple[Tensor, Tensor]:
+        """D⁻¹(H + λI)D⁻¹, (columns, columns), whose diagonal is 1, and D, (columns,): the Hessian of W·D. λ is ``damping``
+        times the mean of H's diagonal; a column that never fired at a damping of 0 has a row of zeros, and a scale of 1."""
+        diagonal = self.hessian.diagonal()
+        scale = (diagonal + damping * diagonal.mean()).sqrt()
+        alive = scale > 0
+        scale = torch.where(alive, scale, torch.ones_like(scale))
+        scaled = self.hessian / scale / scale[:, None]
+        scaled.diagonal().copy_(alive.to(scaled))
+        return scaled, scale
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (columns,) and eigenvectors (columns, columns), float64, of the damped Hessian that :meth:`normalised`
+        makes of this damping.
+
+        Raises:
+            NotPositiveDefiniteError: they cannot be found.
+        """
+        try:
+            values, vectors = torch.linalg.eigh(self.normalised(self.damping)[0].double())
+        except torch.linalg.LinAlgError as error:
+            raise NotPositiveDefiniteError(
+                f"the Hessian of {self.moments.columns} columns has no eigenvalues: {error}"
+            ) from error
+        return values, vectors
+
+    def penalised_inverse(self, penalty: float) -> Tensor:
+        """(H + ρI)⁻¹ of that Hessian, (columns, columns); not kept."""
+        values, vectors = self.spectrum
+        return ((vectors / (values + penalty)) @ vectors.T).to(self.dtype)
 
     def factor_in(self, order: Tensor) -> Factor:
         """Of the inverse Hessian, columns in another order (columns,) int64; not kept."""

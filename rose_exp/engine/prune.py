@@ -16,7 +16,9 @@ from .moments import InputMoments
 from .ordering import Ordering
 from .patterns import Sparsity
 from .products import quadratic_form
-from .refine import refine as refine_kept
+from .refine import Refine, Refined
+from .refine import refine as refine_layers
+from .targets import Drift, Target
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class PruneResult:
         relative_range: (max − min) / max of the block losses, by the ordering's score (Wanda's without one), 0 to 1.
         reordered: whether the columns were pruned in another order than left to right.
         error: tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of the weight as returned; 0 where the layer's output is zero.
+        target_error: the same of what the layer was asked to be in place of W, which is W unless a target was given.
+        unrefined_error: ``target_error`` before refining.
+        rechosen: pruned weights that were not pruned before refining.
         damping: really used, as a share of the mean of H's diagonal; 0 for methods that invert no Hessian.
         dead_columns: inputs that never fired.
     """
@@ -45,6 +50,9 @@ class PruneResult:
     damping: float
     rank: int = 0
     dead_columns: int = 0
+    target_error: float = 0.0
+    unrefined_error: float = 0.0
+    rechosen: int = 0
 
     @property
     def stored(self) -> int:
@@ -62,8 +70,10 @@ def prune_layer(
     ordering: Ordering | None = None,
     block_size: int = 128,
     damping: float = 0.01,
-    refine: int = 0,
+    refine: int | Refine = 0,
     backend: Backend = "auto",
+    drift: Drift | None = None,
+    target: Target | None = None,
 ) -> PruneResult:
     """Prune one linear layer, y = W x, from the moments of its inputs.
 
@@ -76,9 +86,11 @@ def prune_layer(
         ordering: None: left to right. Methods that prune all at once give the same result in any order.
         block_size: columns whose masks are chosen together (unstructured), and that an ordering moves together.
         damping: added to H's diagonal, as a share of its mean; raised by tens where H cannot be factorised.
-        refine: steps of least squares on the final mask.
+        refine: steps of least squares on the final mask, or all of how to refine.
         backend: of the sweep's inner loop: ``torch``, ``numba`` (CPU, float32), ``triton`` (CUDA, float32), or ``auto``, the
             fastest that there is. All choose the same masks but where rounding decides between near-equals.
+        drift: of the layer's inputs from those of the dense model, which a target needs.
+        target: what the layer is asked to be in place of W, see :class:`Target`; None: W.
 
     Raises:
         ValueError: an argument of the wrong kind, shape or range, or a weight or moments that are not finite.
@@ -94,6 +106,8 @@ def prune_layer(
         damping=damping,
         refine=refine,
         backend=backend,
+        drift=drift,
+        target=target,
     )[0]
 
 
@@ -107,8 +121,10 @@ def prune_layers(
     ordering: Ordering | None = None,
     block_size: int = 128,
     damping: float = 0.01,
-    refine: int = 0,
+    refine: int | Refine = 0,
     backend: Backend = "auto",
+    drift: Drift | None = None,
+    target: Target | None = None,
 ) -> list[PruneResult]:
     """Prune layers that share their inputs, such as the q, k and v projections of attention: what :func:`prune_layer` makes
     of each, but the Hessian and its factor (of those pruned left to right) are worked out once for all.
@@ -124,28 +140,44 @@ def prune_layers(
     """
     if not weights or len(methods) != len(weights):
         raise ValueError(f"methods: expected one for each of at least one weight, got {len(methods)} for {len(weights)}")
+    if isinstance(refine, int) and refine < 0:
+        raise ValueError(f"refine: expected at least 0 steps, got {refine}")
+    how = Refine(refine, tolerance=0) if isinstance(refine, int) else refine
     for weight in weights:
-        _check(weight, moments, block_size, damping, refine)
-    finite = [_finite(tensor) for tensor in (*weights, moments.gram)]
-    if moments.device.type == "cpu":  # a device is not waited for
-        _check_finite(finite)
+        _check(weight, moments, block_size, damping)
     chosen = [_method(method) for method in methods]
+    if how and not all(method.sparse for method in chosen):
+        raise ValueError(f"refine: expected 0 where a low-rank part is added to the pruned weight, got {how}")
+    if target is not None and (drift is None or drift.columns != moments.columns):
+        got = "none" if drift is None else f"{drift.columns}"
+        raise ValueError(f"drift: expected that of {moments.columns} columns, which a target needs, got {got}")
+    checked = [*weights, moments.gram] + ([drift.gram] if drift is not None else [])
+    finite = [_finite(tensor) for tensor in checked]
+    names = ["weight"] * len(weights) + ["moments", "drift"]
+    if moments.device.type == "cpu":  # a device is not waited for
+        _check_finite(names, finite)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, moments.dtype), torch.float32)
     backend = resolve(backend, moments.device, dtype)
 
+    dense = [weight.to(dtype) for weight in weights]
     results: list[PruneResult | None] = [None] * len(weights)
     for tried in dampings(damping):
         curvature = Curvature(moments, tried, dtype)
+        asked = dense if target is None else target.of(dense, curvature, drift)
         waiting = [i for i, result in enumerate(results) if result is None]
-        layers = [Layer(weights[i].to(dtype), curvature, sparsity, ordering, block_size, backend) for i in waiting]
+        layers = [Layer(asked[i], curvature, sparsity, ordering, block_size, backend) for i in waiting]
         settle(layers)
         solutions = [chosen[i].prune(layer) for i, layer in zip(waiting, layers, strict=True)]
+        refined: Sequence[Refined | None] = [None] * len(waiting)
+        if how:
+            swept, masks = [s.weight for s in solutions], [s.mask for s in solutions]
+            refined = refine_layers(swept, [layer.weight for layer in layers], masks, curvature, sparsity, how)
         found = [
-            _Found(layer, chosen[i], solution, weights[i].dtype, refine)
-            for i, layer, solution in zip(waiting, layers, solutions, strict=True)
+            _Found(layer, chosen[i], solution, better, dense[i], weights[i].dtype)
+            for i, layer, solution, better in zip(waiting, layers, solutions, refined, strict=True)
         ]
         facts = torch.stack([*finite, *(fact for f in found for fact in f.facts)]).tolist()
-        _check_finite(facts[: len(finite)])
+        _check_finite(names, facts[: len(finite)])
         for position, (i, f) in enumerate(zip(waiting, found, strict=True)):
             start = len(finite) + position * len(f.facts)
             results[i] = f.result(facts[start : start + len(f.facts)])
@@ -165,25 +197,29 @@ class _Found:
         facts: what the result tells in numbers, float64 tensors of no dimensions.
     """
 
-    def __init__(self, layer: Layer, method: Method, solution: Solution, dtype: torch.dtype, refine: int):
-        self.layer, self.method, self.solution = layer, method, solution
-        self.solved = solution.weight
-        if refine and not method.sparse:
-            raise ValueError(f"refine: expected 0 where a low-rank part is added to the pruned weight, got {refine}")
-        if refine:
-            self.solved = refine_kept(self.solved, layer.weight, solution.mask, layer.curvature.hessian, refine)
+    def __init__(
+        self, layer: Layer, method: Method, solution: Solution, refined: Refined | None, dense: Tensor, dtype: torch.dtype
+    ):
+        self.layer, self.method, self.solution, self.refined = layer, method, solution, refined
+        self.solved = (refined or solution).weight
+        self.mask = (refined or solution).mask
         self.weight = self.solved.to(dtype)
-        lost = solution.lost
-        if lost is None or refine or dtype != layer.weight.dtype:  # of the weight as returned
-            lost = quadratic_form(layer.weight - self.weight.to(layer.weight), layer.curvature.hessian)
-        failed = solution.factor.failed if solution.factor else torch.zeros_like(lost)
-        total = quadratic_form(layer.weight, layer.curvature.hessian)
-        facts = (failed, lost, total, layer.order.relative_range, layer.dead.sum())
+        hessian, moved = layer.curvature.hessian, layer.weight is not dense
+        missed = solution.lost  # towards what was asked for
+        if missed is None or refined is not None or dtype != layer.weight.dtype:  # of the weight as returned
+            missed = quadratic_form(layer.weight - self.weight.to(layer.weight), hessian)
+        asked = quadratic_form(layer.weight, hessian)
+        lost = quadratic_form(dense - self.weight.to(dense), hessian) if moved else missed
+        total = quadratic_form(dense, hessian) if moved else asked
+        none = torch.zeros_like(lost)
+        failed = solution.factor.failed if solution.factor else none
+        before, rechosen = (refined.before, refined.rechosen) if refined is not None else (missed, none)
+        facts = (failed, lost, total, missed, asked, before, rechosen, layer.order.relative_range, layer.dead.sum())
         self.facts = [fact.double() for fact in (*facts, _finite(self.weight))]
 
     def result(self, facts: Sequence[float]) -> PruneResult | None:
         """The result, None where the Hessian could not be factorised."""
-        failed, lost, total, relative_range, dead, finite = facts
+        failed, lost, total, missed, asked, before, rechosen, relative_range, dead, finite = facts
         if failed:
             return None
         if not finite:
@@ -195,14 +231,17 @@ class _Found:
         columns = layer.weight.shape[1]
         return PruneResult(
             weight=self.weight,
-            mask=self.solution.mask,
+            mask=self.mask,
             order=layer.order.order if moved else torch.arange(columns, device=self.weight.device),
             relative_range=relative_range,
             reordered=moved,
             error=_share(lost, total),
-            damping=layer.curvature.damping if self.solution.factor else 0.0,
+            damping=layer.curvature.damping if self.solution.factor or self.solution.damped else 0.0,
             rank=self.solution.rank,
             dead_columns=int(dead),
+            target_error=_share(missed, asked),
+            unrefined_error=_share(before, asked),
+            rechosen=int(rechosen),
         )
 
 
@@ -229,14 +268,13 @@ def _finite(tensor: Tensor) -> Tensor:
     return torch.isfinite(torch.stack(torch.aminmax(tensor))).all().double()  # both are NaN if anything is
 
 
-def _check_finite(flags: Sequence[Tensor | float]) -> None:
-    for i, flag in enumerate(flags):
+def _check_finite(names: Sequence[str], flags: Sequence[Tensor | float]) -> None:
+    for name, flag in zip(names, flags, strict=False):
         if not flag:
-            name = "moments" if i == len(flags) - 1 else "weight"
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
-def _check(weight: Tensor, moments: InputMoments, block_size: int, damping: float, refine: int) -> None:
+def _check(weight: Tensor, moments: InputMoments, block_size: int, damping: float) -> None:
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected shape (rows, columns), neither 0, got {tuple(weight.shape)}")
     if not weight.is_floating_point():
@@ -249,5 +287,3 @@ def _check(weight: Tensor, moments: InputMoments, block_size: int, damping: floa
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping: expected a finite number of at least 0, got {damping}")
-    if refine < 0:
-        raise ValueError(f"refine: expected at least 0 steps, got {refine}")

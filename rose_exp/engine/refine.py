@@ -1,38 +1,179 @@
-"""Least squares on a fixed mask: the kept weights that reproduce the layer's output best."""
+"""What is made better of a layer once it is pruned: its mask is chosen again over the whole layer, and the weights that are
+kept are fitted to the layer's output.
+
+Everything here has the columns scaled by sqrt(diag H), so that H has a diagonal of 1: no column counts for more because its
+inputs are large, and conjugate gradient needs no preconditioner.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .curvature import Curvature
+from .patterns import Sparsity
+from .products import quadratic_form
 
-def refine(weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, steps: int) -> Tensor:
-    """Lower tr((W−V) H (W−V)ᵀ) over the kept entries of V by conjugate gradient.
 
-    Every row is a problem of its own (H restricted to its kept columns), all are stepped at once, preconditioned by H's
-    diagonal; a step costs one product rows × columns². A row whose residual is down to rounding is left alone: further steps
-    would follow noise, and raise its error.
+@dataclass(frozen=True)
+class Refine:
+    """How a pruned layer is refined. ``Refine(8)`` fits the kept weights in 8 steps; ``Refine(8, mask_iterations=20)`` chooses
+    the mask again before.
+
+    Args:
+        steps: of least squares on the mask, by conjugate gradient.
+        tolerance: a row stops where the norm of its gradient is below this share of what it would be were all weights pruned.
+        damping: of H in what is lowered, tr((W−V)(H + λI)(W−V)ᵀ), as a share of the mean of its diagonal: what holds the kept
+            weights near those of the layer, and keeps them from fitting the calibration text alone.
+        mask_iterations: of ADMM over the whole layer, from the pruned weights; 0: the mask stays. Where a layer ends with a
+            larger error than its old mask had to start with, the old one is refined.
+        penalty: ADMM's ρ at the start.
+        growth: of ρ every so many iterations.
+        every: so many iterations.
+    """
+
+    steps: int = 8
+    tolerance: float = 1e-4
+    damping: float = 0.0
+    mask_iterations: int = 0
+    penalty: float = 0.1
+    growth: float = 1.8
+    every: int = 5
+
+    def __post_init__(self):
+        for name, least in (("steps", 0), ("mask_iterations", 0), ("every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("tolerance", "damping"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+        if not 0 < self.penalty < float("inf"):
+            raise ValueError(f"penalty: expected a finite number above 0, got {self.penalty}")
+        if not 1 <= self.growth < float("inf"):
+            raise ValueError(f"growth: expected a finite number of at least 1, got {self.growth}")
+
+    def __bool__(self) -> bool:
+        return self.steps > 0 or self.mask_iterations > 0
+
+
+@dataclass(frozen=True)
+class Refined:
+    """One refined layer.
+
+    Attributes:
+        weight, mask: (rows, columns).
+        before, after: tr((W−V) H (W−V)ᵀ) of the layer as it was pruned and as it is refined, with H not damped; tensors of no
+            dimensions.
+        rechosen: weights that the mask has swapped, an int64 tensor of no dimensions.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    before: Tensor
+    after: Tensor
+    rechosen: Tensor
+
+
+def refine(
+    weights: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    curvature: Curvature,
+    sparsity: Sparsity,
+    how: Refine,
+) -> list[Refined]:
+    """Refine pruned layers that share their inputs; nothing is waited for.
+
+    Args:
+        weights: V of each layer, (rows, columns), zero where pruned.
+        targets: W that each is to come near to.
+        masks: bool, True where pruned.
+        curvature: of the inputs. H is damped as ``how`` says, not as the curvature does.
+        sparsity: of a mask that is chosen again.
+    """
+    hessian, scale = curvature.normalised(how.damping)
+    rows = [len(weight) for weight in weights]
+    target, start = torch.cat(list(targets)) * scale, torch.cat(list(weights)) * scale  # side by side: one product for all
+    mask = torch.cat(list(masks))
+    chosen, first = mask, start
+    if how.mask_iterations:
+        first, chosen = _choose_again(start, target, hessian, sparsity, rows, how)
+    found = conjugate_gradient(first, target, chosen, hessian, how.steps, how.tolerance)
+    refined = []
+    layers = zip(*(x.split(rows) for x in (target, start, mask, found, chosen)), targets, weights, strict=True)
+    for goal, old, old_mask, new, new_mask, plain, pruned in layers:
+        better = quadratic_form(goal - new, hessian) <= quadratic_form(goal - old, hessian)
+        new = torch.where(curvature.dead, plain.masked_fill(new_mask, 0), new / scale)  # what stays there keeps its value
+        weight, final = torch.where(better, new, pruned), torch.where(better, new_mask, old_mask)
+        before, after = (quadratic_form(plain - v, curvature.hessian) for v in (pruned, weight))
+        refined.append(Refined(weight, final, before, after, (final & ~old_mask).sum()))
+    return refined
+
+
+def _choose_again(
+    start: Tensor, target: Tensor, hessian: Tensor, sparsity: Sparsity, rows: Sequence[int], how: Refine
+) -> tuple[Tensor, Tensor]:
+    """Pruned weights and their masks from ADMM over layers that stand below each other, (rows of all, columns).
+
+    The steps are those of ALPS (see :mod:`rose_exp.engine.methods.alps`). But ADMM begins where another method has ended, so
+    that a few iterations do, and ρ grows whatever the masks do, so that one factor serves several of them.
+    """
+    image = target @ hessian
+    d, v, penalty = start, torch.zeros_like(start), how.penalty
+    solve = mask = None
+    for iteration in range(how.mask_iterations):
+        if iteration and iteration % how.every == 0:
+            penalty, solve = penalty * how.growth, None
+        if solve is None:
+            solve = _penalised_inverse(hessian, penalty)
+        b = (image - v).add_(d, alpha=penalty) @ solve
+        moved = b.add(v, alpha=1 / penalty)
+        mask = torch.cat([sparsity.select(part.abs()) for part in moved.split(rows)])
+        d = moved.masked_fill(mask, 0)
+        v = v.add_(b.sub_(d), alpha=penalty)
+    return d, mask
+
+
+def _penalised_inverse(hessian: Tensor, penalty: float) -> Tensor:
+    """(H + ρI)⁻¹, (columns, columns); of no meaning where H is not positive semidefinite, which the guard of :func:`refine`
+    sees."""
+    shifted = hessian.clone()
+    shifted.diagonal().add_(penalty)
+    lower, _ = torch.linalg.cholesky_ex(shifted, check_errors=False)
+    return torch.cholesky_inverse(lower)
+
+
+def conjugate_gradient(
+    weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, steps: int, tolerance: float = 0.0
+) -> Tensor:
+    """Lower tr((W−V) H (W−V)ᵀ) over the kept entries of V.
+
+    Every row is a problem of its own (H restricted to its kept columns), all are stepped at once; a step costs one product
+    rows × columns². A row whose residual is down to rounding is left alone: further steps would follow noise, and raise its
+    error.
 
     Args:
         weight: V to start from, (rows, columns), zero where pruned.
         target: W, (rows, columns).
         mask: bool, (rows, columns), True where pruned.
-        hessian: H, (columns, columns), not damped.
-        steps: of conjugate gradient, at least 0.
+        hessian: H, (columns, columns), its diagonal all of one size: conjugate gradient is not preconditioned.
+        steps: at most.
+        tolerance: a row stops where the norm of its residual is below this share of that of H W.
 
     Returns:
         The refined V, a new tensor, zero where pruned.
     """
-    diagonal = hessian.diagonal()
-    inverse = torch.where(diagonal > 0, 1 / diagonal, torch.zeros_like(diagonal))  # a dead column stays as it is
     kept = ~mask
     v = weight.clone()
     residual = ((target - v) @ hessian) * kept
-    direction = residual * inverse
-    power = (residual * direction).sum(dim=1, keepdim=True)  # (rows, 1)
+    direction = residual
+    power = residual.square().sum(dim=1, keepdim=True)  # (rows, 1)
     epsilon = torch.finfo(v.dtype).eps
-    whole = target @ hessian
-    floor = torch.maximum(epsilon * power, (8 * epsilon) ** 2 * (whole.square() * inverse).sum(dim=1, keepdim=True))
+    whole = (target @ hessian).square().sum(dim=1, keepdim=True)
+    floor = torch.maximum(epsilon * power, max(8 * epsilon, tolerance) ** 2 * whole)
     for _ in range(steps):
         image = (direction @ hessian) * kept
         curvature = (direction * image).sum(dim=1, keepdim=True)
@@ -40,9 +181,8 @@ def refine(weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, steps:
         step = torch.where(going, power / curvature, torch.zeros_like(power))
         v.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
-        scaled = residual * inverse
-        following = (residual * scaled).sum(dim=1, keepdim=True)
+        following = residual.square().sum(dim=1, keepdim=True)
         growth = torch.where(power > 0, following / power, torch.zeros_like(power))
-        direction = scaled.addcmul_(growth, direction)
+        direction = torch.addcmul(residual, growth, direction)
         power = following
     return v

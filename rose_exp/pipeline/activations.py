@@ -41,6 +41,7 @@ class Activations:
         batch: int,
         file: Path | None = None,
     ):
+        self.shape, self.place, self.batch = shape, place, batch
         self.device = torch.device(device)
         self.pieces = [slice(start, min(start + batch, shape[0])) for start in range(0, shape[0], batch)]
         travels = self.device.type == "cuda" and place == "host"
@@ -50,6 +51,13 @@ class Activations:
         else:
             where = self.device if place == "device" else "cpu"
             self._store = torch.empty(shape, dtype=dtype, device=where, pin_memory=travels)
+
+    def copy(self, file: Path | None = None) -> Activations:
+        """Others, equal to these and kept in the same way; on disk in ``file``."""
+        other = Activations(self.shape, self._store.dtype, self.place, self.device, self.batch, file)
+        for piece, hidden in self:
+            other[piece] = hidden
+        return other
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Each batch: its windows, and its hidden states on the device."""

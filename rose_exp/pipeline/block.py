@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from .. import interruption
 from ..engine import (
+    Drift,
     InputMoments,
     Magnitude,
     NotPositiveDefiniteError,
@@ -39,7 +42,9 @@ class BlockWalk:
 
     Args:
         groups: names of the block's layers, those with the same input together, in the order of their calls.
+        adding: names of the layers whose output is added to the hidden states.
         calls: how the block is called, by the number of windows.
+        dense: the dense model's hidden states, beside those of the pruned model, where the plan has a target.
     """
 
     def __init__(
@@ -47,15 +52,19 @@ class BlockWalk:
         block: nn.Module,
         name: str,
         groups: Sequence[Sequence[str]],
+        adding: Sequence[str],
         calls: Mapping[int, BlockCall],
         plan: PruningPlan,
         device: torch.device | str,
         ranks: Ranks,
         seconds: PassSeconds,
         on_study: Callable[[str, LayerStudy], None] | None,
+        dense: Activations | None = None,
     ):
         self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
-        self.ranks, self.seconds, self.on_study = ranks, seconds, on_study
+        self.ranks, self.seconds, self.on_study, self.dense = ranks, seconds, on_study, dense
+        called = [name for group in groups for name in group]
+        self.adding = sorted(adding, key=called.index)
         layers = {layer.name: layer for layer in linear_layers(block, name)}
         wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
         self.groups = [group for group in wanted if group]  # of layers that share their input
@@ -68,7 +77,7 @@ class BlockWalk:
         with one_by_one(self.block):
             return self.calls[len(hidden)].run(self.block, hidden)
 
-    def advance(self, hidden: Activations) -> None:
+    def advance(self, hidden: Activations, weights: str = "pruned") -> None:
         """Put what the block answers in the place of what it is given.
 
         Raises:
@@ -84,7 +93,7 @@ class BlockWalk:
         if not finite:
             kind = str(answer.dtype).removeprefix("torch.")
             raise RoseExpError(
-                f"{self.name}: with its pruned weights it answers with NaN or infinity (in {kind}, whose largest number is "
+                f"{self.name}: with its {weights} weights it answers with NaN or infinity (in {kind}, whose largest number is "
                 f"{torch.finfo(answer.dtype).max:.3g}); model.dtype=float32 or bfloat16 has more room"
             )
         self.seconds.advancing += self._now() - start
@@ -103,17 +112,22 @@ class BlockWalk:
         """
         reports: list[LayerReport] = []
         earlier = {report.name: report for report in self.part[0]}
-        for groups in [[group] for group in self.groups] if self.plan.true_sequential else [self.groups]:
+        twin = copy.deepcopy(self.block) if self.dense is not None and self.plan.true_sequential else self.block
+        for groups in [[group] for group in self.groups] if self.plan.true_sequential and self.groups else [self.groups]:
             before = [layer for group in groups for layer in group if layer.name in earlier]
             left = [group for group in groups if group[0].name not in earlier]
             start = self._now()
             clock = _Clock(self.device)
-            moments = self._collect(left, hidden, clock)
+            last = not groups or groups[-1] is self.groups[-1]
+            if self.dense is None:
+                moments, drifts = self._collect(left, hidden, clock), [None] * len(left)
+            else:
+                moments, drifts = self._collect_pairs(left, hidden, twin, last, clock)
             for layer in before:  # after the others have seen it dense
                 layer.set_weight(self.part[1][layer.name].to(layer.weight))
             middle = self._now()
             studied = self.seconds.studying
-            solved = self._solve(left, moments, [*reports, *(earlier[layer.name] for layer in before)])
+            solved = self._solve(left, moments, drifts, [*reports, *(earlier[layer.name] for layer in before)])
             found = earlier | {report.name: report for report in solved}
             reports += [found[name] for group in groups for name in _names(group)]
             self.seconds.moments += clock.seconds()
@@ -128,15 +142,7 @@ class BlockWalk:
             moments, self.seconds.shared = kept
             return moments
         start = self._now()
-        moments = [
-            InputMoments(
-                g[0].columns,
-                device=self.device,
-                dtype=torch.promote_types(g[0].weight.dtype, torch.float32),
-                precision=self.plan.precision,
-            )
-            for g in groups
-        ]
+        moments = self._no_moments(groups)
         if not groups:
             return moments
         with ExitStack() as stack:
@@ -151,8 +157,77 @@ class BlockWalk:
             self.first_block.keep(self.first_key, moments, self._now() - start)
         return moments
 
+    def _no_moments(self, groups: Sequence[Sequence[LinearLayer]]) -> list[InputMoments]:
+        options = {"device": self.device, "precision": self.plan.precision}
+        return [
+            InputMoments(g[0].columns, dtype=torch.promote_types(g[0].weight.dtype, torch.float32), **options) for g in groups
+        ]
+
+    def _collect_pairs(
+        self,
+        groups: Sequence[Sequence[LinearLayer]],
+        hidden: Activations,
+        twin: nn.Module,
+        last: bool,
+        clock: _Clock,
+    ) -> tuple[list[InputMoments], list[Drift | None]]:
+        """Moments of the inputs of each group, and how far these have drifted from those of the dense model, from a pass of
+        both models, side by side. The dense hidden states move on with the ``last`` groups of the block.
+
+        Args:
+            twin: the block with its dense weights.
+        """
+        moments, drifts = self._no_moments(groups), []
+        for group, of_group in zip(groups, moments, strict=True):
+            width = len(group[0].weight) if len(group) == 1 and group[0].name in self.adding else None
+            drift = Drift(group[0].columns, width, device=self.device, dtype=of_group.dtype)
+            drifts.append(None if group[0].of_expert else drift)
+        closing = self.adding[-1] if self.adding else None  # after it the hidden states are the block's answer
+        pieces = zip(hidden, self.dense, strict=True)
+        for (_, batch), (windows, dense) in tqdm(
+            pieces, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch"
+        ):
+            self._check_stop()
+            there = self._look(twin, dense, groups, last)
+            if groups:
+                here = self._look(self.block, batch, groups, last)
+                with clock:
+                    for place, (group, of_group, drift) in enumerate(zip(groups, moments, drifts, strict=True)):
+                        inputs = here.inputs[place]
+                        if inputs is not None:
+                            of_group.update(inputs)
+                        if drift is None:
+                            continue
+                        missing = None
+                        if drift.residual is not None:
+                            missing = there.output - here.output if group[0].name == closing else dense - batch
+                            missing = missing.reshape(*inputs.shape[:-1], -1)
+                        drift.update(inputs, there.inputs[place], missing)
+            if last:  # now that nothing needs what entered the block, which may lie in the same memory
+                self.dense[windows] = there.output
+        for group, drift in zip(groups, drifts, strict=True):
+            if drift is not None and drift.residual is not None and group[0].name == closing:
+                drift.leave_out(group[0].weight)
+        return moments, drifts
+
+    def _look(self, block: nn.Module, hidden: Tensor, groups: Sequence[Sequence[LinearLayer]], last: bool) -> _Seen:
+        """What the layers of each group are fed with in ``block``, and if asked for the ``last``, what it answers."""
+        seen = _Seen([None] * len(groups))
+        with one_by_one(block), ExitStack() as stack:
+            layers = {layer.name: layer for layer in linear_layers(block, self.name)}
+            for place, group in enumerate(groups):
+                hook = seen.keep(place, stop=not last and place == len(groups) - 1)
+                stack.callback(layers[group[0].name].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            with suppress(Enough):
+                seen.output = self.calls[len(hidden)].run(block, hidden)
+        return seen
+
     def _solve(
-        self, groups: Sequence[Sequence[LinearLayer]], moments: list[InputMoments], before: Sequence[LayerReport]
+        self,
+        groups: Sequence[Sequence[LinearLayer]],
+        moments: list[InputMoments],
+        drifts: list[Drift | None],
+        before: Sequence[LayerReport],
     ) -> list[LayerReport]:
         """Prune each group on the rank that it falls to, and take over what the other ranks have made of theirs.
 
@@ -165,15 +240,17 @@ class BlockWalk:
         failure = None
         for place, owner in enumerate(owners):  # all before any is solved: each waits for all ranks
             ranks.reduce(moments[place], owner)
+            if drifts[place] is not None:
+                ranks.reduce_drift(drifts[place], owner)
             if owner != ranks.rank:
                 moments[place] = None
         for place, owner in enumerate(owners):
             if owner == ranks.rank and failure is None:
                 try:
-                    done[place] = self._prune_group(groups[place], moments[place])
+                    done[place] = self._prune_group(groups[place], moments[place], drifts[place])
                 except RoseExpError as error:
                     failure = error
-                moments[place] = None  # its memory is the next group's
+                moments[place] = drifts[place] = None  # their memory is the next group's
                 if ranks.size == 1 and failure is None and interruption.requested():
                     self._keep_and_stop([*before, *(report for reports in done.values() for report in reports)])
         answers = ranks.gather((done, None if failure is None else str(failure)))
@@ -194,7 +271,7 @@ class BlockWalk:
             self.keep_part(reports, {report.name: layers[report.name] for report in reports})
         raise Interrupted(f"stopped after {reports[-1].name}")
 
-    def _prune_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> list[LayerReport]:
+    def _prune_group(self, group: Sequence[LinearLayer], moments: InputMoments, drift: Drift | None) -> list[LayerReport]:
         plan = self.plan
         starved = group[0].of_expert and moments.tokens < plan.expert_tokens
         if starved and plan.starved_experts == "stop":
@@ -217,6 +294,8 @@ class BlockWalk:
                 damping=plan.damping,
                 refine=plan.refine,
                 backend=plan.backend,
+                drift=drift,
+                target=plan.target if drift is not None else None,
             )
         except (ValueError, NotPositiveDefiniteError) as error:
             raise RoseExpError(f"{', '.join(_names(group))}: {error}") from error
@@ -276,6 +355,9 @@ class BlockWalk:
             seconds=seconds * rows,
             dead_columns=result.dead_columns,
             instead=instead,
+            target_error=result.target_error,
+            unrefined_error=result.unrefined_error,
+            rechosen=result.rechosen,
         )
 
     def _now(self) -> float:
@@ -283,6 +365,27 @@ class BlockWalk:
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+@dataclass
+class _Seen:
+    """What a block has shown of itself in one pass.
+
+    Attributes:
+        inputs: what the layers of each group were fed with; None: they were not called.
+        output: what the block has answered; None: it was stopped.
+    """
+
+    inputs: list[Tensor | None]
+    output: Tensor | None = None
+
+    def keep(self, place: int, stop: bool):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.inputs[place] = args[0] if args else kwargs["input"]
+            if stop:
+                raise Enough
+
+        return hook
 
 
 class _Clock:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import RoseExpError
 from ..models import BlockList, linear_layers, one_by_one
+from .residual import adding_layers
 from .weights import BlockWeights, InMemory
 
 PROBE_TOKENS = 8
@@ -47,7 +48,7 @@ class BlockCall:
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         return (args[0] if args else kwargs["hidden_states"]), cls(args[1:], rest, by_keyword=not args)
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's output hidden states for ``hidden`` (windows, tokens, width)."""
         return first_tensor(self.output(block, hidden))
 
@@ -77,10 +78,12 @@ class Probe:
         layers: of each block, the names of its linear layers in the order that they are called, those that are fed by the
             same tensor side by side in one list.
         tails: of each block, what it returns after the hidden states; None: it returns them alone.
+        adding: of each block, the names of the layers whose output is added to the hidden states; empty if not looked for.
     """
 
     layers: list[list[list[str]]]
     tails: list[tuple | None]
+    adding: list[list[str]]
 
 
 @torch.no_grad()
@@ -90,17 +93,19 @@ def probe(
     tokens: Tensor,
     device: torch.device | str = "cpu",
     weights: BlockWeights | None = None,
+    adding: bool = False,
 ) -> Probe:
     """Run the model on the first few of ``tokens`` (windows, length), each block on ``device``.
 
     Args:
         weights: where the blocks' weights are; None: in memory.
+        adding: look also for the layers whose output is added to the hidden states.
 
     Raises:
         RoseExpError: the blocks are no plain chain, each fed with the output of the one before: such a model cannot be
             walked block by block; or the model's output is not finite.
     """
-    chain, found, weights = _Chain(blocks), Probe([], []), weights or InMemory(blocks)
+    chain, found, weights = _Chain(blocks), Probe([], [], []), weights or InMemory(blocks)
 
     def run(index: int, block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden, call = BlockCall.split(args, kwargs)
@@ -111,10 +116,14 @@ def probe(
             for layer in layers:
                 hook = layer.module.register_forward_pre_hook(inputs.record(layer.name), with_kwargs=True)
                 stack.callback(hook.remove)
-            output = on_device([call], device)[0].output(forward, hidden.to(device))
+            there = on_device([call], device)[0]
+            output = there.output(forward, hidden.to(device))
+            stack.pop_all().close()
+            names = adding_layers(lambda states: there.run(forward, states), layers, hidden.to(device)) if adding else []
             output = _to_device(output, hidden.device, {})
         _add_unreached_experts(inputs.groups, [layer.name for layer in layers])
         found.layers.append(inputs.groups)
+        found.adding.append(names)
         found.tails.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
         chain.leave(index, first_tensor(output))
         return output

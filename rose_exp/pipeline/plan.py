@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ..engine import Method, Ordering, Precision, Sparsity
+from ..engine import Method, Ordering, Precision, Refine, Sparsity, Target
 from ..engine.kernels import Backend
 from ..errors import RoseExpError, suggest
 from ..models import BlockList, all_linear_layers, projections
@@ -26,6 +26,10 @@ class PruningPlan:
         layers, skip: patterns of full layer names to prune, and of those to leave dense all the same.
         true_sequential: prune the layers of a block group by group, in the order that they are called, each group with
             moments of inputs that the groups before, already pruned, have made.
+        refine: what is made better of every layer once it is pruned.
+        target: what each layer is asked to be; None: the dense layer. With one, the dense model's hidden states are kept beside
+            those of the pruned model. Experts are asked to be the dense layer all the same: other tokens reach them
+            in the two models.
         precision: of the moments' products.
         batch: windows that run through a block at once.
         activations: where the hidden states of all windows are kept between blocks.
@@ -41,7 +45,8 @@ class PruningPlan:
     methods: Mapping[str, Method] = field(default_factory=dict)
     block_size: int = 128
     damping: float = 0.01
-    refine: int = 0
+    refine: Refine = field(default_factory=lambda: Refine(0))
+    target: Target | None = None
     backend: Backend = "auto"
     precision: Precision = "float32"
     layers: Sequence[str] = ("*",)
@@ -69,6 +74,8 @@ class LayerReport:
     numbers that storing both parts saves. ``seconds`` is for solving, without the passes through the block: layers with the
     same input are solved together, and share its time by their rows. ``dead_columns`` are inputs that never fired;
     ``instead`` is what became of an expert that saw too few tokens: ``dense`` or ``magnitude``.
+    ``target_error`` is the error towards what the layer was asked to be, ``unrefined_error`` the same before refining, which
+    has pruned ``rechosen`` weights that were not pruned before.
     """
 
     name: str
@@ -84,6 +91,9 @@ class LayerReport:
     seconds: float
     dead_columns: int = 0
     instead: str | None = None
+    target_error: float = 0.0
+    unrefined_error: float = 0.0
+    rechosen: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))

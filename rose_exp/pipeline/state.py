@@ -25,6 +25,7 @@ from .plan import LayerReport
 Resume = Literal["activations", "recompute"]
 
 NAME = "state.json"
+STREAMS = ("activations", "dense")  # hidden states of the pruned model, and beside them of the dense one
 
 
 @dataclass
@@ -111,13 +112,14 @@ class RunState:
         reports = [LayerReport(**report) for report in self.progress.part]
         return reports, self._load(_part_file(self.progress.blocks)) if reports else {}
 
-    def restore(self, hidden: Activations) -> bool:
-        """Fill in the next block's inputs; False where they were not kept."""
-        name = self._activations_file(self.progress.blocks)
-        if name not in self.progress.files:
+    def restore(self, streams: Sequence[Activations]) -> bool:
+        """Fill in the next block's inputs, of each stream; False where they were not kept."""
+        names = [self._activations_file(self.progress.blocks, stream) for stream in range(len(streams))]
+        if not set(names) <= set(self.progress.files):
             return False
         with self._careful("read"):
-            hidden.read(self.folder / name)
+            for name, hidden in zip(names, streams, strict=True):
+                hidden.read(self.folder / name)
         return True
 
     def restore_generators(self) -> None:
@@ -131,11 +133,12 @@ class RunState:
         self,
         index: int,
         block: nn.Module,
-        hidden: Activations | None,
+        streams: Sequence[Activations],
         reports: Sequence[LayerReport],
         seconds: Mapping[str, float],
     ) -> None:
-        """Keep a block that is pruned, and the inputs of the next, if there is one; from here on the run goes on from there.
+        """Keep a block that is pruned, and the inputs of the next, if there is one, of the pruned model and beside it of the
+        dense one, where it has a stream; from here on the run goes on from there.
 
         Raises:
             RoseExpError: the disk refuses; the state before is kept.
@@ -146,8 +149,8 @@ class RunState:
             if self.ranks.first:
                 tensors = {name: value.detach().to("cpu").contiguous() for name, value in block.state_dict().items()}
                 files |= self._written(_block_file(index), lambda path: save_file(tensors, path, {"format": "pt"}))
-            if hidden is not None and self.resume == "activations":
-                files |= self._written(self._activations_file(index + 1), hidden.write)
+            for number, hidden in enumerate(streams if self.resume == "activations" else ()):
+                files |= self._written(self._activations_file(index + 1, number), hidden.write)
         except RoseExpError as error:
             problem = str(error)
         for of_rank, other in self.ranks.gather((files, problem)):  # on all ranks, or on none
@@ -225,8 +228,8 @@ class RunState:
             kept = f"{self.progress.blocks} whole blocks are kept in {self.folder}"
             raise RoseExpError(f"cannot {what} the run's state: {reason}; {kept}") from error
 
-    def _activations_file(self, index: int) -> str:
-        return f"activations-{index:05}.{self.ranks.rank}.bin"
+    def _activations_file(self, index: int, stream: int = 0) -> str:
+        return f"{STREAMS[stream]}-{index:05}.{self.ranks.rank}.bin"
 
 
 def _block_file(index: int) -> str:

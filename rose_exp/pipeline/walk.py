@@ -81,23 +81,36 @@ def prune_model(
                 on_layer(len(reports), report)
             reports.append(report)
 
-    found = probe(model, blocks, tokens, device, weights)
+    found = probe(model, blocks, tokens, device, weights, adding=bool(plan.target and plan.target.residual))
     _check_called(blocks, found, plan)
     last = max(i for i, groups in enumerate(found.layers) if any(plan.wants(name) for group in groups for name in group))
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         share = ranks.share(tokens)
         hidden, calls = enter(model, blocks, share, plan.batch, plan.activations, found, device, Path(folder) / "hidden")
         _check_entering(hidden, blocks)
+        dense = hidden.copy(Path(folder) / "dense") if plan.target else None
 
         def walk_of(index: int, block: nn.Module) -> BlockWalk:
             own = {size: of_size[index] for size, of_size in calls.items()}
-            return BlockWalk(block, blocks.block_name(index), found.layers[index], own, plan, device, ranks, seconds, on_study)
+            return BlockWalk(
+                block,
+                blocks.block_name(index),
+                found.layers[index],
+                found.adding[index],
+                own,
+                plan,
+                device,
+                ranks,
+                seconds,
+                on_study,
+                dense,
+            )
 
         first = 0
         if state is not None and state.progress.blocks:
             first = state.progress.blocks
             log.info("going on after %s, which an earlier process has finished", blocks.block_name(first - 1))
-            _take_up(state, weights, hidden, first, last, walk_of, device)
+            _take_up(state, weights, hidden, dense, first, last, walk_of, device)
             vars(seconds).update(state.progress.seconds)
             done(state.reports)
         bar = tqdm(range(first, last + 1), "pruning", last + 1, initial=first, unit="block", disable=None)
@@ -107,13 +120,14 @@ def prune_model(
                 walk = walk_of(index, block)
                 if state is not None:
                     walk.part, walk.keep_part = state.part(), state.commit_part
-                if index == 0 and not plan.true_sequential and not walk.part[0]:
+                if index == 0 and not plan.true_sequential and not walk.part[0] and dense is None:
                     walk.first_block, walk.first_key = first_block, first_key
                 of_block = walk.prune(hidden)
                 if index < last:  # nothing needs the last one's outputs
                     walk.advance(hidden)
                 if state is not None:
-                    state.commit(index, block, hidden if index < last else None, of_block, vars(seconds))
+                    streams = [stream for stream in (hidden, dense) if stream is not None] if index < last else []
+                    state.commit(index, block, streams, of_block, vars(seconds))
             done(of_block)
             log.info("pruned %s (%d of %d)", blocks.block_name(index), index + 1, last + 1)
     return reports
@@ -123,16 +137,23 @@ def _take_up(
     state: RunState,
     weights: BlockWeights,
     hidden: Activations,
+    dense: Activations | None,
     first: int,
     last: int,
     walk_of: Callable[[int, nn.Module], BlockWalk],
     device: torch.device | str,
 ) -> None:
     """Bring the pruned blocks, the inputs of the next and the generators to where they were."""
+    streams = [stream for stream in (hidden, dense) if stream is not None]
+    again = first <= last and not state.restore(streams)
+    if again and dense is not None:  # before the blocks in memory are filled with their pruned weights
+        for index in tqdm(range(first), "running dense blocks again", unit="block", disable=None):
+            with weights.at(index, device, original=True) as block:
+                walk_of(index, block).advance(dense, "dense")
     if isinstance(weights, InMemory):
         for index in range(first):
             fill(weights.blocks.blocks[index], state.block(index))
-    if first <= last and not state.restore(hidden):
+    if again:
         for index in tqdm(range(first), "running pruned blocks again", unit="block", disable=None):
             with weights.at(index, device) as block:
                 walk_of(index, block).advance(hidden)

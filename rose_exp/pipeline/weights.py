@@ -21,15 +21,20 @@ class BlockWeights(ABC):
         self.blocks = blocks
 
     @abstractmethod
-    def at(self, index: int, device: torch.device | str):
-        """A context in which the block, which it gives, is on ``device`` with all its weights."""
+    def at(self, index: int, device: torch.device | str, original: bool = False):
+        """A context in which the block, which it gives, is on ``device`` with all its weights.
+
+        Args:
+            original: those of the checkpoint, also where the block has been pruned and kept; what is pruned in memory is not
+                brought back.
+        """
 
 
 class InMemory(BlockWeights):
     """A whole model on the host."""
 
     @contextmanager
-    def at(self, index: int, device: torch.device | str) -> Iterator[nn.Module]:
+    def at(self, index: int, device: torch.device | str, original: bool = False) -> Iterator[nn.Module]:
         block = self.blocks.blocks[index]
         try:
             yield block.to(device)
@@ -49,8 +54,8 @@ class OnDisk(BlockWeights):
         self.streamed, self.kept = streamed, kept
 
     @contextmanager
-    def at(self, index: int, device: torch.device | str) -> Iterator[nn.Module]:
-        block, tensors = self.blocks.blocks[index], self.kept(index)
+    def at(self, index: int, device: torch.device | str, original: bool = False) -> Iterator[nn.Module]:
+        block, tensors = self.blocks.blocks[index], None if original else self.kept(index)
         try:
             if tensors is None:
                 self.streamed.load(index)

@@ -29,7 +29,7 @@ def expected_count(method: str, sparsity, rows: int, columns: int, block: int) -
     if isinstance(sparsity, SemiStructured):
         narrow = columns % sparsity.group
         return rows * (columns // sparsity.group * sparsity.pruned + narrow * sparsity.pruned // sparsity.group)
-    if method == "magnitude":
+    if method in ("magnitude", "alps"):
         return int(rows * columns * sparsity.ratio)
     if method == "oats" and sparsity.ratio > 0:  # of the sparse part, of which the low-rank part takes a quarter
         return rows * int(columns * (1 - 0.75 * (1 - sparsity.ratio)))
@@ -181,7 +181,7 @@ def test_a_failed_factor_says_so():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "obs"}, "method: expected one of dsnot, magnitude, oats, sparsegpt, wanda, got 'obs'"),
+        ({"method": "obs"}, "method: expected one of alps, dsnot, magnitude, oats, sparsegpt, wanda, got 'obs'"),
         ({"weight": torch.ones(3)}, r"weight: expected shape \(rows, columns\), neither 0, got \(3,\)"),
         ({"weight": torch.ones(3, 5, dtype=torch.int64)}, "weight: expected a floating type, got torch.int64"),
         ({"weight": torch.ones(3, 6)}, "moments: expected 6 columns, as the weight has, got 5"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rose_exp.engine import SemiStructured, Unstructured, prune_layer
+from rose_exp.engine import Refine, SemiStructured, Unstructured, prune_layer
 
 from .cases import layer, moments_of
 
@@ -42,3 +42,59 @@ def test_every_step_lowers_the_error_and_keeps_the_mask(method):
     assert errors[-1] < errors[0]
     assert all(torch.equal(result.mask, results[0].mask) for result in results)
     assert all(torch.isfinite(result.weight).all() for result in results)
+
+
+@pytest.mark.parametrize("sparsity", [Unstructured(0.7), SemiStructured(2, 4), SemiStructured(3, 8)], ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_masks_chosen_again_are_far_better_and_keep_the_pattern(method, sparsity):
+    torch.manual_seed(2)
+    weight, inputs = layer(40, 64)
+    inputs[:, 5] = 0
+    moments = moments_of(inputs)
+    options = {"method": method, "sparsity": sparsity, "block_size": 16}
+    fitted = prune_layer(weight, moments, refine=30, **options)
+    again = prune_layer(weight, moments, refine=Refine(30, mask_iterations=20), **options)
+    assert again.error < 0.9 * fitted.error
+    assert again.rechosen > 0
+    assert again.unrefined_error == pytest.approx(prune_layer(weight, moments, **options).error, rel=1e-4)
+    assert (again.weight[again.mask] == 0).all()
+    assert torch.equal(again.weight[:, 5], torch.where(again.mask[:, 5], 0, weight[:, 5]))  # it never fired
+    if isinstance(sparsity, SemiStructured):
+        groups = again.mask.unflatten(1, (-1, sparsity.group)).sum(dim=2)
+        assert (groups == sparsity.pruned).all()
+    else:
+        assert int(again.mask.sum()) == int(weight.numel() * 0.7)
+
+
+def test_a_mask_that_cannot_be_bettered_stays():
+    torch.manual_seed(4)
+    weight, inputs = layer(16, 32)
+    moments = moments_of(inputs)
+    hasty = Refine(0, mask_iterations=1, penalty=1e6)  # one step, from the pruned weights to themselves
+    result = prune_layer(weight, moments, sparsity=Unstructured(0.6), block_size=16, refine=hasty)
+    plain = prune_layer(weight, moments, sparsity=Unstructured(0.6), block_size=16)
+    assert result.error <= plain.error * 1.0001
+
+
+def test_damping_holds_the_weights_near_the_target():
+    torch.manual_seed(6)
+    weight, inputs = layer(16, 32, tokens=20)  # fewer tokens than columns: the undamped fit is free in some directions
+    moments = moments_of(inputs)
+    options = {"sparsity": Unstructured(0.5), "block_size": 16}
+    free, held = (prune_layer(weight, moments, refine=Refine(40, damping=d), **options) for d in (0.0, 0.5))
+    assert free.error < held.error
+    distance = [(weight - r.weight).masked_fill(r.mask, 0).norm() for r in (free, held)]
+    assert distance[1] < distance[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "steps: expected at least 0, got -1"),
+        ({"growth": 0.5}, "growth: expected a finite number of at least 1, got 0.5"),
+        ({"penalty": 0.0}, "penalty: expected a finite number above 0, got 0.0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Refine(**options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from .alps import ALPS
 from .base import Layer, Method, Solution, settle
 from .dsnot import DSnoT
 from .magnitude import Magnitude
@@ -25,4 +26,4 @@ def _is_method_of(thing: object, module: str) -> bool:
 
 METHODS: dict[str, type[Method]] = _found()
 
-__all__ = ["METHODS", "OATS", "DSnoT", "Layer", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda", "settle"]
+__all__ = ["ALPS", "METHODS", "OATS", "DSnoT", "Layer", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda", "settle"]

@@ -95,6 +95,7 @@ class Solution:
         factor: of the Hessian, where the method has inverted it.
         lost: tr((W−V) H (W−V)ᵀ) where the method knows it, a tensor of no dimensions.
         costs: what each update of a sweep has cost, see :func:`rose_exp.engine.sweep.sweep`.
+        damped: whether the Hessian was damped in another way than in ``factor``.
         rank: of a matrix that has been added to the pruned one, so that ``weight`` is zero nowhere; 0: none.
     """
 
@@ -104,6 +105,7 @@ class Solution:
     lost: Tensor | None = None
     costs: Tensor | None = None
     rank: int = 0
+    damped: bool = False
 
 
 class Method(ABC):

@@ -1,0 +1,83 @@
+"""What a layer is asked to be, against least squares on the tokens themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rose_exp.engine import Drift, Refine, Target, Unstructured, prune_layer
+from rose_exp.engine.curvature import Curvature
+
+from .cases import layer, moments_of
+
+
+def drifted(rows=8, columns=12, tokens=200):
+    """W, x, δ and ε."""
+    torch.manual_seed(1)
+    weight, inputs = layer(rows, columns, tokens=tokens, dtype=torch.float64)
+    inputs = inputs.double()
+    return weight, inputs, 0.3 * torch.randn_like(inputs) + 0.2 * inputs.roll(1, 1), torch.randn(tokens, rows).double()
+
+
+def drift_of(inputs, delta, missing=None):
+    drift = Drift(inputs.shape[1], None if missing is None else missing.shape[1], dtype=torch.float64)
+    for part in torch.arange(len(inputs)).split(64):
+        drift.update(inputs[part], (inputs + delta)[part], None if missing is None else missing[part])
+    return drift
+
+
+def ridge(inputs, outputs, damping):
+    """T that fits outputs ≈ T x, by least squares on tokens below which the damping stands as more of them."""
+    n, columns = inputs.shape
+    power = (damping * inputs.square().mean() * n) ** 0.5
+    rows = torch.cat([inputs, power * torch.eye(columns, dtype=inputs.dtype)])
+    return torch.linalg.lstsq(rows, torch.cat([outputs, torch.zeros(columns, outputs.shape[1], dtype=inputs.dtype)])).solution.T
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_move_is_the_least_squares_fit_of_what_is_missing(with_residual):
+    weight, inputs, delta, missing = drifted()
+    drift = drift_of(inputs, delta, missing if with_residual else None)
+    curvature = Curvature(moments_of(inputs, torch.float64), 0.01, torch.float64)
+    (found,) = Target(1.0, 1.0, damping=0.1).of([weight], curvature, drift)
+    wanted = delta @ weight.T + (missing if with_residual else 0)
+    torch.testing.assert_close(found - weight, ridge(inputs, wanted, 0.1))
+    (half,) = Target(0.5, 0.5, damping=0.1).of([weight], curvature, drift)
+    torch.testing.assert_close(half, (weight + found) / 2)
+
+
+def test_hidden_states_that_hold_the_output_already():
+    weight, inputs, delta, missing = drifted()
+    told = drift_of(inputs, delta, missing)
+    after = drift_of(inputs, delta, missing + delta @ weight.T)
+    after.leave_out(weight)
+    torch.testing.assert_close(after.residual, told.residual)
+
+
+def test_it_is_the_target_that_is_pruned():
+    weight, inputs, delta, missing = drifted(24, 32, 600)
+    moments, drift, target = moments_of(inputs, torch.float64), drift_of(inputs, delta, missing), Target(0.7, 0.4)
+    (asked,) = target.of([weight], Curvature(moments, 0.01, torch.float64), drift)
+    options = {"sparsity": Unstructured(0.6), "block_size": 16, "refine": Refine(4, mask_iterations=5)}
+    found = prune_layer(weight, moments, drift=drift, target=target, **options)
+    expected = prune_layer(asked, moments, **options)
+    torch.testing.assert_close(found.weight, expected.weight)
+    assert found.target_error == pytest.approx(expected.error)
+    assert found.unrefined_error == pytest.approx(prune_layer(asked, moments, sparsity=Unstructured(0.6), block_size=16).error)
+    gone = weight - found.weight
+    hessian = moments.hessian()
+    assert found.error == pytest.approx(float(((gone @ hessian) * gone).sum() / ((weight @ hessian) * weight).sum()))
+
+
+def test_mistakes_are_told():
+    weight, inputs, delta, missing = drifted()
+    moments, drift = moments_of(inputs, torch.float64), drift_of(inputs, delta, missing)
+    with pytest.raises(ValueError, match="drift: expected that of 12 columns, which a target needs, got none"):
+        prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target())
+    with pytest.raises(ValueError, match=r"dense: expected the shape of inputs, \(..., 12\), got \(3, 11\) and \(3, 12\)"):
+        drift.update(torch.zeros(3, 12), torch.zeros(3, 11))
+    with pytest.raises(ValueError, match="strength: expected a number from 0 to 1, got 1.5"):
+        Target(1.5)
+    drift.gram[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="drift: expected finite numbers, got NaN or infinity"):
+        prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(), drift=drift)
