@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from .engine import METHODS
+from .engine import METHODS, Refine
 from .errors import RoseExpError
 from .models import ModelShape
 from .settings import Settings
@@ -74,8 +74,10 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
     if settings.pruned:
         calibration = settings.calibration
         passing = calibration.window * settings.pipeline.batch * shape.widest * (4 * width + 4)
+        streams = 2 if settings.target.build() else 1  # the dense model's hidden states, and its layers' inputs
+        passing *= streams
         pruning = _solving(settings, shape, passing)
-        states = calibration.samples * calibration.window * shape.hidden * width
+        states = streams * calibration.samples * calibration.window * shape.hidden * width
         kept = _kept_on_disk(settings, shape, states, width)
     measuring, texts = _measuring(settings, shape, width)
     texts = texts if placed.by_blocks else 0
@@ -99,7 +101,13 @@ def _solving(settings: Settings, shape: ModelShape, passing: int) -> int:
         groups.setdefault(layer.group, []).append((layer.rows, layer.columns))
     # attention's output projection is as wide as what it shares a module with, and has an input of its own
     moments = {name: (1 + (len(layers) > 2)) * layers[0][1] ** 2 * 4 for name, layers in groups.items()}
+    if settings.target.build():  # drift is as large as moments, and once more where hidden states are part of it
+        moments = {name: 2 * size + shape.hidden * groups[name][0][1] * 4 for name, size in moments.items()}
     square, flat = METHODS[settings.method.name].working
+    if settings.refine.build():
+        square, flat = max(square, Refine.working[0]), max(flat, Refine.working[1])
+    if settings.target.build():
+        square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their moves
     peak, left = passing + sum(moments.values()), sum(moments.values())
     for name, layers in groups.items():
         solving = square * layers[0][1] ** 2 * 4 + flat * 4 * sum(rows * columns for rows, columns in layers)

@@ -29,7 +29,8 @@ class Work:
         operations: dict[str, float] = {}
         if settings.pruned:
             tokens = settings.calibration.samples * settings.calibration.window
-            operations |= _pruning(settings.method.name, [(rows, columns, tokens) for rows, columns in shape.layers])
+            layers = [(rows, columns, tokens) for rows, columns in shape.layers]
+            operations |= _pruning(settings.model_dump(include={"method", "refine", "target"}), layers)
         if settings.evaluation.perplexity:
             at_most = settings.evaluation.at_most
             counts = [
@@ -43,20 +44,25 @@ class Work:
     def done(cls, record: Mapping[str, Any]) -> Work:
         """Of a run, from its record."""
         layers = [(layer["rows"], layer["columns"], layer["tokens"]) for layer in record["layers"]]
-        operations = _pruning(record["config"]["method"]["name"], layers) if layers else {}
+        operations = _pruning(record["config"], layers) if layers else {}
         windows = record["protocol"]["evaluation"].values()
         tokens = sum(text["window"] * text["windows"] for text in windows)
         return cls(operations | {"evaluation": 2 * record["protocol"]["model"]["parameters"] * tokens})
 
 
-def _pruning(method: str, layers: Iterable[tuple[int, int, int]]) -> dict[str, float]:
-    """Of layers of (rows, columns, tokens). What a method does is reckoned by its largest products; rates absorb the rest."""
-    found = dict.fromkeys(("pruning.calibrating", "pruning.moments", f"pruning.solving {method}", "pruning.advancing"), 0.0)
+def _pruning(config: Mapping[str, Any], layers: Iterable[tuple[int, int, int]]) -> dict[str, float]:
+    """Of layers of (rows, columns, tokens). What a method does is reckoned by its largest products; rates absorb the rest, each
+    of one method refined in one way."""
+    refine, target = (config.get(name, {}) for name in ("refine", "target"))  # records from before there were any lack both
+    products = refine.get("steps", 0) + refine.get("mask_iterations", 0)
+    streams = 2 if target.get("strength") or target.get("residual") else 1
+    solving = f"pruning.solving {config['method']['name']}" + (f" refined {products}" if products else "")
+    found = dict.fromkeys(("pruning.calibrating", "pruning.moments", solving, "pruning.advancing"), 0.0)
     for rows, columns, tokens in layers:
-        found["pruning.calibrating"] += 2 * rows * columns * tokens
+        found["pruning.calibrating"] += 2 * rows * columns * tokens * streams
         found["pruning.advancing"] += 2 * rows * columns * tokens
-        found["pruning.moments"] += columns**2 * tokens
-        found[f"pruning.solving {method}"] += columns**3 + 2 * rows * columns**2
+        found["pruning.moments"] += columns**2 * tokens * (2 * streams - 1)  # drift is not symmetric
+        found[solving] += columns**3 + 2 * rows * columns**2 * (1 + products)
     return found
 
 

@@ -36,6 +36,8 @@ class ALPS(Method):
         steps: of conjugate gradient on the mask found.
     """
 
+    working = (12.0, 8.0)
+
     penalty: float = 0.1
     max_iterations: int = 300
     check_every: int = 3
