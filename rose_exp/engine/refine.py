@@ -173,7 +173,7 @@ def conjugate_gradient(
     kept = ~mask
     v = weight.clone()
     residual = ((target - v) @ hessian) * kept
-    direction = residual
+    direction = residual.clone()
     power = residual.square().sum(dim=1, keepdim=True)  # (rows, 1)
     epsilon = torch.finfo(v.dtype).eps
     whole = (target @ hessian).square().sum(dim=1, keepdim=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rose_exp.engine import Refine, SemiStructured, Unstructured, prune_layer
+from rose_exp.engine.refine import conjugate_gradient
 
 from .cases import layer, moments_of
 
@@ -98,3 +99,17 @@ def test_damping_holds_the_weights_near_the_target():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Refine(**options)
+
+
+@pytest.mark.parametrize("sparsity", [Unstructured(0.0), Unstructured(0.5)], ids=str)
+def test_directions_are_conjugate(sparsity):
+    """After as many steps as a row keeps weights there is nothing left to do but for rounding, from wherever it starts."""
+    torch.manual_seed(7)
+    weight, inputs = layer(6, 12, dtype=torch.float64)
+    hessian = moments_of(inputs, torch.float64).hessian()
+    scale = hessian.diagonal().sqrt()
+    mask = sparsity.select_by_row(weight.abs())
+    start = torch.randn_like(weight).masked_fill(mask, 0)
+    kept = int((~mask[0]).sum())
+    found = conjugate_gradient(start * scale, weight * scale, mask, hessian / scale / scale[:, None], kept) / scale
+    torch.testing.assert_close(found, solve_exactly(weight, mask, hessian), rtol=1e-6, atol=1e-8)
