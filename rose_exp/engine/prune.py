@@ -37,6 +37,7 @@ class PruneResult:
         target_error: the same of what the layer was asked to be in place of W, which is W unless a target was given.
         unrefined_error: ``target_error`` before refining.
         rechosen: pruned weights that were not pruned before refining.
+        unrefined: whether refining was asked for and would have raised the error, so that the layer is left as it was pruned.
         damping: really used, as a share of the mean of H's diagonal; 0 for methods that invert no Hessian.
         dead_columns: inputs that never fired.
     """
@@ -53,6 +54,7 @@ class PruneResult:
     target_error: float = 0.0
     unrefined_error: float = 0.0
     rechosen: int = 0
+    unrefined: bool = False
 
     @property
     def stored(self) -> int:
@@ -151,9 +153,9 @@ def prune_layers(
     if target is not None and (drift is None or drift.columns != moments.columns):
         got = "none" if drift is None else f"{drift.columns}"
         raise ValueError(f"drift: expected that of {moments.columns} columns, which a target needs, got {got}")
-    checked = [*weights, moments.gram] + ([drift.gram] if drift is not None else [])
+    checked = [*weights, moments.gram] + (drift.sums if drift is not None else [])
     finite = [_finite(tensor) for tensor in checked]
-    names = ["weight"] * len(weights) + ["moments", "drift"]
+    names = ["weight"] * len(weights) + ["moments", "drift", "drift"]
     if moments.device.type == "cpu":  # a device is not waited for
         _check_finite(names, finite)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, moments.dtype), torch.float32)
@@ -213,13 +215,15 @@ class _Found:
         total = quadratic_form(dense, hessian) if moved else asked
         none = torch.zeros_like(lost)
         failed = solution.factor.failed if solution.factor else none
-        before, rechosen = (refined.before, refined.rechosen) if refined is not None else (missed, none)
-        facts = (failed, lost, total, missed, asked, before, rechosen, layer.order.relative_range, layer.dead.sum())
+        before, rechosen, left = missed, none, none
+        if refined is not None:
+            before, rechosen, left = refined.before, refined.rechosen, ~refined.taken
+        facts = (failed, lost, total, missed, asked, before, rechosen, left, layer.order.relative_range, layer.dead.sum())
         self.facts = [fact.double() for fact in (*facts, _finite(self.weight))]
 
     def result(self, facts: Sequence[float]) -> PruneResult | None:
         """The result, None where the Hessian could not be factorised."""
-        failed, lost, total, missed, asked, before, rechosen, relative_range, dead, finite = facts
+        failed, lost, total, missed, asked, before, rechosen, left, relative_range, dead, finite = facts
         if failed:
             return None
         if not finite:
@@ -242,6 +246,7 @@ class _Found:
             target_error=_share(missed, asked),
             unrefined_error=_share(before, asked),
             rechosen=int(rechosen),
+            unrefined=bool(left),
         )
 
 

@@ -29,8 +29,8 @@ class Refine:
         tolerance: a row stops where the norm of its gradient is below this share of what it would be were all weights pruned.
         damping: of H in what is lowered, tr((W−V)(H + λI)(W−V)ᵀ), as a share of the mean of its diagonal: what holds the kept
             weights near those of the layer, and keeps them from fitting the calibration text alone.
-        mask_iterations: of ADMM over the whole layer, from the pruned weights; 0: the mask stays. Where a layer ends with a
-            larger error than its old mask had to start with, the old one is refined.
+        mask_iterations: of ADMM over the whole layer, from the pruned weights; 0: the mask stays. A layer that ends with a
+            larger error than it had is left as it was pruned, and says so.
         penalty: ADMM's ρ at the start.
         growth: of ρ every so many iterations.
         every: so many iterations.
@@ -69,16 +69,16 @@ class Refined:
 
     Attributes:
         weight, mask: (rows, columns).
-        before, after: tr((W−V) H (W−V)ᵀ) of the layer as it was pruned and as it is refined, with H not damped; tensors of no
-            dimensions.
+        before: tr((W−V) H (W−V)ᵀ) of the layer as it was pruned, with H not damped; a tensor of no dimensions.
         rechosen: weights that the mask has swapped, an int64 tensor of no dimensions.
+        taken: whether the layer is refined, and not left as it was, a bool tensor of no dimensions.
     """
 
     weight: Tensor
     mask: Tensor
     before: Tensor
-    after: Tensor
     rechosen: Tensor
+    taken: Tensor
 
 
 def refine(
@@ -112,8 +112,8 @@ def refine(
         better = quadratic_form(goal - new, hessian) <= quadratic_form(goal - old, hessian)
         new = torch.where(curvature.dead, plain.masked_fill(new_mask, 0), new / scale)  # what stays there keeps its value
         weight, final = torch.where(better, new, pruned), torch.where(better, new_mask, old_mask)
-        before, after = (quadratic_form(plain - v, curvature.hessian) for v in (pruned, weight))
-        refined.append(Refined(weight, final, before, after, (final & ~old_mask).sum()))
+        before = quadratic_form(plain - pruned, curvature.hessian)
+        refined.append(Refined(weight, final, before, (final & ~old_mask).sum(), better))
     return refined
 
 

@@ -6,10 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +14,6 @@ from tqdm import tqdm
 
 from .. import interruption
 from ..engine import (
-    Drift,
     InputMoments,
     Magnitude,
     NotPositiveDefiniteError,
@@ -30,7 +26,8 @@ from ..interruption import Interrupted
 from ..models import LinearLayer, linear_layers, one_by_one
 from ..ranks import Ranks
 from .activations import Activations
-from .capture import BlockCall, Enough
+from .capture import BlockCall
+from .collect import Clock, Collector, GroupInputs
 from .first_block import FirstBlock
 from .plan import LayerReport, PassSeconds, PruningPlan
 
@@ -63,11 +60,12 @@ class BlockWalk:
     ):
         self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
         self.ranks, self.seconds, self.on_study, self.dense = ranks, seconds, on_study, dense
-        called = [name for group in groups for name in group]
-        self.adding = sorted(adding, key=called.index)
         layers = {layer.name: layer for layer in linear_layers(block, name)}
         wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
         self.groups = [group for group in wanted if group]  # of layers that share their input
+        called = [name for group in groups for name in group]
+        closing = called[-1] if called and called[-1] in adding else None
+        self.collector = Collector(block, name, calls, plan, device, adding, closing, self._check_stop)
         self.first_block: FirstBlock | None = None
         self.first_key: str | None = None
         self.part: tuple[list[LayerReport], dict[str, Tensor]] = ([], {})  # what an earlier process has done of the block
@@ -117,17 +115,14 @@ class BlockWalk:
             before = [layer for group in groups for layer in group if layer.name in earlier]
             left = [group for group in groups if group[0].name not in earlier]
             start = self._now()
-            clock = _Clock(self.device)
+            clock = Clock(self.device)
             last = not groups or groups[-1] is self.groups[-1]
-            if self.dense is None:
-                moments, drifts = self._collect(left, hidden, clock), [None] * len(left)
-            else:
-                moments, drifts = self._collect_pairs(left, hidden, twin, last, clock)
+            inputs = self._collect(left, hidden, twin, last, clock)
             for layer in before:  # after the others have seen it dense
                 layer.set_weight(self.part[1][layer.name].to(layer.weight))
             middle = self._now()
             studied = self.seconds.studying
-            solved = self._solve(left, moments, drifts, [*reports, *(earlier[layer.name] for layer in before)])
+            solved = self._solve(left, inputs, [*reports, *(earlier[layer.name] for layer in before)])
             found = earlier | {report.name: report for report in solved}
             reports += [found[name] for group in groups for name in _names(group)]
             self.seconds.moments += clock.seconds()
@@ -135,98 +130,26 @@ class BlockWalk:
             self.seconds.solving += self._now() - middle - (self.seconds.studying - studied)
         return reports
 
-    def _collect(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: _Clock) -> list[InputMoments]:
-        """Moments of the inputs of each group, from one pass that stops where the last group is reached."""
+    def _collect(
+        self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, twin: nn.Module, last: bool, clock: Clock
+    ) -> list[GroupInputs]:
+        """What is known of the inputs of each group; the dense hidden states move on with the ``last`` groups of the block."""
+        if self.dense is not None:
+            return self.collector.pairs(groups, hidden, self.dense, twin, last, clock)
         kept = self.first_block.find(self.first_key, self.device) if self.first_block else None
         if kept is not None:
             moments, self.seconds.shared = kept
-            return moments
+            return [GroupInputs(of_group) for of_group in moments]
         start = self._now()
-        moments = self._no_moments(groups)
-        if not groups:
-            return moments
-        with ExitStack() as stack:
-            for group, of_group in zip(groups, moments, strict=True):
-                hook = _update(of_group, clock, last=group is groups[-1])
-                stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for _, batch in tqdm(hidden, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
-                self._check_stop()
-                with suppress(Enough):
-                    self.run(batch)
-        if self.first_block:
-            self.first_block.keep(self.first_key, moments, self._now() - start)
-        return moments
-
-    def _no_moments(self, groups: Sequence[Sequence[LinearLayer]]) -> list[InputMoments]:
-        options = {"device": self.device, "precision": self.plan.precision}
-        return [
-            InputMoments(g[0].columns, dtype=torch.promote_types(g[0].weight.dtype, torch.float32), **options) for g in groups
-        ]
-
-    def _collect_pairs(
-        self,
-        groups: Sequence[Sequence[LinearLayer]],
-        hidden: Activations,
-        twin: nn.Module,
-        last: bool,
-        clock: _Clock,
-    ) -> tuple[list[InputMoments], list[Drift | None]]:
-        """Moments of the inputs of each group, and how far these have drifted from those of the dense model, from a pass of
-        both models, side by side. The dense hidden states move on with the ``last`` groups of the block.
-
-        Args:
-            twin: the block with its dense weights.
-        """
-        moments, drifts = self._no_moments(groups), []
-        for group, of_group in zip(groups, moments, strict=True):
-            width = len(group[0].weight) if len(group) == 1 and group[0].name in self.adding else None
-            drift = Drift(group[0].columns, width, device=self.device, dtype=of_group.dtype)
-            drifts.append(None if group[0].of_expert else drift)
-        closing = self.adding[-1] if self.adding else None  # after it the hidden states are the block's answer
-        pieces = zip(hidden, self.dense, strict=True)
-        for (_, batch), (windows, dense) in tqdm(
-            pieces, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch"
-        ):
-            self._check_stop()
-            there = self._look(twin, dense, groups, last)
-            if groups:
-                here = self._look(self.block, batch, groups, last)
-                with clock:
-                    for place, (group, of_group, drift) in enumerate(zip(groups, moments, drifts, strict=True)):
-                        inputs = here.inputs[place]
-                        if inputs is not None:
-                            of_group.update(inputs)
-                        if drift is None:
-                            continue
-                        missing = None
-                        if drift.residual is not None:
-                            missing = there.output - here.output if group[0].name == closing else dense - batch
-                            missing = missing.reshape(*inputs.shape[:-1], -1)
-                        drift.update(inputs, there.inputs[place], missing)
-            if last:  # now that nothing needs what entered the block, which may lie in the same memory
-                self.dense[windows] = there.output
-        for group, drift in zip(groups, drifts, strict=True):
-            if drift is not None and drift.residual is not None and group[0].name == closing:
-                drift.leave_out(group[0].weight)
-        return moments, drifts
-
-    def _look(self, block: nn.Module, hidden: Tensor, groups: Sequence[Sequence[LinearLayer]], last: bool) -> _Seen:
-        """What the layers of each group are fed with in ``block``, and if asked for the ``last``, what it answers."""
-        seen = _Seen([None] * len(groups))
-        with one_by_one(block), ExitStack() as stack:
-            layers = {layer.name: layer for layer in linear_layers(block, self.name)}
-            for place, group in enumerate(groups):
-                hook = seen.keep(place, stop=not last and place == len(groups) - 1)
-                stack.callback(layers[group[0].name].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            with suppress(Enough):
-                seen.output = self.calls[len(hidden)].run(block, hidden)
-        return seen
+        found = self.collector.moments(groups, hidden, clock)
+        if self.first_block and groups:
+            self.first_block.keep(self.first_key, [of_group.moments for of_group in found], self._now() - start)
+        return found
 
     def _solve(
         self,
         groups: Sequence[Sequence[LinearLayer]],
-        moments: list[InputMoments],
-        drifts: list[Drift | None],
+        inputs: list[GroupInputs],
         before: Sequence[LayerReport],
     ) -> list[LayerReport]:
         """Prune each group on the rank that it falls to, and take over what the other ranks have made of theirs.
@@ -239,18 +162,18 @@ class BlockWalk:
         done: dict[int, list[LayerReport]] = {}
         failure = None
         for place, owner in enumerate(owners):  # all before any is solved: each waits for all ranks
-            ranks.reduce(moments[place], owner)
-            if drifts[place] is not None:
-                ranks.reduce_drift(drifts[place], owner)
+            ranks.reduce(inputs[place].moments, owner)
+            if inputs[place].drift is not None:
+                ranks.reduce_drift(inputs[place].drift, owner)
             if owner != ranks.rank:
-                moments[place] = None
+                inputs[place] = None
         for place, owner in enumerate(owners):
             if owner == ranks.rank and failure is None:
                 try:
-                    done[place] = self._prune_group(groups[place], moments[place], drifts[place])
+                    done[place] = self._prune_group(groups[place], inputs[place])
                 except RoseExpError as error:
                     failure = error
-                moments[place] = drifts[place] = None  # their memory is the next group's
+                inputs[place] = None  # its memory is the next group's
                 if ranks.size == 1 and failure is None and interruption.requested():
                     self._keep_and_stop([*before, *(report for reports in done.values() for report in reports)])
         answers = ranks.gather((done, None if failure is None else str(failure)))
@@ -271,8 +194,8 @@ class BlockWalk:
             self.keep_part(reports, {report.name: layers[report.name] for report in reports})
         raise Interrupted(f"stopped after {reports[-1].name}")
 
-    def _prune_group(self, group: Sequence[LinearLayer], moments: InputMoments, drift: Drift | None) -> list[LayerReport]:
-        plan = self.plan
+    def _prune_group(self, group: Sequence[LinearLayer], inputs: GroupInputs) -> list[LayerReport]:
+        plan, moments = self.plan, inputs.moments
         starved = group[0].of_expert and moments.tokens < plan.expert_tokens
         if starved and plan.starved_experts == "stop":
             raise RoseExpError(
@@ -294,8 +217,8 @@ class BlockWalk:
                 damping=plan.damping,
                 refine=plan.refine,
                 backend=plan.backend,
-                drift=drift,
-                target=plan.target if drift is not None else None,
+                drift=inputs.drift,
+                target=plan.target if inputs.drift is not None else None,
             )
         except (ValueError, NotPositiveDefiniteError) as error:
             raise RoseExpError(f"{', '.join(_names(group))}: {error}") from error
@@ -305,7 +228,7 @@ class BlockWalk:
             layer.set_weight(result.weight)
         seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # a row
         return [
-            self._report(layer, result, moments.tokens, count, seconds, "magnitude" if starved else None)
+            self._report(layer, result, moments.tokens, count, seconds, "magnitude" if starved else None, inputs.asked)
             for layer, result, count in zip(group, results, saved, strict=True)
         ]
 
@@ -338,7 +261,7 @@ class BlockWalk:
 
     @staticmethod
     def _report(
-        layer: LinearLayer, result: PruneResult, tokens: int, saved: int, seconds: float, instead: str | None
+        layer: LinearLayer, result: PruneResult, tokens: int, saved: int, seconds: float, instead: str | None, asked: str
     ) -> LayerReport:
         rows, columns = result.weight.shape
         return LayerReport(
@@ -358,6 +281,8 @@ class BlockWalk:
             target_error=result.target_error,
             unrefined_error=result.unrefined_error,
             rechosen=result.rechosen,
+            unrefined=result.unrefined,
+            target=asked,
         )
 
     def _now(self) -> float:
@@ -365,63 +290,6 @@ class BlockWalk:
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-@dataclass
-class _Seen:
-    """What a block has shown of itself in one pass.
-
-    Attributes:
-        inputs: what the layers of each group were fed with; None: they were not called.
-        output: what the block has answered; None: it was stopped.
-    """
-
-    inputs: list[Tensor | None]
-    output: Tensor | None = None
-
-    def keep(self, place: int, stop: bool):
-        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self.inputs[place] = args[0] if args else kwargs["input"]
-            if stop:
-                raise Enough
-
-        return hook
-
-
-class _Clock:
-    """Adds up the seconds that a device spends inside it, without waiting for it."""
-
-    def __init__(self, device: torch.device | str):
-        self.cuda = torch.device(device).type == "cuda"
-        self.marks: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._mark()
-
-    def __exit__(self, *_: object) -> None:
-        self._mark()
-
-    def _mark(self) -> None:
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> float:
-        """So far; on a device that has been waited for."""
-        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
-        return sum(start.elapsed_time(end) / 1000 if self.cuda else end - start for start, end in pairs)
-
-
-def _update(moments: InputMoments, clock: _Clock, last: bool):
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        with clock:
-            moments.update(args[0] if args else kwargs["input"])
-        if last:
-            raise Enough
-
-    return hook
 
 
 def _names(layers: Sequence[LinearLayer]) -> list[str]:

@@ -75,7 +75,9 @@ class LayerReport:
     same input are solved together, and share its time by their rows. ``dead_columns`` are inputs that never fired;
     ``instead`` is what became of an expert that saw too few tokens: ``dense`` or ``magnitude``.
     ``target_error`` is the error towards what the layer was asked to be, ``unrefined_error`` the same before refining, which
-    has pruned ``rechosen`` weights that were not pruned before.
+    has pruned ``rechosen`` weights that were not pruned before, or left the layer ``unrefined`` where it would have raised the
+    error. ``target`` is what it was asked for: ``dense``, the dense layer; ``outputs``, the dense model's output;
+    ``hidden_states``, what these lack, too.
     """
 
     name: str
@@ -94,6 +96,8 @@ class LayerReport:
     target_error: float = 0.0
     unrefined_error: float = 0.0
     rechosen: int = 0
+    unrefined: bool = False
+    target: str = "dense"
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -123,6 +127,8 @@ def events(report: LayerReport, damping: float) -> list[dict[str, Any]]:
         found.append(("rank_deficient", f"{report.tokens} tokens for a Hessian of {report.columns} columns"))
     if report.dead_columns:
         found.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs never fired"))
+    if report.unrefined:
+        found.append(("not_refined", f"refining would have raised its error of {report.unrefined_error:.3g}"))
     if report.damping > damping:
         found.append(("damping_raised", f"from {damping:g} to {report.damping:g}"))
     return [{"kind": kind, "layer": report.name, "detail": detail} for kind, detail in found]

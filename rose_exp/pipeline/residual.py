@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models import LinearLayer
 
-NEAR = 1e-3  # relative, in the precision of half types
+NEAR = 1e-3  # relative; in half precision four times its rounding
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def adding_layers(run: Callable[[Tensor], Tensor], layers: list[LinearLayer], hi
         layers: of the block.
         hidden: some real hidden states that enter the block, (windows, tokens, width).
     """
-    width = hidden.shape[-1]
+    width, near = hidden.shape[-1], max(NEAR, 4 * torch.finfo(hidden.dtype).eps)
     answers: dict[str, Tensor] = {}
     found = []
     with ExitStack() as stack:
@@ -42,7 +42,7 @@ def adding_layers(run: Callable[[Tensor], Tensor], layers: list[LinearLayer], hi
             answers.clear()
             answers[layer.name] = noise
             added = run(hidden) - hidden
-            if torch.isfinite(added).all() and (added - noise).float().norm() <= NEAR * noise.float().norm():
+            if torch.isfinite(added).all() and (added - noise).float().norm() <= near * noise.float().norm():
                 found.append(layer.name)
     return found
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rose_exp.engine import Drift, InputMoments, Ordering, Refine, SparseGPT, Target, Unstructured, prune_layer
-from rose_exp.models import all_linear_layers, find_blocks
-from rose_exp.pipeline import PruningPlan, prune_model
+from rose_exp.models import all_linear_layers, find_blocks, one_by_one
+from rose_exp.pipeline import PruningPlan, events, prune_model
 from rose_exp.pipeline.capture import probe
 
 from ..models.families import build, tokens
@@ -25,9 +25,10 @@ ADDING = {  # layers whose output is added to the hidden states as it is
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", sorted(ADDING))
-def test_layers_that_add_to_the_hidden_states_are_found(family):
-    model = build(family)
+def test_layers_that_add_to_the_hidden_states_are_found(family, dtype):
+    model = build(family).to(dtype)
     blocks = find_blocks(model)
     found = probe(model, blocks, tokens(), adding=True).adding
     assert [sorted(names) for names in found] == [
@@ -50,7 +51,7 @@ def watched(model, windows):
         handles.append(layer.module.register_forward_hook(note(layer.name)))
     for index, block in enumerate(blocks.blocks):
         handles.append(block.register_forward_hook(note(index)))
-    with torch.no_grad():
+    with torch.no_grad(), one_by_one(model):
         model(input_ids=windows, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -58,19 +59,20 @@ def watched(model, windows):
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma2", "mixtral"])
 def test_walking_two_models_equals_running_both_each_time(family, sequential):
+    """Of a mixture of experts, attention alone: after it other layers add to the hidden states."""
     walked, slow, dense = (build(family).double() for _ in range(3))
     windows = tokens()
-    plan = PruningPlan(
-        SparseGPT(), Unstructured(0.5), Ordering.rose(), batch=2, target=TARGET, true_sequential=sequential, **OPTIONS
-    )
+    options = {"target": TARGET, "true_sequential": sequential, "skip": ["*.experts.*"] if family == "mixtral" else []}
+    plan = PruningPlan(SparseGPT(), Unstructured(0.5), Ordering.rose(), batch=2, **options, **OPTIONS)
     reports = prune_model(walked, windows, plan)
     there = watched(dense, windows)
     layers = {layer.name: layer for layer in all_linear_layers(find_blocks(slow))}
     found = probe(slow, find_blocks(slow), windows, adding=True)
     for index, (groups, adding) in enumerate(zip(found.layers, found.adding, strict=True)):
-        last = [name for group in groups for name in group if name in adding][-1:]
+        last = groups[-1]  # after it there is nothing
+        groups = [group for group in groups if plan.wants(group[0])]
         for stage in groups if sequential else [[name for group in groups for name in group]]:
             here = watched(slow, windows)
             solved = {}
@@ -79,7 +81,7 @@ def test_walking_two_models_equals_running_both_each_time(family, sequential):
                 moments = InputMoments(x.shape[-1], dtype=torch.float64)
                 moments.update(x)
                 missing = None
-                if name in last:  # what is missing after the block, but for what the layer itself misses
+                if name in last and name in adding:  # what is missing after the block, but for what the layer itself misses
                     missing = there[index, "out"] - here[index, "out"] - (there[name] - x) @ weight.T
                 elif name in adding:
                     missing = there[index] - here[index]
@@ -100,6 +102,19 @@ def test_experts_are_asked_to_be_the_dense_layer():
     moved = {report.name for report in reports if report.error != report.target_error}
     assert moved
     assert not any("experts" in name for name in moved)
+    assert {r.target for r in reports if "experts" in r.name} == {"dense"}
+    assert {r.target for r in reports if r.name.endswith("o_proj")} == {"hidden_states"}
+    assert {r.target for r in reports if r.name.endswith("q_proj")} == {"outputs"}
+
+
+def test_a_layer_that_refining_would_spoil_stays_and_is_told_of():
+    plan = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, refine=Refine(0, mask_iterations=1, penalty=1e-6))
+    reports = prune_model(build("llama"), tokens(), plan)
+    left = [report for report in reports if report.unrefined]
+    assert left
+    assert all(report.target_error == report.unrefined_error and report.rechosen == 0 for report in left)
+    assert [event["kind"] for event in events(left[0], plan.damping)].count("not_refined") == 1
+    assert all(report.target_error <= report.unrefined_error for report in reports)
 
 
 @pytest.mark.parametrize("skipped", ["*.1.*", "*mlp*", "*.down_proj"])

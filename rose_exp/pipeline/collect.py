@@ -1,0 +1,199 @@
+"""Passes through a block that still has its dense weights, in which its layers' inputs are looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..engine import Drift, InputMoments
+from ..models import LinearLayer, linear_layers, one_by_one
+from .activations import Activations
+from .capture import BlockCall, Enough
+from .plan import PruningPlan
+
+
+@dataclass
+class GroupInputs:
+    """What is known of the inputs that some layers share.
+
+    Attributes:
+        drift: from those of the dense model; None: not looked at.
+        asked: what the layers are asked for, see :class:`LayerReport`.
+    """
+
+    moments: InputMoments
+    drift: Drift | None = None
+    asked: str = "dense"
+
+
+class Collector:
+    """Collects moments of a block's inputs.
+
+    Args:
+        adding: names of the layers whose output is added to the hidden states.
+        closing: the one of these that is called last of all layers, so that what is there after it is the block's answer; None:
+            another layer is.
+        check_stop: called between two batches.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        name: str,
+        calls: Mapping[int, BlockCall],
+        plan: PruningPlan,
+        device: torch.device | str,
+        adding: Sequence[str],
+        closing: str | None,
+        check_stop: Callable[[], None],
+    ):
+        self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
+        self.adding, self.closing, self.check_stop = adding, closing, check_stop
+
+    def moments(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: Clock) -> list[GroupInputs]:
+        """Of the inputs of each group, from one pass that stops where the last group is reached."""
+        found = [GroupInputs(self._no_moments(group)) for group in groups]
+        if not groups:
+            return found
+        with one_by_one(self.block), ExitStack() as stack:
+            for group, of_group in zip(groups, found, strict=True):
+                hook = _update(of_group.moments, clock, last=group is groups[-1])
+                stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for _, batch in self._bar(hidden, hidden):
+                self.check_stop()
+                with suppress(Enough):
+                    self.calls[len(batch)].run(self.block, batch)
+        return found
+
+    def pairs(
+        self,
+        groups: Sequence[Sequence[LinearLayer]],
+        hidden: Activations,
+        dense: Activations,
+        twin: nn.Module,
+        last: bool,
+        clock: Clock,
+    ) -> list[GroupInputs]:
+        """Of the inputs of each group, and how far these have drifted from those of the dense model, from a pass of both
+        models, side by side.
+
+        Args:
+            dense: the dense model's hidden states; with the ``last`` groups of the block they move on.
+            twin: the block with its dense weights.
+        """
+        found = [self._nothing_seen(group) for group in groups]
+        for (_, entering), (windows, entering_dense) in self._bar(zip(hidden, dense, strict=True), hidden):
+            self.check_stop()
+            there = self._look(twin, entering_dense, groups, last)
+            if groups:
+                here = self._look(self.block, entering, groups, last)
+                with clock:
+                    for group, of_group, x, full in zip(groups, found, here.inputs, there.inputs, strict=True):
+                        if x is not None:
+                            of_group.moments.update(x)
+                        if of_group.drift is None:
+                            continue
+                        missing = None
+                        if of_group.drift.residual is not None:
+                            closes = group[0].name == self.closing
+                            missing = there.output - here.output if closes else entering_dense - entering
+                            missing = missing.reshape(*x.shape[:-1], -1)
+                        of_group.drift.update(x, full, missing)
+            if last:  # now that nothing needs what entered the block, which may lie in the same memory
+                dense[windows] = there.output
+        for group, of_group in zip(groups, found, strict=True):
+            if of_group.drift is not None and group[0].name == self.closing and of_group.drift.residual is not None:
+                of_group.drift.leave_out(group[0].weight)
+        return found
+
+    def _no_moments(self, group: Sequence[LinearLayer]) -> InputMoments:
+        dtype = torch.promote_types(group[0].weight.dtype, torch.float32)
+        return InputMoments(group[0].columns, device=self.device, dtype=dtype, precision=self.plan.precision)
+
+    def _nothing_seen(self, group: Sequence[LinearLayer]) -> GroupInputs:
+        moments = self._no_moments(group)
+        if group[0].of_expert:  # other tokens reach it in the two models
+            return GroupInputs(moments)
+        width = len(group[0].weight) if len(group) == 1 and group[0].name in self.adding else None
+        drift = Drift(group[0].columns, width, device=self.device, dtype=moments.dtype)
+        asked = "outputs" if self.plan.target.strength else "dense"
+        return GroupInputs(moments, drift, asked if width is None else "hidden_states")
+
+    def _look(self, block: nn.Module, hidden: Tensor, groups: Sequence[Sequence[LinearLayer]], last: bool) -> _Seen:
+        """What the layers of each group are fed with in ``block``, and if asked for the ``last``, what it answers."""
+        seen = _Seen([None] * len(groups))
+        with one_by_one(block), ExitStack() as stack:
+            layers = {layer.name: layer for layer in linear_layers(block, self.name)}
+            for place, group in enumerate(groups):
+                hook = seen.keep(place, stop=not last and place == len(groups) - 1)
+                stack.callback(layers[group[0].name].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            with suppress(Enough):
+                seen.output = self.calls[len(hidden)].run(block, hidden)
+        return seen
+
+    def _bar(self, pieces, hidden: Activations) -> tqdm:
+        return tqdm(pieces, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch")
+
+
+@dataclass
+class _Seen:
+    """What a block has shown of itself in one pass.
+
+    Attributes:
+        inputs: what the layers of each group were fed with; None: they were not called.
+        output: what the block has answered; None: it was stopped.
+    """
+
+    inputs: list[Tensor | None]
+    output: Tensor | None = None
+
+    def keep(self, place: int, stop: bool):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.inputs[place] = args[0] if args else kwargs["input"]
+            if stop:
+                raise Enough
+
+        return hook
+
+
+class Clock:
+    """Adds up the seconds that a device spends inside it, without waiting for it."""
+
+    def __init__(self, device: torch.device | str):
+        self.cuda = torch.device(device).type == "cuda"
+        self.marks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """So far; on a device that has been waited for."""
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        return sum(start.elapsed_time(end) / 1000 if self.cuda else end - start for start, end in pairs)
+
+
+def _update(moments: InputMoments, clock: Clock, last: bool):
+    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        with clock:
+            moments.update(args[0] if args else kwargs["input"])
+        if last:
+            raise Enough
+
+    return hook
