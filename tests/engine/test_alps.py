@@ -12,7 +12,7 @@ from .cases import layer, moments_of
 from .test_refine import solve_exactly
 
 
-def reference(weight, hessian, sparsity, damping=0.01, penalty=0.1, limit=300):
+def reference(weight, hessian, sparsity, damping=0.01, penalty=0.1, limit=300, settled=0.0003, least=30):
     """The mask, by ADMM with linear systems solved one by one and masks found by sorting, and how many iterations it took."""
 
     def choose(scores):
@@ -49,7 +49,7 @@ def reference(weight, hessian, sparsity, damping=0.01, penalty=0.1, limit=300):
                 break
             else:
                 penalty = penalty / 5
-            if iteration >= 30 and changed < 0.0003 * kept:
+            if iteration >= least and changed < settled * kept:
                 break
     return choose(fitted.abs()), damped, iteration + 1
 
@@ -71,6 +71,19 @@ def test_it_is_the_reference(sparsity, columnar):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # conjugate gradient stops at a residual of 1e-4
     torch.testing.assert_close(result.weight, best, rtol=1e-2, atol=1e-2)
     assert result.damping == 0.01
+
+
+@pytest.mark.parametrize("least", [1, 7, 11])
+def test_it_ends_when_the_mask_has_settled_but_no_sooner_than_told(least):
+    torch.manual_seed(8)
+    weight, inputs = layer(20, 40, dtype=torch.float64)
+    moments, sparsity = moments_of(inputs, torch.float64), Unstructured(0.6)
+    mask, _, iterations = reference(weight, moments.hessian(), sparsity, settled=0.99, least=least)
+    assert iterations == 3 * (least // 3 + 1)
+    method = ALPS(tolerance=0.99, min_iterations=least, steps=0)
+    assert torch.equal(prune_layer(weight, moments, method=method, sparsity=sparsity).mask, mask)
+    later = reference(weight, moments.hessian(), sparsity, settled=0.99, least=least + 4)[0]
+    assert not torch.equal(later, mask)  # so that an end too late would show
 
 
 @pytest.mark.parametrize("sparsity", [Unstructured(0.7), SemiStructured(2, 4)], ids=str)
