@@ -77,6 +77,8 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
         streams = 2 if settings.target.build() else 1  # the dense model's hidden states, and its layers' inputs
         passing *= streams
         pruning = _solving(settings, shape, passing)
+        if streams > 1 and settings.pipeline.true_sequential:
+            pruning += block  # the dense one, beside the one that is pruned part by part
         states = streams * calibration.samples * calibration.window * shape.hidden * width
         kept = _kept_on_disk(settings, shape, states, width)
     measuring, texts = _measuring(settings, shape, width)

@@ -5,34 +5,26 @@ Each section mirrors a group of ``conf/``. :func:`read_settings` reports all mis
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from .engine import METHODS, Method, Ordering, Precision, Refine, SemiStructured, Sparsity, Target, Unstructured
-from .engine.kernels import Backend
-from .engine.ordering import Direction
-from .engine.scores import SCORES
-from .errors import SettingsError, suggest
+from .engine import METHODS, Ordering
+from .errors import SettingsError
+from .layer_settings import (
+    DENSE,
+    EngineSettings,
+    MethodSettings,
+    RefineSettings,
+    ReorderSettings,
+    SparsitySettings,
+    TargetSettings,
+)
 from .mistakes import embedded_problem, explain, file_problem, looks_local
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-DENSE = "dense"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    def problems(self, where: str) -> list[str]:
-        """Mistakes that no single field shows; ``where`` is the section's name."""
-        return []
+from .section import Count, Positive, Section
 
 
 class ModelSettings(Section):
@@ -53,89 +45,6 @@ class ModelSettings(Section):
         if self.path is None:
             return embedded_problem(f"{where}.embedded", self.embedded, "model")
         return file_problem(f"{where}.path", self.path) if looks_local(self.path) else []
-
-
-class SparsitySettings(Section):
-    pattern: str  # unstructured, or N:M, which prunes N of every M consecutive weights of a row
-    ratio: Annotated[float, Field(ge=0, le=1)] | None = None  # unstructured only
-
-    def problems(self, where: str) -> list[str]:
-        if self.pattern == "unstructured":
-            return [] if self.ratio is not None else [f"{where}.ratio: expected a number from 0 to 1, got null"]
-        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        if not found:
-            hint = suggest(self.pattern, ["unstructured", "2:4", "4:8"])
-            return [f"{where}.pattern: expected 'unstructured' or 'N:M' such as 2:4, got {self.pattern!r}{hint}"]
-        pruned, group = int(found[1]), int(found[2])
-        if group < 1 or pruned > group:
-            return [f"{where}.pattern: expected N:M with N at most M and M at least 1, got {self.pattern!r}"]
-        if self.ratio is not None and not math.isclose(self.ratio, pruned / group):
-            expected = f"null or {pruned / group:g}, as pattern {self.pattern} says"
-            return [f"{where}.ratio: expected {expected}, got {self.ratio:g}"]
-        return []
-
-    def build(self) -> Sparsity:
-        if self.pattern == "unstructured":
-            return Unstructured(self.ratio)
-        return SemiStructured(*map(int, self.pattern.split(":")))
-
-
-class MethodSettings(Section):
-    name: str
-    options: dict[str, Any] = {}  # of the method, for all layers
-    layer_options: dict[str, dict[str, Any]] = {}  # the same for layers whose full name matches a pattern
-
-    def problems(self, where: str) -> list[str]:
-        known = [DENSE, *METHODS]
-        if self.name not in known:
-            return [f"{where}.name: expected one of {', '.join(known)}, got {self.name!r}{suggest(self.name, known)}"]
-        found = []
-        for place, options in [
-            ("options", self.options),
-            *((f"layer_options.{p}", o) for p, o in self.layer_options.items()),
-        ]:
-            found += self._option_problems(f"{where}.{place}", options)
-        return found
-
-    def _option_problems(self, where: str, options: dict[str, Any]) -> list[str]:
-        if self.name == DENSE:
-            return [f"{where}: expected none for {DENSE}, got {', '.join(options)}"] if options else []
-        known = [field.name for field in dataclasses.fields(METHODS[self.name])]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            expected = f"one of {', '.join(known)}" if known else f"none, {self.name} has no options"
-            return [f"{where}.{name}: expected {expected}{suggest(name, known)}" for name in unknown]
-        try:
-            METHODS[self.name](**options)
-        except (TypeError, ValueError) as error:
-            return [f"{where}.{error}"]
-        return []
-
-    def build(self, patterns: tuple[str, ...] = ()) -> Method:
-        """The method with its options, and with those of the ``layer_options`` named."""
-        options = dict(self.options)
-        for pattern in patterns:
-            options |= self.layer_options[pattern]
-        return METHODS[self.name](**options)
-
-
-class ReorderSettings(Section):
-    """See :class:`rose_exp.engine.Ordering`."""
-
-    columns: Direction = "none"
-    blocks: Direction = "none"
-    threshold: Annotated[float, Field(ge=0, le=1)] | None = 0.5  # null: every layer is reordered
-    score: str = "wanda"
-
-    def problems(self, where: str) -> list[str]:
-        if self.score in SCORES:
-            return []
-        return [f"{where}.score: expected one of {', '.join(SCORES)}, got {self.score!r}{suggest(self.score, SCORES)}"]
-
-    def build(self) -> Ordering | None:
-        if self.columns == "none" and self.blocks == "none":
-            return None
-        return Ordering(self.columns, self.blocks, self.threshold, self.score)
 
 
 class TextSettings(Section):
@@ -176,7 +85,7 @@ class PerplexitySettings(TextSettings):
 class ZeroShotSettings(Section):
     """Tasks of lm-eval."""
 
-    tasks: list[str] = []  # none: nothing is measured
+    tasks: list[str] = Field([])  # none: nothing is measured
     few_shot: Count | None = None  # examples in each prompt; null: as the task says, none for the papers' seven
     limit: Positive | None = None  # only the first so many questions of each task
     batch: Positive | Literal["auto"] = "auto"  # auto: as many as fit on a GPU, 16 on a CPU
@@ -204,7 +113,7 @@ class SpeedSettings(Section):
 
 
 class EvaluationSettings(Section):
-    perplexity: dict[str, PerplexitySettings] = {}
+    perplexity: dict[str, PerplexitySettings] = Field({})
     zero_shot: ZeroShotSettings = ZeroShotSettings()
     speed: SpeedSettings | None = None  # null: not measured
     batch: Positive = 4  # windows at once; no result depends on it beyond rounding
@@ -215,45 +124,9 @@ class EvaluationSettings(Section):
         return found + self.zero_shot.problems(f"{where}.zero_shot")
 
 
-class EngineSettings(Section):
-    """See :func:`rose_exp.engine.prune_layer`."""
-
-    block_size: Positive = 128
-    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    backend: Backend = "auto"
-    precision: Precision = "float32"  # of the moments' products, see InputMoments
-
-
-class RefineSettings(Section):
-    """See :class:`rose_exp.engine.Refine`."""
-
-    steps: Count = 0
-    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
-    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    mask_iterations: Count = 0
-    penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    growth: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.8
-    every: Positive = 5
-
-    def build(self) -> Refine:
-        return Refine(**self.model_dump())
-
-
-class TargetSettings(Section):
-    """See :class:`rose_exp.engine.Target`."""
-
-    strength: Annotated[float, Field(ge=0, le=1)] = 0.0
-    residual: Annotated[float, Field(ge=0, le=1)] = 0.0
-    damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-
-    def build(self) -> Target | None:
-        """None: the dense layer, with nothing kept for anything else."""
-        return Target(**self.model_dump()) or None
-
-
 class PipelineSettings(Section):
-    layers: list[str] = ["*"]  # patterns of full layer names to prune
-    skip: list[str] = []  # patterns of full layer names to leave dense
+    layers: list[str] = Field(["*"])  # patterns of full layer names to prune
+    skip: list[str] = Field([])  # patterns of full layer names to leave dense
     true_sequential: bool = False  # each group of layers inside a block sees inputs made by the groups already pruned
     batch: Positive = 4  # windows at once; no result depends on it beyond rounding
     activations: Literal["device", "host", "disk"] = "device"  # where the hidden states of all windows are kept
@@ -288,7 +161,7 @@ class TrackingSettings(Section):
 
 class FiguresSettings(Section):
     draw: bool = True  # PNGs in the run's folder
-    study: list[str] = []  # patterns of full layer names whose order is studied
+    study: list[str] = Field([])  # patterns of full layer names whose order is studied
 
 
 class Settings(Section):
@@ -309,7 +182,7 @@ class Settings(Section):
     save: bool
     sparsity_config: bool = False  # a saved N:M model says so in the terms of compressed-tensors
     preflight: bool = True  # a run that does not fit is refused
-    tags: list[str] = []  # for a person to find the run by
+    tags: list[str] = Field([])  # for a person to find the run by
     plan: bool = False  # the jobs are listed and none is run
     rerun: bool = False  # also what is finished already
 

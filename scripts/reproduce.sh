@@ -38,6 +38,7 @@ case "$study" in
   fig5_samples) columns=calibration.samples ;;
   fig5_window) columns=calibration.window ;;
   threshold) columns=reorder.threshold ;;
+  plus_order) columns=engine.block_size ;;
 esac
 
 if $small; then
