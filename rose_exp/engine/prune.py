@@ -207,17 +207,18 @@ class _Found:
         self.mask = (refined or solution).mask
         self.weight = self.solved.to(dtype)
         hessian, moved = layer.curvature.hessian, layer.weight is not dense
-        missed = solution.lost  # towards what was asked for
-        if missed is None or refined is not None or dtype != layer.weight.dtype:  # of the weight as returned
+        before = solution.lost  # towards what was asked for
+        if before is None:
+            before = quadratic_form(layer.weight - solution.weight, hessian)
+        missed = before
+        if refined is not None or dtype != layer.weight.dtype:  # of the weight as returned
             missed = quadratic_form(layer.weight - self.weight.to(layer.weight), hessian)
         asked = quadratic_form(layer.weight, hessian)
         lost = quadratic_form(dense - self.weight.to(dense), hessian) if moved else missed
         total = quadratic_form(dense, hessian) if moved else asked
         none = torch.zeros_like(lost)
         failed = solution.factor.failed if solution.factor else none
-        before, rechosen, left = missed, none, none
-        if refined is not None:
-            before, rechosen, left = refined.before, refined.rechosen, ~refined.taken
+        rechosen, left = (none, none) if refined is None else (refined.rechosen, ~refined.taken)
         facts = (failed, lost, total, missed, asked, before, rechosen, left, layer.order.relative_range, layer.dead.sum())
         self.facts = [fact.double() for fact in (*facts, _finite(self.weight))]
 
@@ -244,7 +245,7 @@ class _Found:
             rank=self.solution.rank,
             dead_columns=int(dead),
             target_error=_share(missed, asked),
-            unrefined_error=_share(before, asked),
+            unrefined_error=_share(missed if self.refined is None or left else before, asked),
             rechosen=int(rechosen),
             unrefined=bool(left),
         )

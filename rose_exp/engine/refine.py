@@ -69,14 +69,12 @@ class Refined:
 
     Attributes:
         weight, mask: (rows, columns).
-        before: tr((W−V) H (W−V)ᵀ) of the layer as it was pruned, with H not damped; a tensor of no dimensions.
         rechosen: weights that the mask has swapped, an int64 tensor of no dimensions.
         taken: whether the layer is refined, and not left as it was, a bool tensor of no dimensions.
     """
 
     weight: Tensor
     mask: Tensor
-    before: Tensor
     rechosen: Tensor
     taken: Tensor
 
@@ -112,8 +110,7 @@ def refine(
         better = quadratic_form(goal - new, hessian) <= quadratic_form(goal - old, hessian)
         new = torch.where(curvature.dead, plain.masked_fill(new_mask, 0), new / scale)  # what stays there keeps its value
         weight, final = torch.where(better, new, pruned), torch.where(better, new_mask, old_mask)
-        before = quadratic_form(plain - pruned, curvature.hessian)
-        refined.append(Refined(weight, final, before, (final & ~old_mask).sum(), better))
+        refined.append(Refined(weight, final, (final & ~old_mask).sum(), better))
     return refined
 
 
