@@ -18,6 +18,7 @@ GROUPS = {  # of conf/, in the order of a run, and what each decides
     "evaluation": "what is measured afterwards; several with [a,b]",
     "engine": "how a layer is solved",
     "refine": "what is made better of a layer once it is pruned",
+    "allocation": "how layers share what is pruned",
     "target": "what a layer is asked to be",
     "tracking": "where a run is told as it goes, beside its record",
     "experiment": "a study as a whole: any of the above, and the axes of its sweep",

@@ -79,8 +79,9 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
         pruning = _solving(settings, shape, passing)
         if streams > 1 and settings.pipeline.true_sequential:
             pruning += block  # the dense one, beside the one that is pruned part by part
-        states = streams * calibration.samples * calibration.window * shape.hidden * width
-        kept = _kept_on_disk(settings, shape, states, width)
+        copies = 2 if streams > 1 or settings.allocation.build() else 1  # a survey's are gone before the dense ones are made
+        states = copies * calibration.samples * calibration.window * shape.hidden * width
+        kept = _kept_on_disk(settings, shape, states // copies * streams, width)
     measuring, texts = _measuring(settings, shape, width)
     texts = texts if placed.by_blocks else 0
     large = max(states, texts)
@@ -110,6 +111,8 @@ def _solving(settings: Settings, shape: ModelShape, passing: int) -> int:
         square, flat = max(square, Refine.working[0]), max(flat, Refine.working[1])
     if settings.target.build():
         square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their moves
+    if settings.engine.permute:
+        square += 1  # what is known of the inputs, once more in another order
     peak, left = passing + sum(moments.values()), sum(moments.values())
     for name, layers in groups.items():
         solving = square * layers[0][1] ** 2 * 4 + flat * 4 * sum(rows * columns for rows, columns in layers)

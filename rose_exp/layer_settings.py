@@ -1,15 +1,26 @@
-"""Settings of what is done to each layer: the groups sparsity, method, reorder, engine, refine and target."""
+"""Settings of what is done to each layer: the groups sparsity, allocation, method, reorder, engine, refine and target."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .engine import METHODS, Method, Ordering, Precision, Refine, SemiStructured, Sparsity, Target, Unstructured
+from .engine import (
+    METHODS,
+    Allocation,
+    Method,
+    Ordering,
+    Precision,
+    Refine,
+    SemiStructured,
+    Sparsity,
+    Target,
+    Unstructured,
+)
 from .engine.kernels import Backend
 from .engine.ordering import Direction
 from .engine.scores import SCORES
@@ -109,6 +120,18 @@ class EngineSettings(Section):
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     backend: Backend = "auto"
     precision: Precision = "float32"  # of the moments' products, see InputMoments
+    permute: bool = False  # N:M: channels in the order in which the pattern loses least, where that is free
+
+
+class AllocationSettings(Section):
+    """See :class:`rose_exp.engine.Allocation`."""
+
+    rule: Literal["uniform", "owl", "losses"] = "uniform"  # uniform: every layer loses the same share
+    spread: Annotated[float, Field(ge=0, le=1)] = 0.08
+    outlier: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+
+    def build(self) -> Allocation | None:
+        return None if self.rule == "uniform" else Allocation(**self.model_dump())
 
 
 class RefineSettings(Section):
@@ -118,9 +141,10 @@ class RefineSettings(Section):
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     mask_iterations: Count = 0
-    penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    growth: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.8
-    every: Positive = 5
+    penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
+    growth: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    every: Positive = 4
+    relaxation: Annotated[float, Field(ge=1, lt=2)] = 1.6
 
     def build(self) -> Refine:
         return Refine(**self.model_dump())

@@ -93,6 +93,8 @@ def pruning_plan(settings: Settings) -> PruningPlan:
         damping=engine.damping,
         refine=settings.refine.build(),
         target=settings.target.build(),
+        allocation=settings.allocation.build(),
+        permute=engine.permute,
         backend=engine.backend,
         precision=engine.precision,
         layers=pipeline.layers,

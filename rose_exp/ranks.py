@@ -65,6 +65,11 @@ class Ranks:
         dist.all_reduce(count)
         drift.tokens = int(count)
 
+    def add_up(self, sums: Tensor) -> None:
+        """Make ``sums`` the sum of those of all ranks, on each of them."""
+        if self.size > 1:
+            dist.all_reduce(sums)
+
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite ``tensor`` with what it is at ``owner``."""
         if self.size > 1:

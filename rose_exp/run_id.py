@@ -19,7 +19,7 @@ LENGTH = 12  # hexadecimal digits: a clash among a million runs has a chance of 
 WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "sparsity_config", "tags", "plan", "rerun", "preflight")
 WITHOUT_EFFECT += ("pipeline.activations", "pipeline.weights", "pipeline.resume", "pipeline.by_blocks")
 ONLY_OF_PRUNED = ("sparsity", "reorder", "calibration", "engine", "seed", "pipeline.true_sequential", "pipeline.batch")
-ONLY_OF_PRUNED += ("pipeline.expert_tokens", "pipeline.starved_experts")
+ONLY_OF_PRUNED += ("pipeline.expert_tokens", "pipeline.starved_experts", "allocation", "refine", "target")
 UNKNOWN = "unknown"
 
 
@@ -41,6 +41,10 @@ def identifying(settings: Settings) -> dict[str, Any]:
     values["method"]["layer_options"] = list(values["method"]["layer_options"].items())  # of several that fit the first counts
     if settings.reorder.build() is None:
         values["reorder"] = None
+    if settings.allocation.build() is None:
+        values["allocation"] = None
+    if settings.sparsity.pattern == "unstructured":
+        values["engine"]["permute"] = False  # of no effect
     values["model"] |= _place(settings.model.path, settings.model.embedded)
     values["calibration"] |= _text_place(settings.calibration)
     for name, text in settings.evaluation.perplexity.items():

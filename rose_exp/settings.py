@@ -16,6 +16,7 @@ from .engine import METHODS, Ordering
 from .errors import SettingsError
 from .layer_settings import (
     DENSE,
+    AllocationSettings,
     EngineSettings,
     MethodSettings,
     RefineSettings,
@@ -167,6 +168,7 @@ class FiguresSettings(Section):
 class Settings(Section):
     model: ModelSettings
     sparsity: SparsitySettings
+    allocation: AllocationSettings
     method: MethodSettings
     reorder: ReorderSettings
     calibration: CalibrationSettings
@@ -191,9 +193,12 @@ class Settings(Section):
         """The method as the literature calls it; any ordering that is not ROSE's, and what comes on top, is spelt out."""
         if not self.pruned:
             return "Dense"
-        refine, target = self.refine.build(), self.target.build()
+        refine, target, allocation = self.refine.build(), self.target.build(), self.allocation.build()
+        permuted = self.engine.permute and self.sparsity.pattern != "unstructured"
         return (
             self._method_label
+            + (f" + {allocation.rule} {allocation.spread:g}" if allocation else "")
+            + (" + permuted" if permuted else "")
             + (f" + target {target.strength:g}/{target.residual:g}" if target else "")
             + (f" + masks again {refine.mask_iterations}" if refine.mask_iterations else "")
             + (f" + refine {refine.steps}" if refine.steps else "")
@@ -274,6 +279,12 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
         )
     tracking = sections.get("tracking")
     sparsity = sections.get("sparsity")
+    allocation = sections.get("allocation")
+    if allocation is not None and allocation.build() and sparsity is not None and sparsity.pattern != "unstructured":
+        found.append(
+            f"allocation.rule: expected uniform with pattern {sparsity.pattern}, which takes the same share of every layer, "
+            f"got {allocation.rule}"
+        )
     if sections["sparsity_config"] and (not sections["save"] or (sparsity is not None and sparsity.pattern == "unstructured")):
         found.append("sparsity_config: expected false unless save=true and sparsity is N:M, got true")
     if tracking is not None and tracking.save_model and not sections["save"]:

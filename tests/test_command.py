@@ -110,6 +110,11 @@ def test_all_mistakes_are_told_together():
         ("device=3", "device: expected text or a list of texts, got 3"),
         ("+evaluation.perplexity.embedded.windws=3", "no such setting, got 3; did you mean 'windows'?"),
         ("+evaluation.sped.window=3", "evaluation.sped: no such setting"),
+        (
+            "allocation=owl sparsity=2:4",
+            "allocation.rule: expected uniform with pattern 2:4, which takes the same share of every",
+        ),
+        ("refine=masks refine.relaxation=2", "refine.relaxation: expected less than 2, got 2"),
         ("method=oats refine=least_squares", "refine: expected none with oats, which adds a matrix to the pruned one, got 8"),
         ("reorder.score=wnda", "reorder.score: expected one of magnitude, obs, wanda, got 'wnda'; did you mean 'wanda'?"),
         (

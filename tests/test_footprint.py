@@ -48,6 +48,19 @@ def test_memory_grows_with_what_is_kept(small):
     assert bytes_of("calibration.samples=8004", "pipeline.activations=disk") < bytes_of("calibration.samples=8004")
 
 
+def test_a_second_stream_of_hidden_states_counts(small):
+    """The dense model's for a target, or that of a survey, which is gone before the other is made."""
+
+    def bytes_of(*overrides: str) -> int:
+        settings = settings_of(*small, "calibration.samples=8000", *overrides)
+        return footprint(settings, model_shape(settings.model), False, Placement("memory", False)).host
+
+    stream = 8000 * 128 * 64 * 4
+    plain = bytes_of()
+    for second in (["allocation=owl"], ["target=half"], ["allocation=owl", "target=half"]):
+        assert bytes_of(*second) - plain == pytest.approx(stream, rel=0.2)
+
+
 def test_the_papers_models_fit_where_they_should(preflight):
     placed, found = preflight.fitting("LLaMA2-70B", "80 GB GPU, 64 GB host")
     assert placed == Placement("disk", True)

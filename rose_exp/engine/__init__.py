@@ -5,6 +5,7 @@
 >>> result = prune_layer(weight, moments, sparsity=Unstructured(0.7), ordering=Ordering.rose())
 """
 
+from .allocation import Allocation
 from .hessian import NotPositiveDefiniteError
 from .methods import ALPS, METHODS, DSnoT, Magnitude, Method, SparseGPT, Wanda
 from .moments import InputMoments
@@ -18,6 +19,7 @@ from .targets import Drift, Target
 __all__ = [
     "ALPS",
     "METHODS",
+    "Allocation",
     "DSnoT",
     "Drift",
     "InputMoments",

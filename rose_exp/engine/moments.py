@@ -89,6 +89,13 @@ class InputMoments:
         self._gram, self.sum = self._gram.to(device), self.sum.to(device)
         return self
 
+    def permuted(self, order: Tensor) -> InputMoments:
+        """Those of the same inputs with their columns in another order (columns,) int64; a new object."""
+        other = InputMoments(self.columns, device="meta", dtype=self.dtype, precision=self.precision)
+        other._gram, other.sum = self.gram[order][:, order], self.sum[order]
+        other.weight, other.tokens = self.weight, self.tokens
+        return other
+
     def merge(self, other: InputMoments) -> None:
         """Add what ``other`` has seen, as if its inputs had come here."""
         if other.columns != self.columns:

@@ -119,7 +119,7 @@ def prune_layers(
     moments: InputMoments,
     *,
     methods: Sequence[str | Method],
-    sparsity: Sparsity,
+    sparsity: Sparsity | Sequence[Sparsity],
     ordering: Ordering | None = None,
     block_size: int = 128,
     damping: float = 0.01,
@@ -136,12 +136,16 @@ def prune_layers(
     Args:
         weights: of one dtype, on one device.
         methods: one for each weight.
+        sparsity: of all, or one for each weight.
 
     Raises:
         ValueError, NotPositiveDefiniteError: as :func:`prune_layer`.
     """
     if not weights or len(methods) != len(weights):
         raise ValueError(f"methods: expected one for each of at least one weight, got {len(methods)} for {len(weights)}")
+    patterns = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(weights)
+    if len(patterns) != len(weights):
+        raise ValueError(f"sparsity: expected one, or one for each of {len(weights)} weights, got {len(patterns)}")
     if isinstance(refine, int) and refine < 0:
         raise ValueError(f"refine: expected at least 0 steps, got {refine}")
     how = Refine(refine, tolerance=0) if isinstance(refine, int) else refine
@@ -167,13 +171,14 @@ def prune_layers(
         curvature = Curvature(moments, tried, dtype)
         asked = dense if target is None else target.of(dense, curvature, drift)
         waiting = [i for i, result in enumerate(results) if result is None]
-        layers = [Layer(asked[i], curvature, sparsity, ordering, block_size, backend) for i in waiting]
+        layers = [Layer(asked[i], curvature, patterns[i], ordering, block_size, backend) for i in waiting]
         settle(layers)
         solutions = [chosen[i].prune(layer) for i, layer in zip(waiting, layers, strict=True)]
         refined: Sequence[Refined | None] = [None] * len(waiting)
         if how:
             swept, masks = [s.weight for s in solutions], [s.mask for s in solutions]
-            refined = refine_layers(swept, [layer.weight for layer in layers], masks, curvature, sparsity, how)
+            kinds = [layer.sparsity for layer in layers]
+            refined = refine_layers(swept, [layer.weight for layer in layers], masks, curvature, kinds, how)
         found = [
             _Found(layer, chosen[i], solution, better, dense[i], weights[i].dtype)
             for i, layer, solution, better in zip(waiting, layers, solutions, refined, strict=True)

@@ -34,6 +34,8 @@ class Refine:
         penalty: ADMM's ρ at the start.
         growth: of ρ every so many iterations.
         every: so many iterations.
+        relaxation: of ADMM, 1 to 2, 1 is none: what is solved for is taken so much further from the pruned weights (Boyd et
+            al., 2011, section 3.4.3).
     """
 
     working: ClassVar[tuple[float, float]] = (2.0, 20.0)
@@ -43,9 +45,10 @@ class Refine:
     tolerance: float = 1e-4
     damping: float = 0.0
     mask_iterations: int = 0
-    penalty: float = 0.1
-    growth: float = 1.8
-    every: int = 5
+    penalty: float = 0.2
+    growth: float = 2.0
+    every: int = 4
+    relaxation: float = 1.6
 
     def __post_init__(self):
         for name, least in (("steps", 0), ("mask_iterations", 0), ("every", 1)):
@@ -58,6 +61,8 @@ class Refine:
             raise ValueError(f"penalty: expected a finite number above 0, got {self.penalty}")
         if not 1 <= self.growth < float("inf"):
             raise ValueError(f"growth: expected a finite number of at least 1, got {self.growth}")
+        if not 1 <= self.relaxation < 2:
+            raise ValueError(f"relaxation: expected a number from 1 to below 2, got {self.relaxation}")
 
     def __bool__(self) -> bool:
         return self.steps > 0 or self.mask_iterations > 0
@@ -84,7 +89,7 @@ def refine(
     targets: Sequence[Tensor],
     masks: Sequence[Tensor],
     curvature: Curvature,
-    sparsity: Sparsity,
+    sparsities: Sequence[Sparsity],
     how: Refine,
 ) -> list[Refined]:
     """Refine pruned layers that share their inputs; nothing is waited for.
@@ -94,7 +99,7 @@ def refine(
         targets: W that each is to come near to.
         masks: bool, True where pruned.
         curvature: of the inputs. H is damped as ``how`` says, not as the curvature does.
-        sparsity: of a mask that is chosen again.
+        sparsities: of each layer's mask, should it be chosen again.
     """
     hessian, scale = curvature.normalised(how.damping)
     rows = [len(weight) for weight in weights]
@@ -102,7 +107,7 @@ def refine(
     mask = torch.cat(list(masks))
     chosen, first = mask, start
     if how.mask_iterations:
-        first, chosen = _choose_again(start, target, hessian, sparsity, rows, how)
+        first, chosen = _choose_again(start, target, hessian, sparsities, rows, how)
     found = conjugate_gradient(first, target, chosen, hessian, how.steps, how.tolerance)
     refined = []
     layers = zip(*(x.split(rows) for x in (target, start, mask, found, chosen)), targets, weights, strict=True)
@@ -115,7 +120,7 @@ def refine(
 
 
 def _choose_again(
-    start: Tensor, target: Tensor, hessian: Tensor, sparsity: Sparsity, rows: Sequence[int], how: Refine
+    start: Tensor, target: Tensor, hessian: Tensor, sparsities: Sequence[Sparsity], rows: Sequence[int], how: Refine
 ) -> tuple[Tensor, Tensor]:
     """Pruned weights and their masks from ADMM over layers that stand below each other, (rows of all, columns).
 
@@ -130,9 +135,10 @@ def _choose_again(
             penalty, solve = penalty * how.growth, None
         if solve is None:
             solve = _penalised_inverse(hessian, penalty)
-        b = (image - v).add_(d, alpha=penalty) @ solve
+        b = torch.lerp(d, (image - v).add_(d, alpha=penalty) @ solve, how.relaxation)
         moved = b.add(v, alpha=1 / penalty)
-        mask = torch.cat([sparsity.select(part.abs()) for part in moved.split(rows)])
+        parts = zip(sparsities, moved.split(rows), strict=True)
+        mask = torch.cat([sparsity.select(part.abs()) for sparsity, part in parts])
         d = moved.masked_fill(mask, 0)
         v = v.add_(b.sub_(d), alpha=penalty)
     return d, mask

@@ -75,6 +75,14 @@ class Drift:
         those lack W δ beside ε."""
         self.residual.addmm_(weight.to(self.gram), self.gram, alpha=-1)
 
+    def permuted(self, order: Tensor) -> Drift:
+        """That of the same inputs with their columns in another order (columns,) int64; a new object."""
+        other = Drift(self.columns, device="meta", dtype=self.gram.dtype)
+        other.gram = self.gram[order][:, order]
+        other.residual = None if self.residual is None else self.residual[:, order]
+        other.tokens = self.tokens
+        return other
+
     @property
     def sums(self) -> list[Tensor]:
         return [self.gram] if self.residual is None else [self.gram, self.residual]

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
 import torch
@@ -20,6 +21,7 @@ from ..engine import (
     PruneResult,
     prune_layers,
 )
+from ..engine.allocation import BlockSurvey
 from ..engine.study import LayerStudy, study_layer
 from ..errors import RoseExpError
 from ..interruption import Interrupted
@@ -27,9 +29,11 @@ from ..models import LinearLayer, linear_layers, one_by_one
 from ..ranks import Ranks
 from .activations import Activations
 from .capture import BlockCall
+from .channels import ChannelOrders, Channels
 from .collect import Clock, Collector, GroupInputs
 from .first_block import FirstBlock
 from .plan import LayerReport, PassSeconds, PruningPlan
+from .survey import BlockWatch
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class BlockWalk:
     Args:
         groups: names of the block's layers, those with the same input together, in the order of their calls.
         adding: names of the layers whose output is added to the hidden states.
+        channels: the layers whose input channels are put in another order before they are pruned.
         calls: how the block is called, by the number of windows.
         dense: the dense model's hidden states, beside those of the pruned model, where the plan has a target.
     """
@@ -50,6 +55,7 @@ class BlockWalk:
         name: str,
         groups: Sequence[Sequence[str]],
         adding: Sequence[str],
+        channels: Sequence[Channels],
         calls: Mapping[int, BlockCall],
         plan: PruningPlan,
         device: torch.device | str,
@@ -60,12 +66,13 @@ class BlockWalk:
     ):
         self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
         self.ranks, self.seconds, self.on_study, self.dense = ranks, seconds, on_study, dense
-        layers = {layer.name: layer for layer in linear_layers(block, name)}
+        layers = self.layers = {layer.name: layer for layer in linear_layers(block, name)}
         wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
         self.groups = [group for group in wanted if group]  # of layers that share their input
         called = [name for group in groups for name in group]
         closing = called[-1] if called and called[-1] in adding else None
         self.collector = Collector(block, name, calls, plan, device, adding, closing, self._check_stop)
+        self.channels = ChannelOrders(layers, channels)
         self.first_block: FirstBlock | None = None
         self.first_key: str | None = None
         self.part: tuple[list[LayerReport], dict[str, Tensor]] = ([], {})  # what an earlier process has done of the block
@@ -96,6 +103,18 @@ class BlockWalk:
             )
         self.seconds.advancing += self._now() - start
 
+    def survey(self, hidden: Activations) -> BlockSurvey:
+        """Look at the layers while the block, with its dense weights, moves the hidden states on."""
+        start, watch = self._now(), BlockWatch(self.groups, self.device)
+        advancing = self.seconds.advancing
+        with ExitStack() as stack:
+            watch.hooks(stack)
+            self.advance(hidden, "dense")
+        found = watch.survey(self.plan.allocation, self.ranks)
+        self.seconds.advancing = advancing
+        self.seconds.surveying += self._now() - start
+        return found
+
     def _check_stop(self) -> None:
         """Stop between two batches; several processes stop together, between two blocks."""
         if self.ranks.size == 1:
@@ -119,7 +138,7 @@ class BlockWalk:
             last = not groups or groups[-1] is self.groups[-1]
             inputs = self._collect(left, hidden, twin, last, clock)
             for layer in before:  # after the others have seen it dense
-                layer.set_weight(self.part[1][layer.name].to(layer.weight))
+                self._take_up(layer)
             middle = self._now()
             studied = self.seconds.studying
             solved = self._solve(left, inputs, [*reports, *(earlier[layer.name] for layer in before)])
@@ -176,23 +195,36 @@ class BlockWalk:
                 inputs[place] = None  # its memory is the next group's
                 if ranks.size == 1 and failure is None and interruption.requested():
                     self._keep_and_stop([*before, *(report for reports in done.values() for report in reports)])
-        answers = ranks.gather((done, None if failure is None else str(failure)))
+        answers = ranks.gather((done, self.channels.waiting, None if failure is None else str(failure)))
         if failure is not None:
             raise failure
-        for rank, (_, error) in enumerate(answers):
+        for rank, (_, _, error) in enumerate(answers):
             if error is not None:
                 raise RoseExpError(f"rank {rank}: {error}")
         for group, owner in zip(groups, owners, strict=True):
             for layer in group:
                 ranks.broadcast(layer.module.weight.data, owner)
-        everything = {place: reports for reports_of_rank, _ in answers for place, reports in reports_of_rank.items()}
+        self.channels.order_makers({name: order for _, orders, _ in answers for name, order in orders.items()})
+        everything = {place: reports for reports_of_rank, _, _ in answers for place, reports in reports_of_rank.items()}
         return [report for place in range(len(groups)) for report in everything[place]]
 
     def _keep_and_stop(self, reports: Sequence[LayerReport]) -> None:
+        self.channels.order_makers(self.channels.waiting)
         if self.keep_part is not None:
-            layers = {layer.name: layer.weight for group in self.groups for layer in group}
-            self.keep_part(reports, {report.name: layers[report.name] for report in reports})
+            names = {report.name for report in reports}
+            makers = {maker for name in names for maker in self.channels.makers(name)}
+            biases = {f"{name}.bias": self.layers[name].module.bias for name in makers}
+            weights = {name: self.layers[name].weight for name in names | makers}
+            self.keep_part(reports, weights | {name: bias for name, bias in biases.items() if bias is not None})
         raise Interrupted(f"stopped after {reports[-1].name}")
+
+    def _take_up(self, layer: LinearLayer) -> None:
+        """Bring a layer that an earlier process has pruned to where it was, and those that make its inputs."""
+        for name in (layer.name, *self.channels.makers(layer.name)):
+            there = self.layers[name]
+            there.set_weight(self.part[1][name].to(there.weight))
+            if f"{name}.bias" in self.part[1]:
+                there.module.bias.data.copy_(self.part[1][f"{name}.bias"])
 
     def _prune_group(self, group: Sequence[LinearLayer], inputs: GroupInputs) -> list[LayerReport]:
         plan, moments = self.plan, inputs.moments
@@ -207,11 +239,15 @@ class BlockWalk:
         try:
             self._study_group(group, moments)
             start = self._now()
+            if len(group) == 1 and group[0].name in self.channels:
+                columns = self.channels.order(group[0], moments, plan.sparsity)
+                inputs.moments = moments = moments.permuted(columns)
+                inputs.drift = inputs.drift.permuted(columns) if inputs.drift is not None else None
             results = prune_layers(
                 [layer.weight for layer in group],
                 moments,
                 methods=[Magnitude() if starved else plan.method_for(layer.name) for layer in group],
-                sparsity=plan.sparsity,
+                sparsity=[plan.sparsity_of(layer.name) for layer in group],
                 ordering=plan.ordering,
                 block_size=plan.block_size,
                 damping=plan.damping,
@@ -228,7 +264,7 @@ class BlockWalk:
             layer.set_weight(result.weight)
         seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # a row
         return [
-            self._report(layer, result, moments.tokens, count, seconds, "magnitude" if starved else None, inputs.asked)
+            self._report(layer, result, inputs, count, seconds, "magnitude" if starved else None)
             for layer, result, count in zip(group, results, saved, strict=True)
         ]
 
@@ -259,16 +295,15 @@ class BlockWalk:
             instead="dense",
         )
 
-    @staticmethod
     def _report(
-        layer: LinearLayer, result: PruneResult, tokens: int, saved: int, seconds: float, instead: str | None, asked: str
+        self, layer: LinearLayer, result: PruneResult, inputs: GroupInputs, saved: int, seconds: float, instead: str | None
     ) -> LayerReport:
         rows, columns = result.weight.shape
         return LayerReport(
             name=layer.name,
             rows=rows,
             columns=columns,
-            tokens=tokens,
+            tokens=inputs.moments.tokens,
             sparsity=saved / (rows * columns),
             error=result.error,
             relative_range=result.relative_range,
@@ -282,7 +317,8 @@ class BlockWalk:
             unrefined_error=result.unrefined_error,
             rechosen=result.rechosen,
             unrefined=result.unrefined,
-            target=asked,
+            target=inputs.asked,
+            permuted=self.channels.moved(layer.name),
         )
 
     def _now(self) -> float:

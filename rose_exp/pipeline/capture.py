@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import RoseExpError
 from ..models import BlockList, linear_layers, one_by_one
+from .channels import Channels, find_channels
 from .residual import adding_layers
 from .weights import BlockWeights, InMemory
 
@@ -79,11 +80,13 @@ class Probe:
             same tensor side by side in one list.
         tails: of each block, what it returns after the hidden states; None: it returns them alone.
         adding: of each block, the names of the layers whose output is added to the hidden states; empty if not looked for.
+        channels: of each block, the layers whose inputs can be put in another order; empty if not looked for.
     """
 
-    layers: list[list[list[str]]]
-    tails: list[tuple | None]
-    adding: list[list[str]]
+    layers: list[list[list[str]]] = field(default_factory=list)
+    tails: list[tuple | None] = field(default_factory=list)
+    adding: list[list[str]] = field(default_factory=list)
+    channels: list[list[Channels]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -94,18 +97,20 @@ def probe(
     device: torch.device | str = "cpu",
     weights: BlockWeights | None = None,
     adding: bool = False,
+    channels: bool = False,
 ) -> Probe:
     """Run the model on the first few of ``tokens`` (windows, length), each block on ``device``.
 
     Args:
         weights: where the blocks' weights are; None: in memory.
         adding: look also for the layers whose output is added to the hidden states.
+        channels: look also for the layers whose inputs can be put in another order.
 
     Raises:
         RoseExpError: the blocks are no plain chain, each fed with the output of the one before: such a model cannot be
             walked block by block; or the model's output is not finite.
     """
-    chain, found, weights = _Chain(blocks), Probe([], [], []), weights or InMemory(blocks)
+    chain, found, weights = _Chain(blocks), Probe(), weights or InMemory(blocks)
 
     def run(index: int, block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden, call = BlockCall.split(args, kwargs)
@@ -119,11 +124,15 @@ def probe(
             there = on_device([call], device)[0]
             output = there.output(forward, hidden.to(device))
             stack.pop_all().close()
-            names = adding_layers(lambda states: there.run(forward, states), layers, hidden.to(device)) if adding else []
+            states = hidden.to(device)
+            names = adding_layers(lambda states: there.run(forward, states), layers, states) if adding else []
+            name = blocks.block_name(index)
+            free = find_channels(lambda states: there.run(forward, states), block, name, states) if channels else []
             output = _to_device(output, hidden.device, {})
         _add_unreached_experts(inputs.groups, [layer.name for layer in layers])
         found.layers.append(inputs.groups)
         found.adding.append(names)
+        found.channels.append(free)
         found.tails.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
         chain.leave(index, first_tensor(output))
         return output

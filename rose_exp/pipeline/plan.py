@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ..engine import Method, Ordering, Precision, Refine, Sparsity, Target
+from ..engine import Method, Ordering, Precision, Refine, SemiStructured, Sparsity, Target, Unstructured
+from ..engine.allocation import Allocation
 from ..engine.kernels import Backend
 from ..errors import RoseExpError, suggest
 from ..models import BlockList, all_linear_layers, projections
@@ -27,6 +28,10 @@ class PruningPlan:
         true_sequential: prune the layers of a block group by group, in the order that they are called, each group with
             moments of inputs that the groups before, already pruned, have made.
         refine: what is made better of every layer once it is pruned.
+        allocation: how layers share what is pruned; None: all lose the same share.
+        shares: what came out of that, by layer, once the model has been surveyed.
+        permute: with N:M patterns, put a layer's input channels in the order in which the pattern loses least, where the layers
+            that make them can be put in the same.
         target: what each layer is asked to be; None: the dense layer. With one, the dense model's hidden states are kept beside
             those of the pruned model. Experts are asked to be the dense layer all the same: other tokens reach them
             in the two models.
@@ -47,6 +52,9 @@ class PruningPlan:
     damping: float = 0.01
     refine: Refine = field(default_factory=lambda: Refine(0))
     target: Target | None = None
+    allocation: Allocation | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+    permute: bool = False
     backend: Backend = "auto"
     precision: Precision = "float32"
     layers: Sequence[str] = ("*",)
@@ -61,6 +69,13 @@ class PruningPlan:
 
     def wants(self, name: str) -> bool:
         return chosen(name, self.layers, self.skip)
+
+    @property
+    def permutes(self) -> bool:
+        return self.permute and isinstance(self.sparsity, SemiStructured)
+
+    def sparsity_of(self, name: str) -> Sparsity:
+        return Unstructured(self.shares[name]) if name in self.shares else self.sparsity
 
     def method_for(self, name: str) -> Method:
         return next((method for pattern, method in self.methods.items() if fnmatchcase(name, pattern)), self.method)
@@ -77,7 +92,7 @@ class LayerReport:
     ``target_error`` is the error towards what the layer was asked to be, ``unrefined_error`` the same before refining, which
     has pruned ``rechosen`` weights that were not pruned before, or left the layer ``unrefined`` where it would have raised the
     error. ``target`` is what it was asked for: ``dense``, the dense layer; ``outputs``, the dense model's output;
-    ``hidden_states``, what these lack, too.
+    ``hidden_states``, what these lack, too. ``permuted``: its input channels stand in another order than in the dense model.
     """
 
     name: str
@@ -98,6 +113,7 @@ class LayerReport:
     rechosen: int = 0
     unrefined: bool = False
     target: str = "dense"
+    permuted: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -105,16 +121,17 @@ class LayerReport:
 
 @dataclass
 class PassSeconds:
-    """Where the time of a walk goes: the dense passes, the moments' products in them, studies of layers, solving, and the
-    passes of pruned blocks; ``shared`` is no time of this walk, but what an earlier one has spent on the first block's moments
-    that this one was given. Processes that solve their layers at the same time wait for the slowest, which counts as
-    solving."""
+    """Where the time of a walk goes: the survey of the dense model, the dense passes, the moments' products in them, studies of
+    layers, solving, and the passes of pruned blocks; ``shared`` is no time of this walk, but what an earlier one has spent on
+    the first block's moments that this one was given. Processes that solve their layers at the same time wait for the slowest,
+    which counts as solving."""
 
     calibrating: float = 0.0
     moments: float = 0.0
     studying: float = 0.0
     solving: float = 0.0
     advancing: float = 0.0
+    surveying: float = 0.0
     shared: float = 0.0
 
 

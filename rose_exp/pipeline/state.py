@@ -36,6 +36,7 @@ class Progress:
         blocks: whole blocks, from the first.
         layers: reports of their layers.
         part: reports of layers of the next block that were pruned before the run was stopped.
+        shares: of its weights that each layer is to lose, where layers lose different ones.
         seconds: of the walk so far, by kind of work.
         files: name and bytes of every file that belongs to this state.
         generators: states of torch's generators, hexadecimal.
@@ -44,6 +45,7 @@ class Progress:
     blocks: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
     part: list[dict[str, Any]] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     generators: list[str] = field(default_factory=list)
@@ -160,10 +162,18 @@ class RunState:
         self.progress = Progress(
             blocks=index + 1,
             layers=[*before.layers, *(report.as_dict() for report in reports)],
+            shares=before.shares,
             seconds=dict(seconds),
             files=files,
             generators=_generators(),
         )
+        self._write(before)
+
+    def keep_shares(self, shares: Mapping[str, float]) -> None:
+        """Keep how layers share what is pruned, before the first is."""
+        before = self.progress
+        self.progress = Progress(**asdict(before))
+        self.progress.shares = dict(shares)
         self._write(before)
 
     def commit_part(self, reports: Sequence[LayerReport], weights: Mapping[str, Tensor]) -> None:

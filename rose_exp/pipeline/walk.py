@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -81,14 +82,16 @@ def prune_model(
                 on_layer(len(reports), report)
             reports.append(report)
 
-    found = probe(model, blocks, tokens, device, weights, adding=bool(plan.target and plan.target.residual))
+    adding = bool(plan.target and plan.target.residual)
+    found = probe(model, blocks, tokens, device, weights, adding=adding, channels=plan.permutes)
     _check_called(blocks, found, plan)
     last = max(i for i, groups in enumerate(found.layers) if any(plan.wants(name) for group in groups for name in group))
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         share = ranks.share(tokens)
         hidden, calls = enter(model, blocks, share, plan.batch, plan.activations, found, device, Path(folder) / "hidden")
         _check_entering(hidden, blocks)
-        dense = hidden.copy(Path(folder) / "dense") if plan.target else None
+        shares: dict[str, float] = {}
+        dense: Activations | None = None
 
         def walk_of(index: int, block: nn.Module) -> BlockWalk:
             own = {size: of_size[index] for size, of_size in calls.items()}
@@ -97,8 +100,9 @@ def prune_model(
                 blocks.block_name(index),
                 found.layers[index],
                 found.adding[index],
+                found.channels[index],
                 own,
-                plan,
+                replace(plan, shares=shares),
                 device,
                 ranks,
                 seconds,
@@ -106,6 +110,12 @@ def prune_model(
                 dense,
             )
 
+        if plan.allocation is not None:
+            kept = state.progress.shares if state is not None else {}
+            shares |= kept or _survey(hidden.copy(Path(folder) / "survey"), weights, walk_of, last, plan, device)
+            if state is not None and not kept:
+                state.keep_shares(shares)
+        dense = hidden.copy(Path(folder) / "dense") if plan.target else None
         first = 0
         if state is not None and state.progress.blocks:
             first = state.progress.blocks
@@ -131,6 +141,22 @@ def prune_model(
             done(of_block)
             log.info("pruned %s (%d of %d)", blocks.block_name(index), index + 1, last + 1)
     return reports
+
+
+def _survey(
+    hidden: Activations,
+    weights: BlockWeights,
+    walk_of: Callable[[int, nn.Module], BlockWalk],
+    last: int,
+    plan: PruningPlan,
+    device: torch.device | str,
+) -> dict[str, float]:
+    """How layers share what is pruned, from a pass of the dense model whose ``hidden`` states move on to the ``last`` block."""
+    found = []
+    for index in tqdm(range(last + 1), "surveying", unit="block", disable=None):
+        with weights.at(index, device, original=True) as block:
+            found.append(walk_of(index, block).survey(hidden))
+    return plan.allocation.shares(found, plan.sparsity.ratio)
 
 
 def _take_up(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class Work:
         if settings.pruned:
             tokens = settings.calibration.samples * settings.calibration.window
             layers = [(rows, columns, tokens) for rows, columns in shape.layers]
-            operations |= _pruning(settings.model_dump(include={"method", "refine", "target"}), layers)
+            operations |= _pruning(settings.model_dump(include={"method", "refine", "target", "allocation"}), layers)
         if settings.evaluation.perplexity:
             at_most = settings.evaluation.at_most
             counts = [
@@ -50,14 +50,16 @@ class Work:
         return cls(operations | {"evaluation": 2 * record["protocol"]["model"]["parameters"] * tokens})
 
 
-def _pruning(config: Mapping[str, Any], layers: Iterable[tuple[int, int, int]]) -> dict[str, float]:
+def _pruning(config: Mapping[str, Any], layers: Sequence[tuple[int, int, int]]) -> dict[str, float]:
     """Of layers of (rows, columns, tokens). What a method does is reckoned by its largest products; rates absorb the rest, each
     of one method refined in one way."""
-    refine, target = (config.get(name, {}) for name in ("refine", "target"))  # records from before there were any lack both
+    refine, target, allocation = (config.get(name, {}) for name in ("refine", "target", "allocation"))  # old records lack them
     products = refine.get("steps", 0) + refine.get("mask_iterations", 0)
     streams = 2 if target.get("strength") or target.get("residual") else 1
     solving = f"pruning.solving {config['method']['name']}" + (f" refined {products}" if products else "")
     found = dict.fromkeys(("pruning.calibrating", "pruning.moments", solving, "pruning.advancing"), 0.0)
+    if allocation.get("rule", "uniform") != "uniform":
+        found["pruning.surveying"] = 2.0 * sum(rows * columns * tokens for rows, columns, tokens in layers)
     for rows, columns, tokens in layers:
         found["pruning.calibrating"] += 2 * rows * columns * tokens * streams
         found["pruning.advancing"] += 2 * rows * columns * tokens

@@ -1,0 +1,64 @@
+"""A pass of the dense model that looks at its layers before any is pruned, for those who prune some more than others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.allocation import Allocation, BlockSurvey, loss_histogram, outlier_share
+from ..models import LinearLayer
+from ..ranks import Ranks
+
+
+class BlockWatch:
+    """Looks at a block's layers while the dense block runs.
+
+    Args:
+        groups: the layers, those with the same input together.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[LinearLayer]], device: torch.device | str):
+        self.groups = groups
+        self.squares = [torch.zeros(group[0].columns, dtype=torch.float64, device=device) for group in groups]  # Σ x²
+        self.powers = {layer.name: torch.zeros((), dtype=torch.float64, device=device) for group in groups for layer in group}
+        self.tokens = torch.zeros(len(groups), dtype=torch.float64, device=device)
+
+    def hooks(self, stack: ExitStack) -> None:
+        """Watch until ``stack`` is left."""
+        for place, group in enumerate(self.groups):
+            stack.callback(group[0].module.register_forward_pre_hook(self._input(place), with_kwargs=True).remove)
+            for layer in group:
+                stack.callback(layer.module.register_forward_hook(self._output(layer)).remove)
+
+    def survey(self, allocation: Allocation, ranks: Ranks) -> BlockSurvey:
+        """What was seen, by all ranks together. Layers that no token has reached, or that answer with zeros, are left out."""
+        for sums in (*self.squares, *self.powers.values(), self.tokens):
+            ranks.add_up(sums)
+        scores, histograms = [], {}
+        for squares, tokens, group in zip(self.squares, self.tokens, self.groups, strict=True):
+            for layer in group:
+                power = self.powers[layer.name] / tokens
+                if tokens > 0 and power > 0:
+                    scores.append(layer.weight.float().abs() * (squares / tokens).sqrt().float())
+                    histograms[layer.name] = loss_histogram(layer.weight, squares / tokens, power)
+        return BlockSurvey(outlier_share(scores, allocation.outlier) if scores else 0.0, histograms)
+
+    def _input(self, place: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = (args[0] if args else kwargs["input"]).flatten(0, -2)
+            self.squares[place] += x.float().square().sum(dim=0)
+            self.tokens[place] += len(x)
+
+        return hook
+
+    def _output(self, layer: LinearLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: tuple, output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            answer = output.float() if bias is None else output.float() - bias.float()
+            self.powers[layer.name] += answer.square().sum()
+
+        return hook
