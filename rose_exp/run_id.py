@@ -85,3 +85,4 @@ def _resolved_run_id(*, _root_: DictConfig) -> str:
 def register_resolver() -> None:
     """Let configuration files say ``${run_id:}``."""
     OmegaConf.register_new_resolver("run_id", _resolved_run_id, replace=True)
+    OmegaConf.register_new_resolver("unstructured_else", lambda kind, a, b: a if kind == "unstructured" else b, replace=True)

@@ -3,8 +3,8 @@
 #
 #   bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]
 #
-# STUDY: table2 … table7, fig1, fig4, fig5_block_size, fig5_samples, fig5_window, threshold, plus, plus_nm, plus_parts, plus_order; each is
-# conf/experiment/rose_STUDY.yaml.
+# STUDY: table2 … table7, fig1, fig4, fig5_block_size, fig5_samples, fig5_window, threshold, plus, plus_nm, plus_parts, plus_order,
+#   plus_allocation, plus_permute; each is conf/experiment/rose_STUDY.yaml.
 # --models: choices of conf/model in place of the paper's.
 # --seeds: of the calibration windows, the same for every method; the paper has one, 0.
 # --small: the same study on SmolLM2-135M with short texts: two cores and no hub. OATS takes most of the time; METHODS as in
@@ -39,6 +39,7 @@ case "$study" in
   fig5_window) columns=calibration.window ;;
   threshold) columns=reorder.threshold ;;
   plus_order) columns=engine.block_size ;;
+  plus_allocation) columns=allocation.spread ;;
 esac
 
 if $small; then
