@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from rose_exp.engine import InputMoments, Ordering, SparseGPT, Target, Unstructured
+from rose_exp.engine import Allocation, InputMoments, Ordering, SemiStructured, SparseGPT, Target, Unstructured
 from rose_exp.pipeline import PruningPlan, prune_model
 from rose_exp.ranks import Ranks
 
@@ -26,8 +26,17 @@ def two_ranks(*arguments: str, folder=REPOSITORY) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize(("sequential", "target"), [(False, None), (True, None), (False, Target(0.6, 0.4))])
-def test_two_ranks_prune_as_one_does(sequential, target, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"true_sequential": True},
+        {"target": Target(0.6, 0.4), "allocation": Allocation("losses", 0.1)},
+        {"sparsity": SemiStructured(2, 4), "permute": True},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_two_ranks_prune_as_one_does(options, tmp_path):
     """Five windows, so that the shares differ; float64, so that no mask bit hangs on the order of sums."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -37,7 +46,7 @@ def test_two_ranks_prune_as_one_does(sequential, target, tmp_path):
         from rose_exp.ranks import process_group
         with process_group():
             ranks, model = Ranks(), build("llama").double()
-            plan = PruningPlan(**PLAN, true_sequential={sequential}, target={target})
+            plan = PruningPlan(**PLAN | {options!r})
             reports = prune_model(model, tokens(), plan, ranks=ranks)
             torch.save((model.state_dict(), [(r.name, r.tokens, r.error) for r in reports]), sys.argv[1] + str(ranks.rank))
         """)
@@ -45,7 +54,8 @@ def test_two_ranks_prune_as_one_does(sequential, target, tmp_path):
     done = two_ranks(str(script), str(tmp_path / "rank"))
     assert done.returncode == 0, done.stderr
     alone = build("llama").double()
-    reports = prune_model(alone, tokens(), PruningPlan(**PLAN, true_sequential=sequential, target=target))
+    reports = prune_model(alone, tokens(), PruningPlan(**PLAN | options))
+    assert any(report.permuted for report in reports) == ("permute" in options)
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert first[1] == second[1]
     assert [(name, count) for name, count, _ in first[1]] == [(r.name, r.tokens) for r in reports]

@@ -274,7 +274,8 @@ class BlockWalk:
         for layer in group:
             if self.on_study and any(fnmatchcase(layer.name, pattern) for pattern in plan.study):
                 log.info("studying the order of %s", layer.name)
-                self.on_study(layer.name, study_layer(layer.weight, moments, plan.sparsity, plan.block_size, plan.damping))
+                sparsity = plan.sparsity_of(layer.name)
+                self.on_study(layer.name, study_layer(layer.weight, moments, sparsity, plan.block_size, plan.damping))
         self.seconds.studying += self._now() - start
 
     @staticmethod

@@ -112,7 +112,7 @@ def prune_model(
 
         if plan.allocation is not None:
             kept = state.progress.shares if state is not None else {}
-            shares |= kept or _survey(hidden.copy(Path(folder) / "survey"), weights, walk_of, last, plan, device)
+            shares |= kept or _survey(hidden.copy(Path(folder) / "survey"), weights, walk_of, last, plan, device, ranks)
             if state is not None and not kept:
                 state.keep_shares(shares)
         dense = hidden.copy(Path(folder) / "dense") if plan.target else None
@@ -150,13 +150,14 @@ def _survey(
     last: int,
     plan: PruningPlan,
     device: torch.device | str,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """How layers share what is pruned, from a pass of the dense model whose ``hidden`` states move on to the ``last`` block."""
     found = []
     for index in tqdm(range(last + 1), "surveying", unit="block", disable=None):
         with weights.at(index, device, original=True) as block:
             found.append(walk_of(index, block).survey(hidden))
-    return plan.allocation.shares(found, plan.sparsity.ratio)
+    return ranks.gather(plan.allocation.shares(found, plan.sparsity.ratio))[0]  # not two that rounding sets apart
 
 
 def _take_up(
