@@ -40,7 +40,7 @@ def channel_order(scores: Tensor, sparsity: SemiStructured) -> Tensor:
     for place in list(range(group)) * ROUNDS:
         moving, others = members[place], torch.cat([members[:place], members[place + 1 :]])
         # a group keeps the kept−1 largest of the others, and the larger of the next one and the new member
-        threshold = whole[others].topk(kept, dim=0).values[-1] if kept < group else torch.zeros_like(whole[moving])
+        threshold = whole[others].topk(kept, dim=0).values[-1]
         gain = torch.cdist(whole[moving], threshold, p=1) + whole[moving].sum(dim=1, keepdim=True)  # 2 Σ max, but for constants
         _, places = linear_sum_assignment(gain.T.cpu().double().numpy(), maximize=True)
         members[place] = moving[torch.as_tensor(places, device=members.device)]

@@ -141,7 +141,10 @@ class ChannelOrders:
         """
         channels = self.channels[layer.name]
         worth = channels.by_unit(layer.weight.float().square() * moments.mean_square())
-        orders = torch.stack([channel_order(of_unit, sparsity) for of_unit in worth])
+        if channels.units * channels.copies > 1 and channels.width % sparsity.group:  # groups reach from one unit into another
+            orders = torch.arange(channels.width, device=worth.device).repeat(channels.units, 1)
+        else:
+            orders = torch.stack([channel_order(of_unit, sparsity) for of_unit in worth])
         columns = channels.columns(orders)
         layer.set_weight(layer.weight[:, columns])
         self.waiting[layer.name] = orders.cpu()

@@ -87,6 +87,12 @@ def test_less_is_lost_and_the_pattern_holds(sequential):
     assert sum(lost[True][name] for name in first) < 0.95 * sum(lost[False][name] for name in first)
 
 
+def test_heads_that_share_a_group_keep_their_order():
+    """Heads of eight channels, groups of twelve; the MLP's 52 channels are four whole groups and a rest."""
+    reports = prune_model(build("llama"), tokens(), PruningPlan(Magnitude(), SemiStructured(6, 12), batch=2, permute=True))
+    assert {report.name.split(".")[-1] for report in reports if report.permuted} == {"down_proj"}
+
+
 def test_an_unstructured_pattern_has_no_use_for_it():
     reports = prune_model(build("llama"), tokens(), PruningPlan(Magnitude(), Unstructured(0.5), batch=2, permute=True))
     assert not any(report.permuted for report in reports)
