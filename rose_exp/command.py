@@ -21,8 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .entry import config_folder
 from .errors import SettingsError, suggest
-from .run_id import run_id
+from .run_id import register_resolver, run_id
 from .settings import Settings, read_settings
+
+register_resolver()  # what configuration files reckon with
 
 
 @dataclass(frozen=True)

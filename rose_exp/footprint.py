@@ -111,7 +111,7 @@ def _solving(settings: Settings, shape: ModelShape, passing: int) -> int:
         square, flat = max(square, Refine.working[0]), max(flat, Refine.working[1])
     if settings.target.build():
         square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their moves
-    if settings.engine.permute:
+    if settings.engine.permute and settings.sparsity.pattern != "unstructured":
         square += 1  # what is known of the inputs, once more in another order
     peak, left = passing + sum(moments.values()), sum(moments.values())
     for name, layers in groups.items():

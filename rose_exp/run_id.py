@@ -43,6 +43,8 @@ def identifying(settings: Settings) -> dict[str, Any]:
         values["reorder"] = None
     if settings.allocation.build() is None:
         values["allocation"] = None
+    elif settings.allocation.rule == "losses":
+        values["allocation"]["outlier"] = None
     if settings.sparsity.pattern == "unstructured":
         values["engine"]["permute"] = False  # of no effect
     values["model"] |= _place(settings.model.path, settings.model.embedded)
@@ -83,6 +85,6 @@ def _resolved_run_id(*, _root_: DictConfig) -> str:
 
 
 def register_resolver() -> None:
-    """Let configuration files say ``${run_id:}``."""
+    """Let configuration files say ``${run_id:}``, and ``${unstructured_else:PATTERN,A,B}``: A with this pattern, else B."""
     OmegaConf.register_new_resolver("run_id", _resolved_run_id, replace=True)
     OmegaConf.register_new_resolver("unstructured_else", lambda kind, a, b: a if kind == "unstructured" else b, replace=True)

@@ -198,6 +198,7 @@ class Settings(Section):
         return (
             self._method_label
             + (f" + {allocation.rule} {allocation.spread:g}" if allocation else "")
+            + (f"/{allocation.outlier:g}" if allocation and allocation.rule == "owl" and allocation.outlier != 5 else "")
             + (" + permuted" if permuted else "")
             + (f" + target {target.strength:g}/{target.residual:g}" if target else "")
             + (f" + masks again {refine.mask_iterations}" if refine.mask_iterations else "")

@@ -39,7 +39,6 @@ case "$study" in
   fig5_window) columns=calibration.window ;;
   threshold) columns=reorder.threshold ;;
   plus_order) columns=engine.block_size ;;
-  plus_allocation) columns=allocation.spread ;;
 esac
 
 if $small; then

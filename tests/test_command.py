@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,7 @@ def test_all_mistakes_are_told_together():
             "allocation=owl sparsity=2:4",
             "allocation.rule: expected uniform with pattern 2:4, which takes the same share of every",
         ),
+        ("method=rose_plus sparsity=2:4 allocation=losses", "allocation.rule: expected uniform with pattern 2:4"),
         ("refine=masks refine.relaxation=2", "refine.relaxation: expected less than 2, got 2"),
         ("method=oats refine=least_squares", "refine: expected none with oats, which adds a matrix to the pruned one, got 8"),
         ("reorder.score=wnda", "reorder.score: expected one of magnitude, obs, wanda, got 'wnda'; did you mean 'wanda'?"),
@@ -172,3 +175,18 @@ def test_every_study_of_the_paper_can_be_had_small(study):
     assert {job.settings.model.embedded for job in jobs} == {"smollm2-135m"}
     assert {job.settings.calibration.embedded for job in jobs} == {"c4"}
     assert all(job.settings.evaluation.at_most == 2 for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rule", "label"),
+    [("unstructured", "owl", "ROSE + owl 0.08 + target"), ("2:4", "uniform", "ROSE + permuted + target")],
+)
+def test_rose_plus_suits_the_pattern(pattern, rule, label):
+    """In a process of its own, in which nothing else has been imported."""
+    code = (
+        "from rose_exp.command import check_command;"
+        f"settings = check_command(['method=rose_plus', 'sparsity={pattern}']).jobs[0].settings;"
+        "print(settings.allocation.rule, settings.label)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{rule} {label} 0.5/0.5 + masks again 12 + refine 6")

@@ -37,6 +37,10 @@ def identity(*overrides: str, folder=None) -> str:
         "evaluation.perplexity.embedded.windows=47",
         "evaluation.batch=2",
         "model.dtype=bfloat16",
+        "allocation=owl",
+        "refine=masks",
+        "refine.relaxation=1.5",
+        "target=half",
     ],
 )
 def test_what_can_change_a_number_makes_another_run(override):
@@ -58,6 +62,8 @@ def test_what_can_change_a_number_makes_another_run(override):
         "calibration.dataset=ignored",  # the embedded text stands before it
         "seed=0",
         "sparsity.ratio=0.50",
+        "engine.permute=true",  # unstructured sparsity has no groups
+        "allocation.spread=0.1",  # the same share of every layer
     ],
 )
 def test_what_cannot_does_not(override):
@@ -68,10 +74,17 @@ def test_equal_patterns_are_one_run():
     assert identity("sparsity=2:4") == identity("sparsity.pattern=2:4", "sparsity.ratio=0.5")
 
 
+def test_what_has_no_effect_on_one_pattern_or_rule_has_on_another():
+    assert identity("sparsity=2:4", "engine.permute=true") != identity("sparsity=2:4")
+    assert identity("allocation=owl", "allocation.outlier=7") != identity("allocation=owl")
+    assert identity("allocation=losses", "allocation.outlier=7") == identity("allocation=losses")
+
+
 def test_of_a_dense_model_only_the_measurement_counts():
     assert identity("method=dense", "reorder=none", "seed=3", "sparsity.ratio=0.9", "calibration=c4") == identity(
         "method=dense"
     )
+    assert identity("method=dense", "refine=masks", "target=half", "allocation=owl") == identity("method=dense")
     assert identity("method=dense", "evaluation.perplexity.embedded.window=512") != identity("method=dense")
 
 

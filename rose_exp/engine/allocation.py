@@ -37,8 +37,9 @@ class Allocation:
 
     Args:
         rule: ``owl``, between blocks by their outliers, or ``losses``, between layers by what weights are expected to lose.
-        spread: by which a share differs from that of all together at most, 0 to 1; before the total is met in ``owl``.
-        outlier: how many times the mean an outlier is above, in ``owl``.
+        spread: 0 to 1: by which a share differs from that of all together at most in ``losses``. In ``owl`` its authors' λ: the
+            largest and the smallest share are 2λ apart, and all are shifted to meet the total.
+        outlier: how many times the mean an outlier is above, in ``owl``; its authors' M.
     """
 
     rule: Rule

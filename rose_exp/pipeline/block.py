@@ -72,7 +72,8 @@ class BlockWalk:
         called = [name for group in groups for name in group]
         closing = called[-1] if called and called[-1] in adding else None
         self.collector = Collector(block, name, calls, plan, device, adding, closing, self._check_stop)
-        self.channels = ChannelOrders(layers, channels)
+        alone = [group[0] for group in groups if len(group) == 1]  # none other is fed with the same
+        self.channels = ChannelOrders(layers, [of_layer for of_layer in channels if of_layer.layer in alone])
         self.first_block: FirstBlock | None = None
         self.first_key: str | None = None
         self.part: tuple[list[LayerReport], dict[str, Tensor]] = ([], {})  # what an earlier process has done of the block
@@ -239,7 +240,7 @@ class BlockWalk:
         try:
             self._study_group(group, moments)
             start = self._now()
-            if len(group) == 1 and group[0].name in self.channels:
+            if group[0].name in self.channels:
                 columns = self.channels.order(group[0], moments, plan.sparsity)
                 inputs.moments = moments = moments.permuted(columns)
                 inputs.drift = inputs.drift.permuted(columns) if inputs.drift is not None else None

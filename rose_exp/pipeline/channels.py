@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..engine import InputMoments, SemiStructured
 from ..engine.permutation import channel_order
 from ..models import LinearLayer, linear_layers
-from .residual import nearness
+
+SAME = 1e-5  # how far inputs may be apart that are equal but for sums in another order; in half precision by half its rounding
+SIMILAR = 0.05  # the same of what a block adds to its hidden states, which any wrong order would change altogether
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,14 @@ class Channels:
 
 
 @torch.no_grad()
-def find_channels(run: Callable[[Tensor], Any], block: nn.Module, name: str, hidden: Tensor) -> list[Channels]:
+def find_channels(run: Callable[[Tensor], Tensor], block: nn.Module, name: str, hidden: Tensor) -> list[Channels]:
     """All such layers of a block that the model calls ``name``.
 
     What is told apart by its sizes alone is tried: the makers' outputs are put in another order, and the layer must be fed with
     what it was fed with before, in that order.
 
     Args:
-        run: the block, from hidden states.
+        run: the block, from hidden states to hidden states.
         hidden: some real hidden states that enter the block, (windows, tokens, width).
     """
     layers = [layer for layer in linear_layers(block, name) if not layer.of_expert]
@@ -78,35 +80,45 @@ def find_channels(run: Callable[[Tensor], Any], block: nn.Module, name: str, hid
 
 
 def _candidates(layer: LinearLayer, siblings: Sequence[LinearLayer], head: int | None) -> Iterator[Channels]:
-    as_tall = [other.name for other in siblings if len(other.weight) == layer.columns]
-    if as_tall:
-        yield Channels(layer.name, tuple(as_tall), 1, 1, layer.columns)
     for other in siblings:
         rows = len(other.weight)
         if head and rows % head == 0 and layer.columns % rows == 0:
             yield Channels(layer.name, (other.name,), rows // head, layer.columns // rows, head)
+    as_tall = [other.name for other in siblings if len(other.weight) == layer.columns]
+    if as_tall:
+        yield Channels(layer.name, tuple(as_tall), 1, 1, layer.columns)
 
 
-def _holds(tried: Channels, known: dict[str, LinearLayer], run: Callable[[Tensor], Any], hidden: Tensor) -> bool:
+def _holds(tried: Channels, known: dict[str, LinearLayer], run: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:
+    """Whether the layer is fed with its inputs in another order when its makers' outputs are put in that order, and nothing
+    else in the block is touched: with the layer's inputs put back, the block answers as before."""
     generator = torch.Generator().manual_seed(0)
     orders = torch.stack([torch.randperm(tried.width, generator=generator) for _ in range(tried.units)]).to(hidden.device)
     rows, columns = tried.rows(orders), tried.columns(orders)
     seen: list[Tensor] = []
+
+    def watch(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        x = args[0] if args else kwargs["input"]
+        seen.append(x)
+        put_back = x if len(seen) == 1 else torch.empty_like(x).index_copy_(-1, columns, x)
+        return (put_back, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}
+
     with ExitStack() as stack:
-
-        def watch(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen.append(args[0] if args else kwargs["input"])
-
         stack.callback(known[tried.layer].module.register_forward_pre_hook(watch, with_kwargs=True).remove)
-        run(hidden)
+        answer = run(hidden)
         for name in tried.makers:
             hook = known[name].module.register_forward_hook(lambda _module, _args, output: output[..., rows])
             stack.callback(hook.remove)
-        run(hidden)
+        again = run(hidden)
     if len(seen) != 2 or not torch.isfinite(seen[0]).all():
         return False
-    before, after = seen[0][..., columns].float(), seen[1].float()
-    return bool(before.norm() > 0 and (after - before).norm() <= nearness(hidden.dtype) * before.norm())
+    same = max(SAME, torch.finfo(hidden.dtype).eps / 2)
+    return _near(seen[1], seen[0][..., columns], same) and _near(again - hidden, answer - hidden, SIMILAR)
+
+
+def _near(found: Tensor, expected: Tensor, share: float) -> bool:
+    norm = expected.float().norm()
+    return bool(norm > 0 and (found.float() - expected.float()).norm() <= share * norm)
 
 
 class ChannelOrders:

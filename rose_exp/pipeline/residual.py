@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from ..models import LinearLayer
 
-
-def nearness(dtype: torch.dtype) -> float:
-    """How near to each other two answers are, relative to either, that differ by rounding alone."""
-    return max(1e-3, 4 * torch.finfo(dtype).eps)
+NEAR = 1e-3  # relative; in half precision four times its rounding
 
 
 @torch.no_grad()
@@ -30,7 +27,7 @@ def adding_layers(run: Callable[[Tensor], Tensor], layers: list[LinearLayer], hi
         layers: of the block.
         hidden: some real hidden states that enter the block, (windows, tokens, width).
     """
-    width, near = hidden.shape[-1], nearness(hidden.dtype)
+    width, near = hidden.shape[-1], max(NEAR, 4 * torch.finfo(hidden.dtype).eps)
     answers: dict[str, Tensor] = {}
     found = []
     with ExitStack() as stack:

@@ -84,7 +84,10 @@ def prune_model(
 
     adding = bool(plan.target and plan.target.residual)
     found = probe(model, blocks, tokens, device, weights, adding=adding, channels=plan.permutes)
+    found.channels = ranks.gather(found.channels)[0]  # not two that rounding sets apart
     _check_called(blocks, found, plan)
+    if plan.permutes and not any(found.channels):
+        log.warning("engine.permute: this model has no layer whose input channels can change places")
     last = max(i for i, groups in enumerate(found.layers) if any(plan.wants(name) for group in groups for name in group))
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         share = ranks.share(tokens)
@@ -112,7 +115,9 @@ def prune_model(
 
         if plan.allocation is not None:
             kept = state.progress.shares if state is not None else {}
-            shares |= kept or _survey(hidden.copy(Path(folder) / "survey"), weights, walk_of, last, plan, device, ranks)
+            file = Path(folder) / "survey"
+            shares |= kept or _survey(hidden.copy(file), weights, walk_of, last, plan, device, ranks)
+            file.unlink(missing_ok=True)
             if state is not None and not kept:
                 state.keep_shares(shares)
         dense = hidden.copy(Path(folder) / "dense") if plan.target else None
@@ -155,6 +160,7 @@ def _survey(
     """How layers share what is pruned, from a pass of the dense model whose ``hidden`` states move on to the ``last`` block."""
     found = []
     for index in tqdm(range(last + 1), "surveying", unit="block", disable=None):
+        _check_stop(ranks)
         with weights.at(index, device, original=True) as block:
             found.append(walk_of(index, block).survey(hidden))
     return ranks.gather(plan.allocation.shares(found, plan.sparsity.ratio))[0]  # not two that rounding sets apart

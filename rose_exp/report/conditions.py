@@ -7,7 +7,7 @@ from typing import Any
 
 from ..dotted import flat, without
 
-ROWS = ("method", "reorder", "seed")  # what tables compare, or average over
+ROWS = ("method", "reorder", "refine", "target", "allocation", "engine.permute", "seed")  # what tables compare, or average over
 WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations", "evaluation")
 OF_SEED = ("protocol.seed", "protocol.calibration.seed", "protocol.calibration.tokens_sha256")
 OF_PRUNED = (
@@ -28,7 +28,7 @@ SPARSITY = "sparsity"
 
 
 def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str, Any]:
-    """Everything that a metric of a run hangs on but method, order, seed and the setting ``columns``."""
+    """Everything that a metric of a run hangs on but what rows stand for, the seed and the setting ``columns``."""
     config = {name: value for name, value in record["config"].items() if name != "hydra"}
     protocol = {name: value for name, value in record["protocol"].items() if name not in ("evaluation", "zero_shot", "speed")}
     found = flat(config) | flat(protocol, "protocol.")
@@ -58,6 +58,21 @@ def _place(name: str, among: Mapping[str, Any]) -> bool:
     if last not in PLACES:
         return False
     return f"{parent}.sha256" in among or f"protocol.{parent}.sha256" in among
+
+
+def variant(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table's row stands for: the method and all that is done beside it, as far as it has an effect."""
+    config = record["config"]
+    reorder, refine, target, allocation = (config.get(name, {}) for name in ("reorder", "refine", "target", "allocation"))
+    permuted = config["engine"].get("permute", False) and config["sparsity"]["pattern"] != "unstructured"
+    acts = {
+        "reorder": {reorder["columns"], reorder["blocks"]} != {"none"},
+        "refine": bool(refine.get("steps") or refine.get("mask_iterations")),
+        "target": bool(target.get("strength") or target.get("residual")),
+        "allocation": allocation.get("rule", "uniform") != "uniform",
+    }
+    kept = {name: config[name] if acting else "none" for name, acting in acts.items()}
+    return flat({"method": config["method"]} | kept | {"engine": {"permute": permuted}})
 
 
 def is_dense(record: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from ..dotted import flat, without
 from ..errors import RoseExpError
 from .cells import Cell, mark_best, paired_difference
-from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense
+from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense, variant
 from .published import find
 
 ALL = "all"  # the only column of tasks' tables, and where a dense model stands
@@ -87,8 +87,8 @@ class Report:
 def gather(
     records: Sequence[Mapping[str, Any]], columns: str = SPARSITY, baseline: str = BASELINE, allowed: Sequence[str] = ()
 ) -> Report:
-    """Put runs into tables. Runs whose conditions differ in anything but method, order, seed and ``columns`` never
-    share one, unless what they differ in is ``allowed``.
+    """Put runs into tables. Runs whose conditions differ in anything but the method, what is done beside it, the seed and
+    ``columns`` never share one, unless what they differ in is ``allowed``.
 
     Raises:
         RoseExpError: no run is of the ``baseline``.
@@ -191,10 +191,7 @@ def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
     """The method of each run as the literature calls it, and where several variants of one are there, what tells them apart."""
     kinds = []
     for record in runs:
-        config = record["config"]
-        moved = {config["reorder"]["columns"], config["reorder"]["blocks"]} != {"none"}
-        own = flat({"method": config["method"], "reorder": config["reorder"] if moved else "none"})
-        own = without(own, [columns])
+        own = without(variant(record), [columns])
         kinds.append(json.dumps({} if is_dense(record) else own, sort_keys=True))
     labels: dict[str, str] = {}
     for record, kind in zip(runs, kinds, strict=True):  # a threshold in the columns is in no row's name

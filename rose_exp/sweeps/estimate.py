@@ -30,7 +30,7 @@ class Work:
         if settings.pruned:
             tokens = settings.calibration.samples * settings.calibration.window
             layers = [(rows, columns, tokens) for rows, columns in shape.layers]
-            operations |= _pruning(settings.model_dump(include={"method", "refine", "target", "allocation"}), layers)
+            operations |= _pruning(settings.model_dump(), layers)
         if settings.evaluation.perplexity:
             at_most = settings.evaluation.at_most
             counts = [
@@ -57,6 +57,8 @@ def _pruning(config: Mapping[str, Any], layers: Sequence[tuple[int, int, int]]) 
     products = refine.get("steps", 0) + refine.get("mask_iterations", 0)
     streams = 2 if target.get("strength") or target.get("residual") else 1
     solving = f"pruning.solving {config['method']['name']}" + (f" refined {products}" if products else "")
+    if config["engine"].get("permute") and config["sparsity"]["pattern"] != "unstructured":
+        solving += " permuted"  # with a rate of its own: assigning channels is no product
     found = dict.fromkeys(("pruning.calibrating", "pruning.moments", solving, "pruning.advancing"), 0.0)
     if allocation.get("rule", "uniform") != "uniform":
         found["pruning.surveying"] = 2.0 * sum(rows * columns * tokens for rows, columns, tokens in layers)

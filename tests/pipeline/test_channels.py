@@ -42,6 +42,34 @@ def test_layers_with_free_channels_are_found(family, dtype):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Odd(torch.nn.Module):
+    """A block of which only a part can be put in another order: two layers see what ``up`` makes, or a norm stands between."""
+
+    def __init__(self, second_consumer: bool, norm: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.other = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8), torch.nn.Linear(12, 8)
+        self.norm = torch.nn.RMSNorm(12) if norm else torch.nn.Identity()
+        if norm:
+            self.norm.weight.data += 0.01 * torch.randn(12)  # nearly, but not, the same for all channels
+        self.second_consumer = second_consumer
+
+    def forward(self, hidden):
+        made = torch.relu(self.up(hidden))
+        answer = hidden + self.down(self.norm(made))
+        return answer + self.other(made.cumsum(dim=-1)) if self.second_consumer else answer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("odd", "expected"), [((False, False), ["b.down"]), ((True, False), []), ((False, True), [])], ids=["plain", "two", "norm"]
+)
+def test_what_else_sees_the_channels_holds_them(odd, expected, dtype):
+    block = Odd(*odd).to(dtype)
+    found = channels.find_channels(block, block, "b", torch.randn(2, 5, 8, dtype=dtype))
+    assert [of_layer.layer for of_layer in found if of_layer.makers == ("b.up",)] == expected
+
+
 def shuffled(scores, _sparsity):
     return torch.randperm(scores.shape[1], generator=torch.Generator().manual_seed(len(scores)))
 
@@ -58,7 +86,7 @@ def test_the_model_answers_as_before(family, monkeypatch):
             for name, value in each.named_parameters():
                 if name.endswith("bias"):
                     value.normal_()
-    reports = prune_model(model, tokens(), PruningPlan(Magnitude(), SemiStructured(0, 4), batch=2, permute=True))
+    reports = prune_model(model, tokens(), PruningPlan(Magnitude(), SemiStructured(0, 1), batch=2, permute=True))
     names = [find_blocks(model).block_name(index) for index in range(3)]
     expected = {f"{name}.{layer}" for name in names for layer in FREE[family]}
     assert {report.name for report in reports if report.permuted} == expected

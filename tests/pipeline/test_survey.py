@@ -7,13 +7,15 @@ import json
 import pytest
 import torch
 
-from rose_exp.engine import Allocation, Refine, SparseGPT, Target, Unstructured
+from rose_exp.engine import Allocation, Refine, SemiStructured, SparseGPT, Target, Unstructured
 from rose_exp.engine.allocation import BlockSurvey, loss_histogram
-from rose_exp.models import all_linear_layers, find_blocks, one_by_one
-from rose_exp.pipeline import PruningPlan, prune_model
+from rose_exp.models import all_linear_layers, find_blocks, one_by_one, open_model
+from rose_exp.pipeline import OnDisk, PruningPlan, RunState, prune_model, walk
+from rose_exp.pipeline.activations import Activations
+from rose_exp.settings import ModelSettings
 
 from ..models.families import build, tokens
-from .test_state import Cut, assert_equal, cut_after, prune
+from .test_state import FINGERPRINT, Cut, assert_equal, cut_after, prune, untimed
 
 ALLOCATIONS = [Allocation("losses", 0.15), Allocation("owl", 0.08, 2.0)]
 
@@ -68,14 +70,50 @@ def test_layers_lose_what_the_whole_model_says(family, allocation):
 
 
 @pytest.mark.parametrize("resume", ["activations", "recompute"])
-def test_a_run_that_is_cut_off_keeps_its_shares(tmp_path, resume):
+def test_a_run_that_is_cut_off_keeps_its_shares(tmp_path, resume, monkeypatch):
     expected = prune(tmp_path / "whole", resume, allocation=ALLOCATIONS[0])
     folder = tmp_path / "cut"
     with pytest.raises(Cut):
         prune(folder, resume, allocation=ALLOCATIONS[0], on_layer=cut_after(0))
     kept = json.loads((folder / "state.json").read_text())["progress"]["shares"]
     assert set(kept) == {report["name"] for report in expected[1]}
-    assert_equal(prune(folder, resume, allocation=ALLOCATIONS[0]), expected)
+    with monkeypatch.context() as patch:  # what is kept is not looked for again
+        patch.setattr(walk, "_survey", None)
+        assert_equal(prune(folder, resume, allocation=ALLOCATIONS[0]), expected)
+
+
+def test_on_disk_no_more_is_kept_than_two_streams_at_once(tmp_path, monkeypatch):
+    """Of hidden states: the survey's are gone when the dense ones are made."""
+    there = []
+    real = Activations.copy
+
+    def copy(self, file=None):
+        there.append(sorted(path.name for path in file.parent.iterdir()))
+        return real(self, file)
+
+    monkeypatch.setattr(Activations, "copy", copy)
+    options = {"allocation": ALLOCATIONS[0], "target": Target(), "activations": "disk", "batch": 2}
+    on_disk, in_memory = build("llama"), build("llama")
+    prune_model(on_disk, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), **options), scratch=tmp_path)
+    assert there == [["hidden"], ["hidden"]]
+    prune_model(in_memory, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), **options | {"activations": "device"}))
+    for name, value in in_memory.state_dict().items():
+        assert torch.equal(on_disk.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("how", [{"allocation": ALLOCATIONS[0]}, {"sparsity": SemiStructured(2, 4), "permute": True}])
+def test_a_model_that_is_read_a_block_at_a_time_ends_the_same(tmp_path, how):
+    plan = PruningPlan(**{"method": SparseGPT(), "sparsity": Unstructured(0.5), "batch": 2, "target": Target()} | how)
+    whole = build("qwen2")
+    whole.save_pretrained(tmp_path / "model")
+    expected = untimed(prune_model(whole, tokens(), plan))
+    loaded, streamed = open_model(ModelSettings(path=str(tmp_path / "model")))
+    state = RunState(tmp_path / "state", FINGERPRINT)
+    weights = OnDisk(streamed, state.block)
+    assert untimed(prune_model(loaded.model, tokens(), plan, weights=weights, state=state)) == expected
+    for index, block in enumerate(find_blocks(whole).blocks):
+        for name, value in block.state_dict().items():
+            assert torch.equal(state.block(index)[name], value), name
 
 
 def test_targets_and_allocations_go_together():
