@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM
 from rose_exp.evaluation import perplexity
 from rose_exp.report import collect_records
 
-PARTS = ["pruning.calibrating", "pruning.moments", "pruning.studying", "pruning.solving", "pruning.advancing", "pruning.shared"]
+PARTS = [
+    "pruning.calibrating",
+    "pruning.moments",
+    "pruning.studying",
+    "pruning.solving",
+    "pruning.advancing",
+    "pruning.surveying",
+    "pruning.shared",
+]
 
 
 def rose_exp(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
