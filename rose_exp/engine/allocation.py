@@ -8,7 +8,7 @@ share of its layer's output power, so that the sum of the layers' relative losse
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -23,12 +23,14 @@ class BlockSurvey:
     """What the dense model shows of one block.
 
     Attributes:
-        outliers: share of the Wanda scores of all its layers together that are above a multiple of their mean.
-        histograms: of its layers by name, see :func:`loss_histogram`.
+        sizes: weights of its layers, by name.
+        outliers: for ``owl``: share of the Wanda scores of all its layers together that are above a multiple of their mean.
+        histograms: for ``losses``: of its layers by name, see :func:`loss_histogram`.
     """
 
-    outliers: float
-    histograms: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    outliers: float = 0.0
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,15 @@ class Allocation:
 
     def shares(self, blocks: Sequence[BlockSurvey], ratio: float) -> dict[str, float]:
         """The share of each layer's weights to prune, by name; of all together it is ``ratio``."""
-        layers = {name: histogram for block in blocks for name, histogram in block.histograms.items()}
-        if not layers:
+        sizes = {name: size for block in blocks for name, size in block.sizes.items()}
+        if not sizes:
             return {}
         if self.rule == "losses":
-            return dict(zip(layers, loss_shares(list(layers.values()), ratio, self.spread), strict=True))
-        outliers = [block.outliers for block in blocks for _ in block.histograms]
-        sizes = [int(histogram.sum()) for histogram in layers.values()]
-        return dict(zip(layers, owl_shares(outliers, sizes, ratio, self.spread), strict=True))
+            found = loss_shares([h for block in blocks for h in block.histograms.values()], ratio, self.spread)
+        else:
+            outliers = [block.outliers for block in blocks for _ in block.sizes]
+            found = owl_shares(outliers, list(sizes.values()), ratio, self.spread)
+        return dict(zip(sizes, found, strict=True))
 
 
 def outlier_share(scores: Sequence[Tensor], multiple: float) -> float:

@@ -38,14 +38,17 @@ class BlockWatch:
         """What was seen, by all ranks together. Layers that no token has reached, or that answer with zeros, are left out."""
         for sums in (*self.squares, *self.powers.values(), self.tokens):
             ranks.add_up(sums)
-        scores, histograms = [], {}
-        for squares, tokens, group in zip(self.squares, self.tokens, self.groups, strict=True):
-            for layer in group:
-                power = self.powers[layer.name] / tokens
-                if tokens > 0 and power > 0:
-                    scores.append(layer.weight.float().abs() * (squares / tokens).sqrt().float())
-                    histograms[layer.name] = loss_histogram(layer.weight, squares / tokens, power)
-        return BlockSurvey(outlier_share(scores, allocation.outlier) if scores else 0.0, histograms)
+        seen = [
+            (layer, squares / tokens, self.powers[layer.name] / tokens)
+            for squares, tokens, group in zip(self.squares, self.tokens, self.groups, strict=True)
+            for layer in group
+            if tokens > 0 and self.powers[layer.name] > 0
+        ]
+        sizes = {layer.name: layer.weight.numel() for layer, _, _ in seen}
+        if allocation.rule == "losses":
+            return BlockSurvey(sizes, histograms={x.name: loss_histogram(x.weight, *facts) for x, *facts in seen})
+        scores = [layer.weight.float().abs() * mean_square.sqrt().float() for layer, mean_square, _ in seen]
+        return BlockSurvey(sizes, outlier_share(scores, allocation.outlier) if scores else 0.0)
 
     def _input(self, place: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -75,10 +75,14 @@ def test_outliers_are_counted_against_the_mean_of_all():
 
 def test_an_allocation_answers_for_every_layer():
     layers = some_layers()
+
+    def sizes(names):
+        return {name: layers["abcd".index(name)][0].numel() for name in names}
+
     blocks = [
-        BlockSurvey(0.02, {"a": surveyed(*layers[0]), "b": surveyed(*layers[1])}),
-        BlockSurvey(0.05, {"c": surveyed(*layers[2]), "d": surveyed(*layers[3])}),
-        BlockSurvey(0.0, {}),  # nothing of it is pruned
+        BlockSurvey(sizes("ab"), 0.02, {"a": surveyed(*layers[0]), "b": surveyed(*layers[1])}),
+        BlockSurvey(sizes("cd"), 0.05, {"c": surveyed(*layers[2]), "d": surveyed(*layers[3])}),
+        BlockSurvey({}),  # nothing of it is pruned
     ]
     owl = Allocation("owl").shares(blocks, 0.5)
     assert list(owl) == ["a", "b", "c", "d"]

@@ -46,7 +46,7 @@ def reference(family, allocation, ratio, wanted):
         histograms = {name: loss_histogram(layers[name].weight, squares[name], powers[name]) for name in own}
         scores = torch.cat([(layers[name].weight.abs() * squares[name].sqrt()).flatten() for name in own])
         outliers = float((scores > allocation.outlier * scores.mean()).double().mean())
-        found.append(BlockSurvey(outliers, histograms))
+        found.append(BlockSurvey({name: layers[name].weight.numel() for name in own}, outliers, histograms))
     return allocation.shares(found, ratio)
 
 
