@@ -113,3 +113,31 @@ def test_directions_are_conjugate(sparsity):
     kept = int((~mask[0]).sum())
     found = conjugate_gradient(start * scale, weight * scale, mask, hessian / scale / scale[:, None], kept) / scale
     torch.testing.assert_close(found, solve_exactly(weight, mask, hessian), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("relaxation", [1.0, 1.6])
+def test_masks_chosen_again_are_those_of_relaxed_admm(relaxation):
+    """Written out: x minimises the loss and the distance to what is pruned, which is taken beyond x by the relaxation."""
+    torch.manual_seed(6)
+    weight, inputs = layer(9, 24, dtype=torch.float64)
+    moments = moments_of(inputs, torch.float64)
+    how = Refine(0, mask_iterations=5, penalty=0.3, growth=1.5, every=2, relaxation=relaxation)
+    sparsity = Unstructured(0.6)
+    start = prune_layer(weight, moments, sparsity=sparsity, block_size=8)
+    hessian = moments.hessian()
+    scale = hessian.diagonal().sqrt()
+    normal, wanted = hessian / scale / scale[:, None], weight * scale
+    pruned, dual, penalty = start.weight * scale, torch.zeros_like(weight), 0.3
+    for iteration in range(5):
+        if iteration in (2, 4):
+            penalty *= 1.5
+        x = torch.linalg.solve(normal + penalty * torch.eye(24).double(), (wanted @ normal - dual + penalty * pruned).T).T
+        beyond = relaxation * x + (1 - relaxation) * pruned
+        moved = beyond + dual / penalty
+        threshold = moved.abs().flatten().kthvalue(int(weight.numel() * 0.6)).values
+        pruned = torch.where(moved.abs() <= threshold, 0, moved)
+        dual = dual + penalty * (beyond - pruned)
+    result = prune_layer(weight, moments, sparsity=sparsity, block_size=8, refine=how)
+    assert not result.unrefined
+    assert result.rechosen > 0
+    torch.testing.assert_close(result.weight, pruned / scale)

@@ -81,3 +81,19 @@ def test_mistakes_are_told():
     drift.gram[0, 0] = torch.nan
     with pytest.raises(ValueError, match="drift: expected finite numbers, got NaN or infinity"):
         prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(), drift=drift)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_what_is_known_of_inputs_follows_their_columns(with_residual):
+    """Moments and drift in another order are those of inputs in that order; all of it is what targets hang on."""
+    weight, inputs, delta, missing = drifted()
+    order = torch.randperm(weight.shape[1])
+    given = missing if with_residual else None
+    moments, drift = moments_of(inputs, torch.float64).permuted(order), drift_of(inputs, delta, given).permuted(order)
+    expected = moments_of(inputs[:, order], torch.float64)
+    torch.testing.assert_close(moments.hessian(), expected.hessian())
+    torch.testing.assert_close(moments.mean(), expected.mean())
+    assert (moments.tokens, drift.tokens) == (expected.tokens, len(inputs))
+    options = {"sparsity": Unstructured(0.5), "target": Target(0.7, 0.6)}
+    there = prune_layer(weight[:, order], expected, drift=drift_of(inputs[:, order], delta[:, order], given), **options)
+    torch.testing.assert_close(prune_layer(weight[:, order], moments, drift=drift, **options).weight, there.weight)

@@ -9,11 +9,11 @@ from rose_exp import interruption
 from rose_exp.engine import Magnitude, Refine, SemiStructured, SparseGPT, Target, Unstructured
 from rose_exp.interruption import Interrupted
 from rose_exp.models import all_linear_layers, find_blocks
-from rose_exp.pipeline import PruningPlan, RunState, block, channels, prune_model
+from rose_exp.pipeline import PruningPlan, RunState, channels, prune_model
 from rose_exp.pipeline.capture import probe
 
 from ..models.families import build, tokens
-from .test_state import FINGERPRINT, assert_equal, untimed
+from .test_state import FINGERPRINT, assert_equal, stopping_after, untimed
 
 FREE = {  # layers whose input channels are free, of each family the layers that make them
     "llama": {"self_attn.o_proj": ["v_proj"], "mlp.down_proj": ["gate_proj", "up_proj"]},
@@ -99,6 +99,33 @@ def test_the_model_answers_as_before(family, monkeypatch):
     assert {name.rsplit(".", 1)[0].split(".")[-1] for name in moved} == {name.split(".")[-1] for name in touched}
 
 
+@pytest.mark.parametrize("target", [None, Target(0.6, 0.4)])
+def test_what_is_told_of_a_layer_is_true_of_its_outputs(target):
+    """Of the last layer of the second block, whose inputs drift: its error, reckoned from outputs of the whole models."""
+    model, dense = build("llama").double(), build("llama").double()
+    skip = ["*.gate_proj", "*.up_proj"]  # so that the order can be read off them
+    plan = PruningPlan(SparseGPT(), SemiStructured(2, 4), batch=2, permute=True, skip=skip, target=target)
+    reports = {report.name: report for report in prune_model(model, tokens(), plan)}
+    name = "model.layers.1.mlp.down_proj"
+    assert reports[name].permuted
+    mlp, before = (each.model.layers[1].mlp for each in (model, dense))
+    distances = torch.cdist(mlp.gate_proj.weight, before.gate_proj.weight)
+    order = distances.argmin(dim=1)
+    assert distances.amin(dim=1).max() < 1e-6
+    # the inputs that calibration has seen: of the second block as it was, after the first as it is
+    seen = []
+    probed = build("llama").double()
+    probed.model.layers[0] = model.model.layers[0]
+    probed.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with torch.no_grad():
+        probed(input_ids=tokens(), use_cache=False)
+        x, weight = seen[0].flatten(0, 1), before.down_proj.weight
+        lost = (x @ weight.T - x[:, order] @ mlp.down_proj.weight.T).square().sum() / (x @ weight.T).square().sum()
+    assert reports[name].error == pytest.approx(float(lost), rel=1e-6)
+    expected = "hidden_states" if target else "dense"
+    assert reports[name].target == expected
+
+
 @pytest.mark.parametrize("sequential", [False, True])
 def test_less_is_lost_and_the_pattern_holds(sequential):
     options = {"batch": 2, "true_sequential": sequential}
@@ -146,17 +173,8 @@ def test_a_run_that_is_told_to_stop_goes_on(tmp_path, family, sequential, skip, 
 
     expected = prune(tmp_path / "whole")
     assert any(report["permuted"] for report in expected[1])
-    real = block.prune_layers
     for stop_at in range(1, 6):
-        solved = []
-
-        def counted(*a, to=solved, at=stop_at, **k):
-            to.append(1)
-            if len(to) == at:
-                interruption._stop.signal = "SIGTERM"
-            return real(*a, **k)
-
-        monkeypatch.setattr(block, "prune_layers", counted)
+        stopping_after(stop_at, monkeypatch)
         with pytest.raises(Interrupted):
             prune(tmp_path / f"{stop_at}")
         interruption._stop.signal = None

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rose_exp import interruption
-from rose_exp.engine import Ordering, SparseGPT, Unstructured
+from rose_exp.engine import Ordering, SparseGPT, Unstructured, prune_layers
 from rose_exp.errors import RoseExpError
 from rose_exp.interruption import Interrupted
 from rose_exp.models import open_model
@@ -77,20 +77,26 @@ def test_a_run_goes_on_after_any_block(tmp_path, resume, family):
         assert told == list(range(len(expected[1])))  # trackers hear of every layer
 
 
+def stopping_after(number: int, monkeypatch) -> list[int]:
+    """From here on a signal comes while the ``number``-th group of layers is solved; what is answered has one entry a group."""
+    solved, real = [], prune_layers
+
+    def counted(*arguments, **options):
+        solved.append(1)
+        if len(solved) == number:
+            interruption._stop.signal = "SIGTERM"
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(block, "prune_layers", counted)
+    return solved
+
+
 @pytest.mark.parametrize(("sequential", "groups"), [(False, (1, 2, 4, 7, 11)), (True, (2, 8))])
 def test_a_run_that_is_told_to_stop_keeps_the_layers_of_its_block(tmp_path, sequential, groups, monkeypatch):
     expected = prune(tmp_path / "whole", true_sequential=sequential)
-    real = block.prune_layers
     for stop_at in groups:  # of layers with the same input, four a block
-        folder, solved = tmp_path / f"{stop_at}", []
-
-        def counted(*a, to=solved, at=stop_at, **k):
-            to.append(1)
-            if len(to) == at:
-                interruption._stop.signal = "SIGTERM"
-            return real(*a, **k)
-
-        monkeypatch.setattr(block, "prune_layers", counted)
+        folder = tmp_path / f"{stop_at}"
+        solved = stopping_after(stop_at, monkeypatch)
         with pytest.raises(Interrupted):
             prune(folder, true_sequential=sequential)
         interruption._stop.signal = None
