@@ -121,3 +121,16 @@ def test_kernels_leave_torchs_threads_alone():
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_first_kernel_leaves_the_threads_that_torch_was_told():
+    """In a process of its own: Numba starts its threads, one for every core, with the first."""
+    code = (
+        "import torch; from rose_exp.engine import InputMoments, Unstructured, prune_layer;"
+        "moments = InputMoments(32); moments.update(torch.randn(64, 32));"
+        "prune_layer(torch.randn(8, 32), moments, sparsity=Unstructured(0.5), backend='numba');"
+        "print(torch.get_num_threads())"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "1"

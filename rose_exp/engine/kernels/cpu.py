@@ -86,7 +86,10 @@ def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Ten
 
 def _as_many_threads_as_torch() -> None:
     """Numba sets the OpenMP thread count that torch shares: keep it at what torch was told."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:  # the first call starts as many as there are cores
+        torch.set_num_threads(threads)
 
 
 def _keys(scores: Tensor) -> np.ndarray:
