@@ -6,13 +6,23 @@ import pytest
 import torch
 
 from rose_exp import interruption
-from rose_exp.engine import Magnitude, Refine, SemiStructured, SparseGPT, Target, Unstructured
+from rose_exp.engine import (
+    Drift,
+    InputMoments,
+    Magnitude,
+    Refine,
+    SemiStructured,
+    SparseGPT,
+    Target,
+    Unstructured,
+    prune_layer,
+)
 from rose_exp.interruption import Interrupted
 from rose_exp.models import all_linear_layers, find_blocks
 from rose_exp.pipeline import PruningPlan, RunState, channels, prune_model
 from rose_exp.pipeline.capture import probe
 
-from ..models.families import build, tokens
+from ..models.families import build, tokens, with_biases
 from .test_state import FINGERPRINT, assert_equal, stopping_after, untimed
 
 FREE = {  # layers whose input channels are free, of each family the layers that make them
@@ -79,13 +89,7 @@ def test_the_model_answers_as_before(family, monkeypatch):
     """With nothing pruned, and every free channel in some other place."""
     monkeypatch.setattr(channels, "channel_order", shuffled)
     dtype = torch.float32 if family == "mixtral" else torch.float64  # whose experts are multiplied in single precision only
-    model, dense = build(family).to(dtype), build(family).to(dtype)
-    with torch.no_grad():
-        for each in (model, dense):
-            torch.manual_seed(0)
-            for name, value in each.named_parameters():
-                if name.endswith("bias"):
-                    value.normal_()
+    model, dense = (with_biases(build(family).to(dtype)) for _ in range(2))
     reports = prune_model(model, tokens(), PruningPlan(Magnitude(), SemiStructured(0, 1), batch=2, permute=True))
     names = [find_blocks(model).block_name(index) for index in range(3)]
     expected = {f"{name}.{layer}" for name in names for layer in FREE[family]}
@@ -99,31 +103,52 @@ def test_the_model_answers_as_before(family, monkeypatch):
     assert {name.rsplit(".", 1)[0].split(".")[-1] for name in moved} == {name.split(".")[-1] for name in touched}
 
 
-@pytest.mark.parametrize("target", [None, Target(0.6, 0.4)])
-def test_what_is_told_of_a_layer_is_true_of_its_outputs(target):
-    """Of the last layer of the second block, whose inputs drift: its error, reckoned from outputs of the whole models."""
-    model, dense = build("llama").double(), build("llama").double()
-    skip = ["*.gate_proj", "*.up_proj"]  # so that the order can be read off them
-    plan = PruningPlan(SparseGPT(), SemiStructured(2, 4), batch=2, permute=True, skip=skip, target=target)
+@pytest.mark.parametrize("target", [None, Target(0.6, 0.0)])
+def test_a_layer_is_pruned_as_one_with_its_inputs_in_that_order(target):
+    """The last of the second block, whose inputs have drifted; from what whole models feed it with."""
+    model, dense, fed = (build("llama").double() for _ in range(3))
+    pattern, skip = SemiStructured(2, 4), ["*.gate_proj", "*.up_proj"]  # so that the order can be read off them
+    plan = PruningPlan(SparseGPT(), pattern, batch=2, permute=True, skip=skip, target=target)
     reports = {report.name: report for report in prune_model(model, tokens(), plan)}
-    name = "model.layers.1.mlp.down_proj"
-    assert reports[name].permuted
-    mlp, before = (each.model.layers[1].mlp for each in (model, dense))
-    distances = torch.cdist(mlp.gate_proj.weight, before.gate_proj.weight)
-    order = distances.argmin(dim=1)
-    assert distances.amin(dim=1).max() < 1e-6
-    # the inputs that calibration has seen: of the second block as it was, after the first as it is
+    fed.model.layers[0] = model.model.layers[0]  # calibration sees a block as it was, after the first as it is
+    inputs = []
+    for each in (fed, dense):
+        each.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            each(input_ids=tokens(), use_cache=False)
+    (x, full), mlp, before = inputs, model.model.layers[1].mlp, dense.model.layers[1].mlp
+    weight = before.down_proj.weight.detach()
+    order = channels.channel_order(weight.square() * x.square().mean(dim=0), pattern)
+    assert not torch.equal(order, torch.arange(len(order)))
+    assert torch.equal(mlp.gate_proj.weight, before.gate_proj.weight[order])
+    moments, drift = InputMoments(len(order), dtype=torch.float64), Drift(len(order), dtype=torch.float64)
+    moments.update(x[:, order])
+    drift.update(x[:, order], full[:, order])
+    expected = prune_layer(weight[:, order], moments, sparsity=pattern, target=target, drift=drift if target else None)
+    torch.testing.assert_close(mlp.down_proj.weight, expected.weight, rtol=1e-6, atol=1e-9)
+    report = reports["model.layers.1.mlp.down_proj"]
+    lost = (x @ weight.T - x[:, order] @ mlp.down_proj.weight.T).square().sum() / (x @ weight.T).square().sum()
+    assert report.permuted
+    assert report.error == pytest.approx(float(lost), rel=1e-6)
+
+
+def test_heads_are_put_in_order_each_by_what_all_its_copies_keep():
+    model, dense = build("llama"), build("llama")
+    reports = prune_model(
+        model, tokens(), PruningPlan(Magnitude(), SemiStructured(2, 4), batch=2, permute=True, skip=["*.v_proj"])
+    )
     seen = []
-    probed = build("llama").double()
-    probed.model.layers[0] = model.model.layers[0]
-    probed.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    first, before = model.model.layers[0].self_attn, dense.model.layers[0].self_attn
+    before.o_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():
-        probed(input_ids=tokens(), use_cache=False)
-        x, weight = seen[0].flatten(0, 1), before.down_proj.weight
-        lost = (x @ weight.T - x[:, order] @ mlp.down_proj.weight.T).square().sum() / (x @ weight.T).square().sum()
-    assert reports[name].error == pytest.approx(float(lost), rel=1e-6)
-    expected = "hidden_states" if target else "dense"
-    assert reports[name].target == expected
+        dense(input_ids=tokens(), use_cache=False)
+    worth = before.o_proj.weight.square() * seen[0].square().mean(dim=0)
+    rows = []
+    for head in range(2):  # of keys and values, each of eight channels, for two heads of queries
+        scores = torch.cat([worth[:, start : start + 8] for start in (16 * head, 16 * head + 8)])
+        rows.append(8 * head + channels.channel_order(scores.detach(), SemiStructured(2, 4)))
+    assert torch.equal(first.v_proj.weight, before.v_proj.weight[torch.cat(rows)])
+    assert next(report for report in reports if report.name.endswith("0.self_attn.o_proj")).permuted
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -160,12 +185,7 @@ def test_a_run_that_is_told_to_stop_goes_on(tmp_path, family, sequential, skip, 
     """After any group of layers: those that make a layer's inputs are where it is, biases and dense ones, too."""
 
     def prune(folder):
-        model = build(family)
-        with torch.no_grad():
-            torch.manual_seed(0)
-            for name, value in model.named_parameters():
-                if name.endswith("bias"):
-                    value.normal_()
+        model = with_biases(build(family))
         options = {"refine": Refine(2, mask_iterations=2), "target": Target(), "skip": skip if family == "qwen2" else ()}
         plan = PruningPlan(SparseGPT(), SemiStructured(2, 4), batch=2, permute=True, true_sequential=sequential, **options)
         reports = prune_model(model, tokens(), plan, state=RunState(folder, FINGERPRINT, "recompute"))

@@ -14,7 +14,7 @@ from rose_exp.pipeline import OnDisk, PruningPlan, RunState, prune_model, walk
 from rose_exp.pipeline.activations import Activations
 from rose_exp.settings import ModelSettings
 
-from ..models.families import build, tokens
+from ..models.families import build, tokens, with_biases
 from .test_state import FINGERPRINT, Cut, assert_equal, cut_after, prune, untimed
 
 ALLOCATIONS = [Allocation("losses", 0.15), Allocation("owl", 0.08, 2.0)]
@@ -22,7 +22,7 @@ ALLOCATIONS = [Allocation("losses", 0.15), Allocation("owl", 0.08, 2.0)]
 
 def reference(family, allocation, ratio, wanted):
     """Shares from one run of the whole dense model."""
-    model, seen = build(family), {}
+    model, seen = with_biases(build(family)), {}
     blocks = find_blocks(model)
     layers = {layer.name: layer for layer in all_linear_layers(blocks) if wanted(layer.name)}
 
@@ -53,7 +53,7 @@ def reference(family, allocation, ratio, wanted):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.rule)
 def test_layers_lose_what_the_whole_model_says(family, allocation):
-    model = build(family)
+    model = with_biases(build(family))
     plan = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, block_size=1000, allocation=allocation, skip=["*.1.*"])
     reports = prune_model(model, tokens(), plan)
     expected = reference(family, allocation, 0.5, plan.wants)
