@@ -129,7 +129,7 @@ def test_a_layer_is_pruned_as_one_with_its_inputs_in_that_order(target):
     report = reports["model.layers.1.mlp.down_proj"]
     lost = (x @ weight.T - x[:, order] @ mlp.down_proj.weight.T).square().sum() / (x @ weight.T).square().sum()
     assert report.permuted
-    assert report.error == pytest.approx(float(lost), rel=1e-6)
+    assert report.error == pytest.approx(lost.item(), rel=1e-6)
 
 
 def test_heads_are_put_in_order_each_by_what_all_its_copies_keep():
