@@ -7,13 +7,15 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import interruption
 from .calibration import Windows
+from .engine import Structured
+from .errors import RoseExpError
 from .evaluation import perplexity, speed
 from .evaluation.zero_shot import Tasks, prepared
 from .evaluation.zero_shot import measure as measure_zero_shot
@@ -22,12 +24,14 @@ from .footprint import available, check_fits
 from .models import (
     StreamedModel,
     all_linear_layers,
+    check_removable,
     find_blocks,
     linear_layers,
     load_model,
     load_tokenizer,
     model_shape,
     open_model,
+    remove_masked,
     save_model,
     save_streamed,
     sparsity_description,
@@ -60,6 +64,9 @@ from .report.figures import draw_figures, write_study
 from .run_id import identifying, run_id
 from .settings import Settings
 from .tracking import Guarded, Identity, RunRecord, Stopwatch, environment
+
+if TYPE_CHECKING:
+    from .diffusion.experiment import DiffusionRun
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +101,11 @@ def run_experiment(
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.build()}")
     tracker = Guarded(settings.tracking, record, identity, folder, settings.tags)
     try:
-        run = _Run(settings, record, folder, ranks, tracker, first_block)
+        run = _run_of(settings, record, folder, ranks, tracker, first_block)
         with interruption.heeded(), ExitStack() as stack:
             run.prepare(stack)
             run.load()
-            if run.calibration is not None:
+            if settings.pruned:
                 run.prune()
             run.measure()
             run.finish()
@@ -115,6 +122,21 @@ def run_experiment(
     if run.state is not None:
         run.state.delete()
     return record.data
+
+
+def _run_of(
+    settings: Settings,
+    record: RunRecord,
+    folder: Path,
+    ranks: Ranks,
+    tracker: Guarded,
+    first_block: FirstBlock | None,
+) -> _Run | DiffusionRun:
+    if settings.model.kind == "language":
+        return _Run(settings, record, folder, ranks, tracker, first_block)
+    from .diffusion.experiment import DiffusionRun  # needs packages that language models do without
+
+    return DiffusionRun(settings, record, folder, ranks, tracker)
 
 
 class _Run:
@@ -176,6 +198,10 @@ class _Run:
         self.model = loaded.model
         self.protocol["model"] = loaded.protocol
         check_window_lengths(settings, self.model)
+        if settings.pruned and settings.save and isinstance(settings.sparsity.build(), Structured):
+            check_removable(self.model.config, settings.sparsity.build())
+            if self.streamed is not None:
+                raise RoseExpError("save: expected false for structured sparsity of a model that is read a block at a time")
         if settings.pruned and settings.pipeline.resume != "none":
             self.state = RunState(self.folder / STATE, self._fingerprint(), settings.pipeline.resume, self.ranks)
         blocks = self.streamed.blocks if self.streamed else find_blocks(self.model, settings.model.blocks)
@@ -226,6 +252,8 @@ class _Run:
         """Sparsity, then perplexity on every set, then zero-shot accuracy."""
         settings, record = self.settings, self.record
         record.data["metrics"]["sparsity"] = self._sparsity()
+        if settings.pruned and isinstance(settings.sparsity.build(), Structured) and self.streamed is None:
+            record.data["parameters"] = remove_masked(self.model, self.weights.blocks, settings.sparsity.build())
         whole = not self.placed.by_blocks
         if self.evaluation or self.zero_shot.tasks:
             if whole:

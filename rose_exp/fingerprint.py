@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .wheels import cache_folder, file_sha256
 
-DECIDING = ("engine", "models", "pipeline", "calibration", "experiment.py", "ranks.py")  # what of this package makes a result
+# what of this package makes a result
+DECIDING = ("engine", "models", "pipeline", "calibration", "diffusion", "experiment.py", "ranks.py")
 LARGE = 64 * 2**20  # bytes; the fingerprints of files from here on are kept, as reading them takes seconds
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 

@@ -21,10 +21,12 @@ from .engine import (
     Target,
     Unstructured,
 )
+from .engine.groups import Saliency, Structured
 from .engine.kernels import Backend
 from .engine.ordering import Direction
 from .engine.scores import SCORES
 from .errors import suggest
+from .fitting import STRUCTURED
 from .section import Count, Positive, Section
 
 DENSE = "dense"
@@ -32,15 +34,26 @@ DENSE = "dense"
 
 class SparsitySettings(Section):
     pattern: str  # unstructured, or N:M, which prunes N of every M consecutive weights of a row
-    ratio: Annotated[float, Field(ge=0, le=1)] | None = None  # unstructured only
+    ratio: Annotated[float, Field(ge=0, le=1)] | None = None  # not of N:M
+    heads: bool = True  # structured: attention heads are removed
+    neurons: bool = True  # structured: FFN neurons are removed
+    saliency: Saliency = "diagonal"  # structured, see rose_exp.engine.Structured
+    at_once: Positive = 64  # structured: neurons from one updating of the inverse Hessian to the next
 
     def problems(self, where: str) -> list[str]:
-        if self.pattern == "unstructured":
-            return [] if self.ratio is not None else [f"{where}.ratio: expected a number from 0 to 1, got null"]
+        if self.pattern in ("unstructured", STRUCTURED):
+            if self.ratio is None:
+                return [f"{where}.ratio: expected a number from 0 to 1, got null"]
+            try:
+                self.build()
+            except ValueError as error:
+                return [f"{where}.{error}"]
+            return []
         found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
         if not found:
-            hint = suggest(self.pattern, ["unstructured", "2:4", "4:8"])
-            return [f"{where}.pattern: expected 'unstructured' or 'N:M' such as 2:4, got {self.pattern!r}{hint}"]
+            hint = suggest(self.pattern, ["unstructured", STRUCTURED, "2:4", "4:8"])
+            expected = "'unstructured', 'structured' or 'N:M' such as 2:4"
+            return [f"{where}.pattern: expected {expected}, got {self.pattern!r}{hint}"]
         pruned, group = int(found[1]), int(found[2])
         if group < 1 or pruned > group:
             return [f"{where}.pattern: expected N:M with N at most M and M at least 1, got {self.pattern!r}"]
@@ -49,9 +62,11 @@ class SparsitySettings(Section):
             return [f"{where}.ratio: expected {expected}, got {self.ratio:g}"]
         return []
 
-    def build(self) -> Sparsity:
+    def build(self) -> Sparsity | Structured:
         if self.pattern == "unstructured":
             return Unstructured(self.ratio)
+        if self.pattern == STRUCTURED:
+            return Structured(self.ratio, self.heads, self.neurons, self.saliency, self.at_once)
         return SemiStructured(*map(int, self.pattern.split(":")))
 
 

@@ -10,9 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .dotted import flat, without
+from .engine import Structured
 from .errors import SettingsError
-from .fingerprint import folder_sha256
-from .settings import DENSE, Settings, TextSettings, read_settings
+from .fingerprint import content_sha256, folder_sha256
+from .settings import DENSE, Settings, read_settings
+from .text_settings import PROMPTS, TextSettings, prompts_file
 from .wheels import WHEELS
 
 LENGTH = 12  # hexadecimal digits: a clash among a million runs has a chance of 1 in 500
@@ -20,6 +22,10 @@ WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "sparsity_config", "t
 WITHOUT_EFFECT += ("pipeline.activations", "pipeline.weights", "pipeline.resume", "pipeline.by_blocks")
 ONLY_OF_PRUNED = ("sparsity", "reorder", "calibration", "engine", "seed", "pipeline.true_sequential", "pipeline.batch")
 ONLY_OF_PRUNED += ("pipeline.expert_tokens", "pipeline.starved_experts", "allocation", "refine", "target")
+ONLY_OF_DIFFUSION = ("diffusion", "model.kind", "model.built", "evaluation.images")
+ONLY_OF_LANGUAGE = ("model.blocks", "pipeline.true_sequential", "pipeline.batch", "pipeline.expert_tokens")
+ONLY_OF_LANGUAGE += ("pipeline.starved_experts", "evaluation.batch", "evaluation.perplexity", "evaluation.zero_shot")
+ONLY_OF_PRUNED_DIFFUSION = tuple(f"diffusion.{name}" for name in ("packages", "weighting", "alpha_min", "alpha_max"))
 UNKNOWN = "unknown"
 
 
@@ -37,7 +43,8 @@ def run_id(settings: Settings) -> str:
 def identifying(settings: Settings) -> dict[str, Any]:
     """The settings that count, as :func:`run_id` sees them, by dotted name."""
     values = settings.model_dump(mode="json")
-    values["sparsity"] = str(settings.sparsity.build())
+    sparsity = settings.sparsity.build()
+    values["sparsity"] = repr(sparsity) if isinstance(sparsity, Structured) else str(sparsity)
     values["method"]["layer_options"] = list(values["method"]["layer_options"].items())  # of several that fit the first counts
     if settings.reorder.build() is None:
         values["reorder"] = None
@@ -51,11 +58,16 @@ def identifying(settings: Settings) -> dict[str, Any]:
     values["calibration"] |= _text_place(settings.calibration)
     for name, text in settings.evaluation.perplexity.items():
         values["evaluation"]["perplexity"][name] |= _text_place(text)
+    if settings.evaluation.images is not None:
+        values["evaluation"]["images"] |= _text_place(settings.evaluation.images)
     for name in ("include_path", "data_dir"):
         folder = values["evaluation"]["zero_shot"][name]
         if folder is not None:
             values["evaluation"]["zero_shot"][name] = folder_sha256(Path(folder).expanduser())
-    left_out = WITHOUT_EFFECT + (ONLY_OF_PRUNED if settings.method.name == DENSE else ())
+    dense, diffusion = settings.method.name == DENSE, settings.model.kind == "diffusion"
+    left_out = WITHOUT_EFFECT + (ONLY_OF_PRUNED if dense else ())
+    left_out += ONLY_OF_LANGUAGE if diffusion else ONLY_OF_DIFFUSION
+    left_out += ONLY_OF_PRUNED_DIFFUSION if diffusion and dense else ()
     return without(flat(values), left_out)
 
 
@@ -73,6 +85,8 @@ def _place(path: str | None, embedded: str | None) -> dict[str, Any]:
     if path is not None:
         place = Path(path).expanduser()
         return {"path": folder_sha256(place) if place.exists() else path, "embedded": None}
+    if embedded in PROMPTS:
+        return {"path": None, "embedded": content_sha256(prompts_file(embedded))}
     return {"path": None, "embedded": WHEELS[embedded].sha256 if embedded is not None else None}
 
 

@@ -14,6 +14,8 @@ from pydantic import Field, ValidationError
 
 from .engine import METHODS, Ordering
 from .errors import SettingsError
+from .fitting import kind_problems, structured_problems
+from .image_settings import Built, DiffusionSettings, ImagesSettings, ModelKind
 from .layer_settings import (
     DENSE,
     AllocationSettings,
@@ -26,61 +28,42 @@ from .layer_settings import (
 )
 from .mistakes import embedded_problem, explain, file_problem, looks_local
 from .section import Count, Positive, Section
+from .text_settings import CalibrationSettings, PerplexitySettings
 
 
 class ModelSettings(Section):
-    """Which model to prune: ``path`` where it is set, else the embedded one."""
+    """Which model to prune: ``path`` where it is set, else the embedded one, or of diffusion models the one that is built."""
 
+    kind: ModelKind = "language"
     embedded: str | None = None
+    built: Built | None = None  # a small diffusion pipeline with random weights
     path: str | None = None  # a folder in Hugging Face format, a GGUF file, or a hub id
     revision: str | None = None  # of the hub's repository
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: as the checkpoint says
+    # auto: as the checkpoint says; of a diffusion pipeline, which says nothing, float32
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     blocks: str | None = None  # dotted name of the list of decoder blocks; None: found by structure
     trust_remote_code: bool = False
 
     @property
     def name(self) -> str:
-        return Path(self.path).name if self.path else str(self.embedded)
+        return Path(self.path).name if self.path else f"small-{self.built}" if self.built else str(self.embedded)
 
     def problems(self, where: str) -> list[str]:
+        if self.kind == "diffusion":
+            return self._diffusion_problems(where)
+        if self.built is not None:
+            return [f"{where}.built: expected null but for diffusion models, got {self.built!r}"]
         if self.path is None:
             return embedded_problem(f"{where}.embedded", self.embedded, "model")
         return file_problem(f"{where}.path", self.path) if looks_local(self.path) else []
 
-
-class TextSettings(Section):
-    """Where a text comes from: the embedded set, a local file, or a data set of the hub; the first of these that is set."""
-
-    path: str | None = None  # a text file, or a .jsonl file with the text in ``field``
-    embedded: str | None = None
-    dataset: str | None = None
-    subset: str | None = None
-    data_files: str | None = None
-    revision: str | None = None
-    split: str | None = None
-    field: str = "text"
-    rows: Positive | None = None  # only the first so many documents
-    separator: str = "\n\n"  # between documents that are joined
-
-    def problems(self, where: str) -> list[str]:
-        if self.path is not None:
-            return file_problem(f"{where}.path", self.path, folder=False)
-        if self.embedded is not None:
-            return embedded_problem(f"{where}.embedded", self.embedded, "text")
-        if self.dataset is None:
-            return [f"{where}: expected one of path, embedded or dataset, got none of them"]
-        return [] if self.split else [f"{where}.split: expected a split of {self.dataset}, got null"]
-
-
-class CalibrationSettings(TextSettings):
-    samples: Positive  # windows
-    window: Annotated[int, Field(ge=2)]  # tokens
-    draw: Literal["windows", "documents"] = "windows"  # from the joined text, or one from each of random long documents
-
-
-class PerplexitySettings(TextSettings):
-    window: Annotated[int, Field(ge=2)]  # tokens
-    windows: Positive | None = None  # only the first so many; null: all
+    def _diffusion_problems(self, where: str) -> list[str]:
+        missing = [package for package in ("diffusers", "torchmetrics") if importlib.util.find_spec(package) is None]
+        if missing:
+            return [f"{where}.kind: expected an installed {missing[0]} for diffusion: pip install 'rose_exp[diffusion]'"]
+        if (self.path is None) == (self.built is None):
+            return [f"{where}: expected one of path and built, got {'none' if self.path is None else 'both'}"]
+        return file_problem(f"{where}.path", self.path) if self.path and looks_local(self.path) else []
 
 
 class ZeroShotSettings(Section):
@@ -117,11 +100,13 @@ class EvaluationSettings(Section):
     perplexity: dict[str, PerplexitySettings] = Field({})
     zero_shot: ZeroShotSettings = ZeroShotSettings()
     speed: SpeedSettings | None = None  # null: not measured
+    images: ImagesSettings | None = None  # of diffusion models
     batch: Positive = 4  # windows at once; no result depends on it beyond rounding
     at_most: Positive | None = None  # windows of each text, and questions of each task; null: as each says
 
     def problems(self, where: str) -> list[str]:
         found = [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
+        found += self.images.problems(f"{where}.images") if self.images is not None else []
         return found + self.zero_shot.problems(f"{where}.zero_shot")
 
 
@@ -177,6 +162,7 @@ class Settings(Section):
     refine: RefineSettings
     target: TargetSettings
     pipeline: PipelineSettings
+    diffusion: DiffusionSettings = DiffusionSettings()
     tracking: TrackingSettings
     figures: FiguresSettings
     seed: Count
@@ -208,11 +194,13 @@ class Settings(Section):
     @property
     def _method_label(self) -> str:
         label = METHODS[self.method.name].__name__
+        diffusion = self.model.kind == "diffusion" and self.method.name == "sparsegpt"
+        label = "OBS-Diff" if diffusion else label
         ordering = self.reorder.build()
         if ordering is None:
             return label
         if self.method.name == "sparsegpt" and ordering == Ordering.rose():
-            return "ROSE"
+            return "OBS-Diff in ROSE's order" if diffusion else "ROSE"
         always = "always" if ordering.threshold is None else f"over {ordering.threshold:g}"
         return f"{label} (columns {ordering.columns}, blocks {ordering.blocks}, {always}, by {ordering.score})"
 
@@ -244,7 +232,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     for name, field in Settings.model_fields.items():
         if name in wrong or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
             continue
-        sections[name] = field.annotation.model_validate(config[name])
+        sections[name] = field.annotation.model_validate(config.get(name, {}))
         problems += sections[name].problems(name)
     problems += _cross_problems(sections | {name: config.get(name) for name in ("save", "sparsity_config")})
     if problems:
@@ -265,7 +253,7 @@ def _missing(config: Mapping[str, Any], where: str = "") -> list[str]:
 
 def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     """Mistakes that take two sections to see, of those sections that are sound."""
-    found = _order_problems(sections)
+    found = _order_problems(sections) + kind_problems(sections) + structured_problems(sections)
     method, refine = sections.get("method"), sections.get("refine")
     if (
         method is not None

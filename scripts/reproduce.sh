@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# One table or figure of the ROSE paper, from nothing to a report: makes .venv, runs the sweep and gathers it.
+# One table or figure of the ROSE or the OBS-Diff paper, from nothing to a report: makes .venv, runs the sweep and gathers it.
 #
 #   bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]
 #
 # STUDY: table2 … table7, fig1, fig4, fig5_block_size, fig5_samples, fig5_window, threshold, plus, plus_nm, plus_parts, plus_order,
-#   plus_allocation, plus_permute; each is conf/experiment/rose_STUDY.yaml.
+#   plus_allocation, plus_permute; each is conf/experiment/rose_STUDY.yaml. obsdiff_table1 … obsdiff_table10, obsdiff_rose; each is
+#   conf/experiment/STUDY.yaml.
 # --models: choices of conf/model in place of the paper's.
 # --seeds: of the calibration windows, the same for every method; the paper has one, 0.
 # --small: the same study on SmolLM2-135M with short texts: two cores and no hub. OATS takes most of the time; METHODS as in
-#   method=dense,sparsegpt,rose leave it out.
+#   method=dense,sparsegpt,rose leave it out. Of diffusion models: the same study on small pipelines with random weights.
 # Cut off, it goes on where it was; what is finished is not run again. The report is in outputs/STUDY/report.
 set -euo pipefail
 study="${1:?"usage: bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]"}"
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ ! -f "conf/experiment/rose_$study.yaml" ]; then
-  echo "STUDY: expected one of $(cd conf/experiment && ls rose_*.yaml | sed 's/^rose_//; s/\.yaml$//' | paste -sd' '), got '$study'" >&2
+case "$study" in
+  obsdiff_*) experiment="$study" extra=diffusion baseline=OBS-Diff ;;
+  *) experiment="rose_$study" extra="" baseline=SparseGPT ;;
+esac
+if [ ! -f "conf/experiment/$experiment.yaml" ]; then
+  known="$(cd conf/experiment && ls rose_*.yaml obsdiff_*.yaml | sed 's/^rose_//; s/\.yaml$//' | paste -sd' ')"
+  echo "STUDY: expected one of $known, got '$study'" >&2
   exit 2
 fi
 
@@ -39,9 +45,26 @@ case "$study" in
   fig5_window) columns=calibration.window ;;
   threshold) columns=reorder.threshold ;;
   plus_order) columns=engine.block_size ;;
+  obsdiff_table6) columns=diffusion.weighting ;;
+  obsdiff_table7) columns=diffusion.packages ;;
 esac
 
-if $small; then
+if $small && [ "$extra" = diffusion ]; then
+  folder="outputs/$study-small"
+  export HF_HUB_OFFLINE=1
+  own=("model=small-sd3" "calibration.samples=16" "evaluation.images.samples=8")
+  ends='"transformer_blocks.0.*","transformer_blocks.3.*"'
+  case "$study" in
+    obsdiff_table1) own[0]="model=small-sd,small-sd3,small-flux" ;;
+    obsdiff_table2) own+=('pipeline.layers=["transformer_blocks.[1-3].*"]') ;;
+    obsdiff_table3) own[0]="model=small-sdxl" ;;
+    obsdiff_table4 | obsdiff_table9) own+=("pipeline.skip=[$ends]") ;;
+    obsdiff_table5) own+=("pipeline.skip=[$ends]" "diffusion.height=64" "diffusion.width=64") ;;
+    obsdiff_rose) own+=("engine.block_size=8") ;; # so narrow a model has no blocks to reorder otherwise
+    obsdiff_table10) own[0]="model=small-ddpm" ;;
+  esac
+  settings=("${own[@]}" "${settings[@]}")
+elif $small; then
   folder="outputs/$study-small"
   export HF_HUB_OFFLINE=1
   texts=("calibration=embedded" "calibration.samples=16" "calibration.window=512")
@@ -58,8 +81,8 @@ if $small; then
   settings=("model=smollm2-135m" "${texts[@]}" "${measured[@]}" "${settings[@]}")
 fi
 
-source scripts/_venv.sh "" # no extra, and not this script's own arguments
+source scripts/_venv.sh "$extra"
 status=0
-.venv/bin/rose-exp -m "experiment=rose_$study" "hydra.sweep.dir=$folder" "${settings[@]}" || status=$?
-[ -d "$folder" ] && .venv/bin/rose-exp-report "$folder" --columns "$columns"
+.venv/bin/rose-exp -m "experiment=$experiment" "hydra.sweep.dir=$folder" "${settings[@]}" || status=$?
+[ -d "$folder" ] && .venv/bin/rose-exp-report "$folder" --columns "$columns" --baseline "$baseline"
 exit "$status"

@@ -63,7 +63,8 @@ def test_one_run_leaves_its_record_and_its_model(small, tmp_path):
 def evaluate(model, overrides) -> float:
     from rose_exp.calibration import contiguous_windows, load_text
     from rose_exp.models import load_tokenizer
-    from rose_exp.settings import ModelSettings, TextSettings
+    from rose_exp.settings import ModelSettings
+    from rose_exp.text_settings import TextSettings
 
     value = dict(override.split("=", 1) for override in overrides)
     tokenizer = load_tokenizer(ModelSettings(path=value["model.path"]))

@@ -17,6 +17,7 @@ from .conftest import REPOSITORY
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:rose-exp|bash) .*$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
 PRUNING = [command for command in COMMANDS if command.startswith("rose-exp ")]
+SMALL_IMAGES = ["calibration.samples=2", "evaluation.images.samples=2", "diffusion.steps=2"]
 SMALL = [
     "calibration.samples=2",
     "calibration.window=64",
@@ -27,7 +28,7 @@ SMALL = [
 
 def test_the_readme_has_its_commands():
     assert [command.split("#")[0].strip() for command in COMMANDS[:2]] == ["bash scripts/demo.sh", "bash scripts/test.sh"]
-    assert len(PRUNING) == 9
+    assert len(PRUNING) == 14
 
 
 @pytest.mark.parametrize("command", PRUNING)
@@ -39,14 +40,15 @@ def test_every_command_is_sound(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in PRUNING if "llama" not in c and "local" not in c and "-m" not in c])
+@pytest.mark.parametrize("command", [c for c in PRUNING if not re.search("llama|local|sd3-medium| -m ", c)])
 def test_commands_that_need_no_hub_run(command, tmp_path):
-    arguments = [*shlex.split(command)[1:], *SMALL]
+    images = "model=small-" in command
+    arguments = [*shlex.split(command)[1:], *(SMALL_IMAGES if images else SMALL)]
     done = subprocess.run(
         [sys.executable, "-m", "rose_exp", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "perplexity.embedded" in done.stdout
+    assert ("images.psnr" if images else "perplexity.embedded") in done.stdout
 
 
 @pytest.mark.parametrize("script", ["demo.sh", "test.sh", "reproduce.sh", "slurm_node.sh", "_venv.sh"])

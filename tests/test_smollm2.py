@@ -10,7 +10,8 @@ from rose_exp.engine import METHODS, Ordering, SparseGPT, Unstructured
 from rose_exp.evaluation import perplexity
 from rose_exp.models import load_model, load_tokenizer, save_model
 from rose_exp.pipeline import PruningPlan, prune_model
-from rose_exp.settings import ModelSettings, TextSettings
+from rose_exp.settings import ModelSettings
+from rose_exp.text_settings import TextSettings
 
 pytestmark = pytest.mark.slow
 MODEL = ModelSettings(embedded="smollm2-135m")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RoseExpError, suggest
-from ..settings import TextSettings
+from ..text_settings import TextSettings
 from ..wheels import WHEELS, fetch
 
 log = logging.getLogger(__name__)

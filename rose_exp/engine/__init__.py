@@ -6,6 +6,7 @@
 """
 
 from .allocation import Allocation
+from .groups import Structured
 from .hessian import NotPositiveDefiniteError
 from .methods import ALPS, METHODS, DSnoT, Magnitude, Method, SparseGPT, Wanda
 from .moments import InputMoments
@@ -33,6 +34,7 @@ __all__ = [
     "SemiStructured",
     "SparseGPT",
     "Sparsity",
+    "Structured",
     "Target",
     "Unstructured",
     "Wanda",

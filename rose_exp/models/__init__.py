@@ -2,10 +2,12 @@
 
 from .experts import one_by_one, projections
 from .loading import LoadedModel, load_model, load_tokenizer
+from .narrowing import check_removable, remove_masked
 from .saving import save_model, save_streamed, sparsity_description
 from .shapes import ModelShape, model_shape, shape_of
 from .streaming import StreamedModel, let_go, open_model
 from .structure import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
+from .structures import Structure, find_structures
 
 __all__ = [
     "BlockList",
@@ -13,8 +15,11 @@ __all__ = [
     "LoadedModel",
     "ModelShape",
     "StreamedModel",
+    "Structure",
     "all_linear_layers",
+    "check_removable",
     "find_blocks",
+    "find_structures",
     "let_go",
     "linear_layers",
     "load_model",
@@ -23,6 +28,7 @@ __all__ = [
     "one_by_one",
     "open_model",
     "projections",
+    "remove_masked",
     "save_model",
     "save_streamed",
     "shape_of",

@@ -35,7 +35,7 @@ def save_model(
     Raises:
         RoseExpError: ``folder`` exists already, or the disk refuses.
     """
-    with _whole_or_not(folder) as scratch:
+    with whole_or_not(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         _describe(scratch, sparsity)
@@ -56,7 +56,7 @@ def save_streamed(
     """
     model, blocks = streamed.model, streamed.blocks
     total = len(blocks.blocks) + 1
-    with _whole_or_not(folder) as scratch:
+    with whole_or_not(folder) as scratch:
         weight_map: dict[str, str] = {}
         size = 0
         for number, tensors in enumerate(tqdm(_parts(streamed, block_at), "saving", total, unit="shard", disable=None), 1):
@@ -133,7 +133,7 @@ def _describe(folder: Path, sparsity: Mapping[str, Any] | None) -> None:
 
 
 @contextmanager
-def _whole_or_not(folder: Path) -> Iterator[Path]:
+def whole_or_not(folder: Path) -> Iterator[Path]:
     """A folder beside ``folder`` that takes its place once all is written."""
     if folder.exists():
         raise RoseExpError(f"save: {folder} exists already, and is not written over")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from ..errors import RoseExpError
 from ..settings import ModelSettings
 from .loading import from_pretrained
 from .structure import all_linear_layers, find_blocks, linear_layers
@@ -55,6 +56,8 @@ def model_shape(settings: ModelSettings) -> ModelShape:
     Raises:
         RoseExpError: its configuration cannot be had.
     """
+    if settings.kind == "diffusion":
+        raise RoseExpError("no estimate is made for diffusion models")
     config = from_pretrained(AutoConfig, settings)
     dtype = getattr(config, "dtype", None) or torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return shape_of(config, dtype, settings)

@@ -18,21 +18,22 @@ from ..engine import (
     InputMoments,
     Magnitude,
     NotPositiveDefiniteError,
-    PruneResult,
+    Structured,
     prune_layers,
 )
 from ..engine.allocation import BlockSurvey
 from ..engine.study import LayerStudy, study_layer
 from ..errors import RoseExpError
 from ..interruption import Interrupted
-from ..models import LinearLayer, linear_layers, one_by_one
+from ..models import LinearLayer, find_structures, linear_layers, one_by_one
 from ..ranks import Ranks
 from .activations import Activations
 from .capture import BlockCall
 from .channels import ChannelOrders, Channels
 from .collect import Clock, Collector, GroupInputs
 from .first_block import FirstBlock
-from .plan import LayerReport, PassSeconds, PruningPlan
+from .plan import LayerReport, PassSeconds, PruningPlan, report_of
+from .structured import prune_structure, wants
 from .survey import BlockWatch
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,14 @@ class BlockWalk:
         called = [name for group in groups for name in group]
         closing = called[-1] if called and called[-1] in adding else None
         self.collector = Collector(block, name, calls, plan, device, adding, closing, self._check_stop)
+        self.structures = {
+            part.layer.name: structure
+            for structure in (find_structures(block, name) if isinstance(plan.sparsity, Structured) else [])
+            if wants(structure, plan)
+            for part in structure.consumers
+        }
+        if isinstance(plan.sparsity, Structured):
+            self.groups = [group for group in self.groups if group[0].name in self.structures]
         alone = [group[0] for group in groups if len(group) == 1]  # none other is fed with the same
         self.channels = ChannelOrders(layers, [of_layer for of_layer in channels if of_layer.layer in alone])
         self.first_block: FirstBlock | None = None
@@ -205,6 +214,7 @@ class BlockWalk:
         for group, owner in zip(groups, owners, strict=True):
             for layer in group:
                 ranks.broadcast(layer.module.weight.data, owner)
+                self._mask(layer.name)
         self.channels.order_makers({name: order for _, orders, _ in answers for name, order in orders.items()})
         everything = {place: reports for reports_of_rank, _, _ in answers for place, reports in reports_of_rank.items()}
         return [report for place in range(len(groups)) for report in everything[place]]
@@ -224,11 +234,19 @@ class BlockWalk:
         for name in (layer.name, *self.channels.makers(layer.name)):
             there = self.layers[name]
             there.set_weight(self.part[1][name].to(there.weight))
+            self._mask(name)
             if f"{name}.bias" in self.part[1]:
                 there.module.bias.data.copy_(self.part[1][f"{name}.bias"])
 
+    def _mask(self, name: str) -> None:
+        """Make zero what makes the heads or neurons that this layer has lost."""
+        if name in self.structures:
+            self.structures[name].mask(self.structures[name].masked())
+
     def _prune_group(self, group: Sequence[LinearLayer], inputs: GroupInputs) -> list[LayerReport]:
         plan, moments = self.plan, inputs.moments
+        if group[0].name in self.structures:
+            return prune_structure(self.structures[group[0].name], {group[0].name: moments}, plan)
         starved = group[0].of_expert and moments.tokens < plan.expert_tokens
         if starved and plan.starved_experts == "stop":
             raise RoseExpError(
@@ -265,7 +283,16 @@ class BlockWalk:
             layer.set_weight(result.weight)
         seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # a row
         return [
-            self._report(layer, result, inputs, count, seconds, "magnitude" if starved else None)
+            report_of(
+                layer.name,
+                result,
+                moments.tokens,
+                seconds * layer.weight.shape[0],
+                count,
+                instead="magnitude" if starved else None,
+                target=inputs.asked,
+                permuted=self.channels.moved(layer.name),
+            )
             for layer, result, count in zip(group, results, saved, strict=True)
         ]
 
@@ -295,32 +322,6 @@ class BlockWalk:
             rank=0,
             seconds=0.0,
             instead="dense",
-        )
-
-    def _report(
-        self, layer: LinearLayer, result: PruneResult, inputs: GroupInputs, saved: int, seconds: float, instead: str | None
-    ) -> LayerReport:
-        rows, columns = result.weight.shape
-        return LayerReport(
-            name=layer.name,
-            rows=rows,
-            columns=columns,
-            tokens=inputs.moments.tokens,
-            sparsity=saved / (rows * columns),
-            error=result.error,
-            relative_range=result.relative_range,
-            reordered=result.reordered,
-            damping=result.damping,
-            rank=result.rank,
-            seconds=seconds * rows,
-            dead_columns=result.dead_columns,
-            instead=instead,
-            target_error=result.target_error,
-            unrefined_error=result.unrefined_error,
-            rechosen=result.rechosen,
-            unrefined=result.unrefined,
-            target=inputs.asked,
-            permuted=self.channels.moved(layer.name),
         )
 
     def _now(self) -> float:

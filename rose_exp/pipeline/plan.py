@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ..engine import Method, Ordering, Precision, Refine, SemiStructured, Sparsity, Target, Unstructured
+from ..engine import Method, Ordering, Precision, PruneResult, Refine, SemiStructured, Sparsity, Target, Unstructured
 from ..engine.allocation import Allocation
 from ..engine.kernels import Backend
 from ..errors import RoseExpError, suggest
@@ -93,6 +93,7 @@ class LayerReport:
     has pruned ``rechosen`` weights that were not pruned before, or left the layer ``unrefined`` where it would have raised the
     error. ``target`` is what it was asked for: ``dense``, the dense layer; ``outputs``, the dense model's output;
     ``hidden_states``, what these lack, too. ``permuted``: its input channels stand in another order than in the dense model.
+    ``removed`` of the ``groups`` of its columns, heads or neurons, have gone as a whole.
     """
 
     name: str
@@ -114,9 +115,35 @@ class LayerReport:
     unrefined: bool = False
     target: str = "dense"
     permuted: bool = False
+    removed: int = 0
+    groups: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
+
+
+def report_of(name: str, result: PruneResult, tokens: int, seconds: float, saved: int, **more: Any) -> LayerReport:
+    """What is told of a result: ``saved`` numbers of it need not be stored."""
+    rows, columns = result.weight.shape
+    return LayerReport(
+        name=name,
+        rows=rows,
+        columns=columns,
+        tokens=tokens,
+        sparsity=saved / (rows * columns),
+        error=result.error,
+        relative_range=result.relative_range,
+        reordered=result.reordered,
+        damping=result.damping,
+        rank=result.rank,
+        seconds=seconds,
+        dead_columns=result.dead_columns,
+        target_error=result.target_error,
+        unrefined_error=result.unrefined_error,
+        rechosen=result.rechosen,
+        unrefined=result.unrefined,
+        **more,
+    )
 
 
 @dataclass
@@ -158,12 +185,12 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
         RoseExpError: a pattern that matches no layer, nothing left to prune, or weights that are no linear layers.
     """
     names = [layer.name for layer in all_linear_layers(blocks)]
-    _check_patterns("pipeline.layers", plan.layers, names)
-    _check_patterns("pipeline.skip", plan.skip, names)
+    check_patterns("pipeline.layers", plan.layers, names)
+    check_patterns("pipeline.skip", plan.skip, names)
     wanted = [name for name in names if plan.wants(name)]
     if not wanted:
         raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave a layer to prune, got none")
-    _check_patterns("figures.study", plan.study, wanted)
+    check_patterns("figures.study", plan.study, wanted)
     for index, block in enumerate(blocks.blocks):
         known = {id(parameter) for module in block.modules() if projections(module) for parameter in module.parameters(False)}
         for name, parameter in block.named_parameters():
@@ -175,7 +202,12 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
                 )
 
 
-def _check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+def check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Check that every pattern matches a layer's name.
+
+    Raises:
+        RoseExpError: one does not.
+    """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             expected = f"a pattern of layer names such as {names[0]!r}"

@@ -7,9 +7,23 @@ from typing import Any
 
 from ..dotted import flat, without
 
-ROWS = ("method", "reorder", "refine", "target", "allocation", "engine.permute", "seed")  # what tables compare, or average over
+ROWS = (
+    "method",
+    "reorder",
+    "refine",
+    "target",
+    "allocation",
+    "engine.permute",
+    "sparsity.saliency",
+    "seed",
+)  # what tables compare, or average over
 WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations", "evaluation")
-OF_SEED = ("protocol.seed", "protocol.calibration.seed", "protocol.calibration.tokens_sha256")
+OF_SEED = (
+    "protocol.seed",
+    "protocol.calibration.seed",
+    "protocol.calibration.tokens_sha256",
+    "protocol.calibration.noise_sha256",
+)
 OF_PRUNED = (
     "sparsity",
     "calibration",
@@ -17,6 +31,10 @@ OF_PRUNED = (
     "pipeline",
     "protocol.calibration",
     "protocol.backend",
+    "diffusion.packages",
+    "diffusion.weighting",
+    "diffusion.alpha_min",
+    "diffusion.alpha_max",
 )  # of no meaning for a dense model
 PLACES = ("path", "embedded", "source")  # of what has a fingerprint of its own beside it
 FOLLOWING = {  # what a setting brings with it in the protocol
@@ -25,17 +43,20 @@ FOLLOWING = {  # what a setting brings with it in the protocol
     "model": ("protocol.model",),
 }
 SPARSITY = "sparsity"
+EVALUATED = ("evaluation", "images", "zero_shot", "speed")  # parts of the protocol that belong to metrics of one kind
 
 
 def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str, Any]:
     """Everything that a metric of a run hangs on but what rows stand for, the seed and the setting ``columns``."""
     config = {name: value for name, value in record["config"].items() if name != "hydra"}
-    protocol = {name: value for name, value in record["protocol"].items() if name not in ("evaluation", "zero_shot", "speed")}
+    protocol = {name: value for name, value in record["protocol"].items() if name not in EVALUATED}
     found = flat(config) | flat(protocol, "protocol.")
     kind, _, name = metric.partition(".")
     if kind == "perplexity":
         own = {"evaluation": record["protocol"]["evaluation"][name], "batch": config["evaluation"].get("batch")}
         found |= flat(own, "protocol.")
+    elif kind == "images":
+        found |= flat(record["protocol"]["images"], "protocol.images.")
     elif kind == "zero_shot":
         found |= _zero_shot(record["protocol"].get("zero_shot", {}))
     else:
@@ -72,7 +93,10 @@ def variant(record: Mapping[str, Any]) -> dict[str, Any]:
         "allocation": allocation.get("rule", "uniform") != "uniform",
     }
     kept = {name: config[name] if acting else "none" for name, acting in acts.items()}
-    return flat({"method": config["method"]} | kept | {"engine": {"permute": permuted}})
+    sparsity = config["sparsity"]
+    saliency = sparsity["saliency"] if sparsity["pattern"] == "structured" else "none"
+    own = {"engine": {"permute": permuted}, "sparsity": {"saliency": saliency}, "kind": config["model"].get("kind", "language")}
+    return flat({"method": config["method"]} | kept | own)
 
 
 def is_dense(record: Mapping[str, Any]) -> bool:
@@ -96,6 +120,8 @@ def column_of(record: Mapping[str, Any], columns: str) -> str:
     config = record["config"]
     if columns == SPARSITY:
         sparsity = config["sparsity"]
+        if sparsity["pattern"] == "structured":
+            return f"structured {sparsity['ratio']:g}"
         return sparsity["pattern"] if sparsity["ratio"] is None or ":" in sparsity["pattern"] else f"{sparsity['ratio']:g}"
     value: Any = config
     for part in columns.split("."):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ..tracking.record import write_atomically
 
 FOLDER = "figures"
+SHEET = "contact_sheet.png"  # of a diffusion model
 DPI = 150
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # told apart by the colour-blind
 MARKERS = "osD^vP*X"

@@ -16,7 +16,8 @@ from .published import find
 
 ALL = "all"  # the only column of tasks' tables, and where a dense model stands
 MINUTES = "minutes.pruning"
-JUDGED = ("perplexity.", "zero_shot", MINUTES)  # metrics of which there is a best
+JUDGED = ("perplexity.", "zero_shot", "images.", MINUTES)  # metrics of which there is a best
+HIGHER = ("zero_shot", "images.psnr", "images.ssim", "images.clip_score", "images.image_reward")  # is better
 BASELINE = "SparseGPT"
 
 
@@ -42,7 +43,7 @@ class Table:
 
     @property
     def lower_is_better(self) -> bool:
-        return self.metric != "zero_shot"
+        return self.metric not in HIGHER
 
     @property
     def names(self) -> list[str]:
@@ -168,7 +169,7 @@ def _put(table: Table, record: Mapping[str, Any], row: str, column: str, value: 
         return value == cell.values[seed]
     if earlier is None or earlier["started"] <= record["started"]:
         cell.values[seed], cell.runs[seed] = value, record
-        cell.draws[seed] = calibration["tokens_sha256"] if calibration else None
+        cell.draws[seed] = calibration.get("tokens_sha256", calibration.get("noise_sha256")) if calibration else None
     return True
 
 

@@ -11,7 +11,7 @@ from ..errors import RoseExpError
 from ..tracking.record import FILE_NAME, write_atomically
 from .conditions import SPARSITY
 from .gather import BASELINE, gather
-from .page import studies_of, web_page
+from .page import sheets_of, studies_of, web_page
 from .table import collect_records
 from .text import comma_separated, latex, markdown
 
@@ -63,5 +63,6 @@ def write_report(
     write_atomically(output / "report.md", text)
     write_atomically(output / "report.csv", comma_separated(report))
     write_atomically(output / "report.tex", latex(report))
-    write_atomically(output / "report.html", web_page(report, studies_of([path.parent for path, _ in found])))
+    sheets = sheets_of([(path.parent, record) for path, record in found])
+    write_atomically(output / "report.html", web_page(report, studies_of([path.parent for path, _ in found]), sheets))
     return f"{text}\nwritten to {output.resolve()}: report.md, report.csv, report.tex, report.html"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from jinja2 import Environment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .figures import COLOURS, DPI, FOLDER, MARKERS, STUDIES
+from .conditions import SPARSITY, column_of
+from .figures import COLOURS, DPI, FOLDER, MARKERS, SHEET, STUDIES
 from .gather import MINUTES, Report, Table
 from .text import NOTHING, blocks, caption, notes
 
@@ -25,13 +26,28 @@ def studies_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def web_page(report: Report, studies: Sequence[dict[str, Any]] = ()) -> str:
+def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, str]]:
+    """Contact sheets of the runs' folders, each with what the run is."""
+    found = []
+    for folder, record in runs:
+        path = folder / FOLDER / SHEET
+        if path.is_file():
+            data = base64.b64encode(path.read_bytes()).decode()
+            title = (
+                f"{record['protocol']['model']['name']}: {record['label']}, {column_of(record, SPARSITY)}, {record['run_id']}"
+            )
+            found.append({"title": title, "image": f"data:image/png;base64,{data}"})
+    return found
+
+
+def web_page(report: Report, studies: Sequence[dict[str, Any]] = (), sheets: Sequence[dict[str, str]] = ()) -> str:
     """HTML with its style and its figures inside, and nothing that is fetched."""
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     return page.render(
         report=report,
         tables=[_shown(report, table) for table in report.tables],
+        sheets=sheets,
         studies=[{"layer": s["layer"], "figures": [_embedded(draw(s)) for draw in STUDIES.values()]} for s in studies],
     )
 

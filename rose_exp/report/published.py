@@ -13,7 +13,9 @@ import yaml
 from ..dotted import flat
 from .conditions import SPARSITY, column_of, is_dense
 
-FIGURES = ("rose",)  # files of the folder published/
+# of a protocol, what the figures of a dense model hang on
+OF_DENSE = ("evaluation.", *(f"diffusion.{name}" for name in ("steps", "guidance", "height", "width", "scheduler")))
+FIGURES = ("rose", "obs_diff")  # files of the folder published/
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,21 @@ def papers() -> list[dict[str, Any]]:
 
 
 @cache
-def _index() -> dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Every figure by model, method, sparsity and metric, with its table and its paper."""
-    return {
-        (f.get("model"), f.get("method"), f.get("sparsity"), f["metric"]): (f, table, paper)
-        for paper in papers()
-        for table in paper["tables"].values()
-        for f in table["figures"]
-    }
+def _index() -> dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """The figures of every model, method, sparsity and metric, each with its table."""
+    found: dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for paper in papers():
+        for table in paper["tables"].values():
+            for f in table["figures"]:
+                key = (f.get("model"), f.get("method"), f.get("sparsity"), f["metric"])
+                found.setdefault(key, []).append((f, table))
+    return found
+
+
+def _fitting(key: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The figure whose table is about the settings that a run has, if any: one that names more of them comes first."""
+    there = sorted(_index().get(key, []), key=lambda item: -len(item[0].get("with", {})))
+    return next((item for item in there if all(values.get(k) == v for k, v in item[0].get("with", {}).items())), None)
 
 
 def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Published | None:
@@ -58,15 +67,17 @@ def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Publis
     sparsity = "dense" if is_dense(runs[0]) else column_of(runs[0], SPARSITY)
     for paper in papers():
         model = paper["models"].get(config["model"]["path"])
-        found = _index().get((model, label, sparsity, metric)) or _index().get((model, label, None, metric))
+        values = flat(config)
+        found = _fitting((model, label, sparsity, metric), values) or _fitting((model, label, None, metric), values)
         options = paper["methods"].get(label, {})
         if model is None or found is None or any(config["method"]["options"].get(k) != v for k, v in options.items()):
             continue
-        figure, table, _ = found
+        figure, table = found
+        protocol = paper["protocol"] | table.get("protocol", {}) | figure.get("with", {})
         points = metric.startswith("zero_shot.")
         tolerance = table.get("tolerance_points" if points else "tolerance")
         deviation = value - figure["value"] if points else value / figure["value"] - 1
-        why_not = "no tolerance is known for it" if tolerance is None else _other_protocol(paper["protocol"], config)
+        why_not = "no tolerance is known for it" if tolerance is None else _other_protocol(protocol, config)
         return Published(
             value=figure["value"],
             source=figure.get("source", table["source"]),
@@ -84,7 +95,7 @@ def _other_protocol(protocol: Mapping[str, Any], config: Mapping[str, Any]) -> s
     values = flat(config)
     differing = []
     for name, value in protocol.items():
-        if is_dense({"config": config}) and not name.startswith("evaluation."):
+        if is_dense({"config": config}) and not name.startswith(OF_DENSE):
             continue
         if name.startswith("evaluation.perplexity.") and name.split(".")[2] not in config["evaluation"]["perplexity"]:
             continue

@@ -9,6 +9,7 @@ from typing import Any
 from ..tracking.record import FILE_NAME, read_record
 
 ZERO_SHOT = "zero_shot."
+IMAGES = "images."
 
 
 def collect_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -45,10 +46,12 @@ def _row(record: dict[str, Any], measured: Sequence[str]) -> list[str]:
     if record["status"] != "finished":
         return [record["label"], pattern, record["status"], *("" for _ in measured), ""]
     reached = f"{metrics['sparsity']:.4f}"
-    values = [_number(metrics[name]) if name in metrics else "" for name in measured]
+    values = [number(name, metrics[name]) if name in metrics else "" for name in measured]
     stages = [s for name, s in record["seconds"].items() if "." not in name]  # pruning.solving is a part of pruning
     return [record["label"], pattern, reached, *values, f"{sum(stages):.0f}"]
 
 
-def _number(value: float) -> str:
+def number(metric: str, value: float) -> str:
+    if metric.startswith(IMAGES):
+        return f"{value:.4g}"  # of any size
     return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.3g}"

@@ -22,6 +22,8 @@ FIELDS = (
 def number(value: float) -> str:
     if abs(value) >= 1e4:
         return f"{value:.2e}"
+    if 0 < abs(value) < 0.1:
+        return f"{value:.3g}"
     return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3f}"
 
 
@@ -29,6 +31,8 @@ def spread(cell: Cell) -> str:
     """Mean ± standard deviation over the seeds, or a single value."""
     if cell.deviation is None:
         return number(cell.mean)
+    if abs(cell.mean) < 0.1:
+        return f"{number(cell.mean)} ± {cell.deviation:.2g}"
     small = abs(cell.mean) < 1
     return f"{number(cell.mean)} ± " + (
         f"{cell.deviation:.{3 if small else 2}f}" if cell.deviation < 1e4 else number(cell.deviation)
@@ -37,8 +41,9 @@ def spread(cell: Cell) -> str:
 
 def difference(found: Difference) -> str:
     """Mean with its confidence interval, and relative to the baseline."""
-    interval = f" [{found.low:+.2f}, {found.high:+.2f}]" if found.low is not None else ""
-    return f"{found.mean:+.2f}{interval} ({found.relative:+.1%})"
+    digits = ".2g" if 0 < abs(found.mean) < 0.1 else ".2f"
+    interval = f" [{found.low:+{digits}}, {found.high:+{digits}}]" if found.low is not None else ""
+    return f"{found.mean:+{digits}}{interval} ({found.relative:+.1%})"
 
 
 def beside(found: Published, points: bool) -> str:
@@ -53,10 +58,14 @@ def caption(table: Table) -> str:
     """The protocol in words."""
     known = table.conditions
     parts = []
-    if "protocol.calibration.windows" in known or "calibration.samples" in known:
+    if "protocol.calibration.windows" in known or (
+        "calibration.samples" in known and known.get("calibration.draw") != "prompts"
+    ):
         samples, window = known.get("calibration.samples", "varying"), known.get("calibration.window", "varying")
         parts.append(f"calibrated on {samples} windows of {window} tokens, cut as {known.get('protocol.calibration.cut')}")
         parts.append(f"blocks of {known.get('engine.block_size', 'varying')}, damping {known.get('engine.damping', 'varying')}")
+    if known.get("protocol.calibration.prompts") or "protocol.images.prompts" in known:
+        parts.append(_sampling(known))
     if "protocol.evaluation.windows" in known:
         parts.append(
             f"measured on {known['protocol.evaluation.windows']} windows of {known['protocol.evaluation.window']} tokens"
@@ -70,6 +79,21 @@ def caption(table: Table) -> str:
         parts.append("mean ± standard deviation over the seeds")
     versions = [f"{name} {known.get(f'protocol.versions.{name}')}" for name in ("torch", "transformers", "rose_exp")]
     parts.append(", ".join(versions) + f", {known.get('protocol.device')}, {_revision(known)}")
+    return "; ".join(parts)
+
+
+def _sampling(known: Mapping[str, Any]) -> str:
+    """How a diffusion model was run."""
+    told = {name: known.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
+    parts = [f"{told['steps']} steps, guidance {told['guidance']}"]
+    if "calibration.samples" in known:
+        parts = [
+            f"calibrated on {known['calibration.samples']} prompts",
+            *parts,
+            f"steps weighted {told['weighting']}, {told['packages']} packages",
+        ]
+    if "protocol.images.prompts" in known:
+        parts.append(f"measured on {known['protocol.images.prompts']} prompts")
     return "; ".join(parts)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,7 +131,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of this package, of the libraries that a number may depend on, and of Python."""
-    return {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    return library_versions(LIBRARIES) | {"python": platform.python_version()}
+
+
+def library_versions(names: Iterable[str]) -> dict[str, str | None]:
+    return {name: _version(name) for name in names}
 
 
 def write_atomically(path: Path, text: str) -> None:

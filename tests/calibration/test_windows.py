@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from rose_exp.calibration import Text, contiguous_windows, draw_windows, load_text
 from rose_exp.errors import RoseExpError
-from rose_exp.settings import TextSettings
+from rose_exp.text_settings import TextSettings
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,26 @@
+"""Pruning diffusion models (OBS-Diff, 2025): the engine's second kind of walk. Needs ``pip install 'rose_exp[diffusion]'``.
+
+Importing this package lets diffusers load saved pipelines whose heads and neurons were removed:
+
+>>> import rose_exp.diffusion
+>>> pipeline = diffusers.DiffusionPipeline.from_pretrained("outputs/RUN/model")
+"""
+
+from . import narrowed
+from .denoiser import Unit, candidate_layers, find_units, packages
+from .loading import load_pipeline, save_pipeline
+from .sampling import Sampler, noise_seeds
+from .walk import DenoiserWalk
+
+__all__ = [
+    "DenoiserWalk",
+    "Sampler",
+    "Unit",
+    "candidate_layers",
+    "find_units",
+    "load_pipeline",
+    "narrowed",
+    "noise_seeds",
+    "packages",
+    "save_pipeline",
+]

@@ -1,0 +1,91 @@
+"""Reading and saving diffusion pipelines: folders of safetensors, the hub, or small ones with random weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from ..errors import RoseExpError, suggest
+from ..fingerprint import folder_sha256
+from ..models.saving import whole_or_not
+from ..settings import ModelSettings
+from .sampling import PARTS, denoiser_name
+from .small import small_pipeline
+
+log = logging.getLogger(__name__)
+
+
+def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline in evaluation mode on the CPU, and what its weights are, for the record.
+
+    Args:
+        scheduler: a class of diffusers in place of the pipeline's own, with the same noise schedule; None: its own.
+    Raises:
+        RoseExpError: it cannot be had, or has no denoiser that is known.
+    """
+    log.info("loading %s", settings.name)
+    if settings.built is not None:
+        pipeline = small_pipeline(settings.built)
+        if settings.dtype not in ("auto", "float32"):
+            pipeline.to(getattr(torch, settings.dtype))
+        facts: dict[str, Any] = {"source": f"small {settings.built}, random weights"}
+    else:
+        pipeline, facts = _read(settings)
+    if denoiser_name(pipeline) is None:
+        raise RoseExpError(f"model: expected a pipeline with {' or '.join(PARTS)}, got {type(pipeline).__name__}")
+    if getattr(pipeline, "safety_checker", None) is not None:
+        log.info("the safety checker is left out: images that it blackens could not be compared")
+        pipeline.safety_checker = None
+    if scheduler is not None:
+        pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    return pipeline, {
+        "name": settings.name,
+        "architecture": type(pipeline).__name__,
+        "denoiser": type(denoiser).__name__,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+    } | facts
+
+
+def _read(settings: ModelSettings) -> tuple[Any, dict[str, Any]]:
+    path = Path(settings.path).expanduser()
+    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)  # pipelines say nothing of theirs
+    options = {"use_safetensors": True, "dtype": dtype}
+    try:
+        if path.exists():
+            return DiffusionPipeline.from_pretrained(path, **options), {"source": str(path), "sha256": folder_sha256(path)}
+        folder = Path(DiffusionPipeline.download(settings.path, revision=settings.revision, use_safetensors=True))
+        pipeline = DiffusionPipeline.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+        hint = "" if path.exists() else " (no such folder here, and not to be had from the hub)"
+        reason = " ".join(str(error).split())[:400]
+        raise RoseExpError(f"model.path: cannot load the pipeline {settings.path!r}{hint}: {reason}") from error
+    return pipeline, {"source": settings.path, "revision": folder.name}  # the hub's cache calls a folder by its commit
+
+
+def _scheduler(name: str, own: Any) -> Any:
+    kind = getattr(diffusers, name, None)
+    known = [option for option in dir(diffusers) if option.endswith("Scheduler")]
+    if name not in known:
+        hint = suggest(name, known)
+        raise RoseExpError(f"diffusion.scheduler: expected one of diffusers' such as DDIMScheduler, got {name!r}{hint}")
+    return kind.from_config(own.config)
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> Path:
+    """Write the pipeline as a folder of safetensors that diffusers loads, all of it or nothing.
+
+    Raises:
+        RoseExpError: it cannot be written, or the folder exists already.
+    """
+    with whole_or_not(folder) as scratch:
+        pipeline.save_pretrained(scratch, safe_serialization=True)
+    return folder

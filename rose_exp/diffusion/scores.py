@@ -1,0 +1,107 @@
+"""Scores of images by other networks: CLIP score, ImageReward and FID, through the libraries that keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from ..errors import RoseExpError
+from ..image_settings import ImagesSettings
+
+BATCH = 16
+Score = Callable[[Tensor, Sequence[str]], tuple[float, float | None]]  # of images and prompts: a mean and its standard error
+
+
+def load_scores(settings: ImagesSettings, device: torch.device) -> dict[str, Score]:
+    """What is to be measured beside distances, by name; loaded before any image is made, so that what is missing is told first.
+
+    Raises:
+        RoseExpError: weights cannot be had.
+    """
+    makers = {"clip_score": _clip_score, "image_reward": _image_reward, "fid": _fid}
+    found = {}
+    for name in settings.metrics:
+        if name not in makers:
+            continue
+        try:
+            found[name] = makers[name](settings, device)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RoseExpError(f"evaluation.images.metrics: {name} cannot be measured here: {reason}") from error
+    return found
+
+
+def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
+    """Cosine of CLIP's embeddings of image and prompt (Hessel et al., 2021, without its factor), as OBS-Diff reports it."""
+    from transformers import AutoProcessor, CLIPModel
+
+    model = CLIPModel.from_pretrained(settings.clip).eval().to(device)
+    processor = AutoProcessor.from_pretrained(settings.clip)
+
+    @torch.no_grad()
+    def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
+        found = []
+        for start in tqdm(range(0, len(images), BATCH), "CLIP score", unit="batch", disable=None):
+            batch = [_bytes(image).permute(1, 2, 0).numpy() for image in images[start : start + BATCH]]
+            texts = list(prompts[start : start + BATCH])
+            inputs = processor(text=texts, images=batch, return_tensors="pt", padding=True, truncation=True)
+            answer = model(**inputs.to(device))
+            found.append(functional.cosine_similarity(answer.image_embeds, answer.text_embeds).cpu())
+        return _mean(torch.cat(found))
+
+    return score
+
+
+def _image_reward(_settings: ImagesSettings, device: torch.device) -> Score:
+    import ImageReward
+
+    model = ImageReward.load("ImageReward-v1.0", device=str(device))
+
+    @torch.no_grad()
+    def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
+        from PIL import Image
+
+        found = []
+        for image, prompt in zip(tqdm(images, "ImageReward", unit="image", disable=None), prompts, strict=True):
+            found.append(model.score(prompt, Image.fromarray(_bytes(image).permute(1, 2, 0).numpy())))
+        return _mean(torch.tensor(found))
+
+    return score
+
+
+def _fid(settings: ImagesSettings, device: torch.device) -> Score:
+    """Fréchet distance of Inception features to a folder of real images; it has no standard error."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=2048).to(device)
+    files = sorted(p for p in Path(settings.reference).expanduser().rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if len(files) < 2:
+        raise ValueError(f"expected at least two .png or .jpg files in {settings.reference}, got {len(files)}")
+
+    def score(images: Tensor, _prompts: Sequence[str]) -> tuple[float, float | None]:
+        import numpy as np
+        from PIL import Image
+
+        size = tuple(images.shape[2:])
+        for file in tqdm(files, "FID, real images", unit="image", disable=None):
+            with Image.open(file) as image:
+                pixels = np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC))
+            metric.update(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device), real=True)
+        for image in tqdm(images, "FID", unit="image", disable=None):
+            metric.update(_bytes(image)[None].to(device), real=False)
+        return float(metric.compute()), None
+
+    return score
+
+
+def _bytes(image: Tensor) -> Tensor:
+    return (image * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _mean(values: Tensor) -> tuple[float, float | None]:
+    return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else None

@@ -1,0 +1,268 @@
+"""Structured pruning: whole groups of input columns, such as those of an attention head or of one FFN neuron, leave a layer,
+and the columns that stay make up for them (OBS-Diff, 2025, equations 6 to 8; the heads' saliency after SlimGPT, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .hessian import NotPositiveDefiniteError, dampings
+from .moments import InputMoments
+from .products import quadratic_form
+
+Saliency = Literal["diagonal", "exact"]
+
+FUSION = 60  # k of reciprocal rank fusion, OBS-Diff's
+METHODS_OF_GROUPS = ("sparsegpt", "wanda", "magnitude")
+
+
+@dataclass(frozen=True)
+class Structured:
+    """Attention heads and FFN neurons go as a whole: ``round(n · ratio)`` of the n heads (groups of heads that share a key and
+    value) of each attention, and as many of the n neurons of each FFN, so that the layers really get smaller.
+
+    Args:
+        ratio: share of the heads and of the neurons to remove, 0 up to but not 1.
+        heads, neurons: whether these are removed.
+        saliency: what removing a group is expected to cost by the OBS: ``diagonal``, each of its columns by itself, as in
+            OBS-Diff (Eq. 6, 7); ``exact``, the group as a whole.
+        at_once: neurons removed from one updating of the inverse Hessian to the next; heads go one by one.
+    """
+
+    ratio: float
+    heads: bool = True
+    neurons: bool = True
+    saliency: Saliency = "diagonal"
+    at_once: int = 64
+
+    def __post_init__(self):
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio: expected a number from 0 up to but not 1, got {self.ratio}")
+        if not (self.heads or self.neurons):
+            raise ValueError("heads: expected true where neurons is false, got false: nothing would be removed")
+        if self.saliency not in get_args(Saliency):
+            raise ValueError(f"saliency: expected one of {', '.join(get_args(Saliency))}, got {self.saliency!r}")
+        if self.at_once < 1:
+            raise ValueError(f"at_once: expected at least 1, got {self.at_once}")
+
+    def count(self, groups: int) -> int:
+        """Groups to remove of so many; one always stays."""
+        return min(round(groups * self.ratio), groups - 1)
+
+    def __str__(self) -> str:
+        what = "" if self.heads and self.neurons else " heads" if self.heads else " neurons"
+        return f"{self.ratio * 100:g}% structured{what}"
+
+
+@dataclass(frozen=True)
+class GroupedLayer:
+    """A layer, y = W x, from whose inputs groups are to be removed.
+
+    Attributes:
+        weight: W, (rows, columns).
+        moments: of its inputs.
+        columns: (groups, width) int64, the columns of each group. Columns that are in no group always stay.
+        gone: columns that have left the layer before, int64; their weights count for nothing.
+        coupled: L1 norms of what else goes with each group, (groups,): rows that make these columns. For magnitude.
+    """
+
+    weight: Tensor
+    moments: InputMoments
+    columns: Tensor
+    gone: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    coupled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PrunedGroups:
+    """What became of layers that lost the same groups.
+
+    Attributes:
+        removed: (groups,) bool.
+        order: the groups removed, first removed first.
+        weights: of each layer, (rows, columns), zero in all columns that are gone, in the dtype that they came in.
+        errors: tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of each layer.
+        damping: really used, as a share of the mean of H's diagonal; 0 where nothing is made up for.
+    """
+
+    removed: Tensor
+    order: list[int]
+    weights: list[Tensor]
+    errors: list[float]
+    damping: float
+
+
+@torch.no_grad()
+def prune_groups(
+    layers: Sequence[GroupedLayer],
+    count: int,
+    *,
+    method: str = "sparsegpt",
+    saliency: Saliency = "diagonal",
+    damping: float = 0.01,
+    at_once: int = 1,
+) -> PrunedGroups:
+    """Remove ``count`` groups of input columns from layers that must lose the same, such as the two output projections of joint
+    attention, whose rankings are fused by reciprocal rank fusion: the largest Σ 1/(60 + rank) goes.
+
+    ``sparsegpt`` removes the least salient groups first and updates weights and inverse Hessian after each ``at_once`` of them;
+    the columns that stay then take the values that fit the layer's output best, W_K = W H_:K H_KK⁻¹ of the damped H.
+    ``wanda`` removes by Σ |W|·sqrt(E[x²]) and ``magnitude`` by the L1 norm of all weights that go with a group; neither
+    updates what stays.
+
+    Raises:
+        ValueError: an argument of the wrong kind, shape or range, or a weight or moments that are not finite.
+        NotPositiveDefiniteError: H cannot be factorised at any damping tried.
+    """
+    _check(layers, count, method, damping)
+    works = [_Work(layer) for layer in layers]
+    used = 0.0
+    if method == "sparsegpt":
+        used = _invert(works, damping)
+        order = _greedy(works, count, saliency, at_once)
+    else:
+        order = _fused([work.plain_scores(method) for work in works])[:count].tolist()
+    removed = torch.zeros(len(layers[0].columns), dtype=torch.bool, device=layers[0].weight.device)
+    removed[order] = True
+    weights = [work.finished(removed, compensated=method == "sparsegpt") for work in works]
+    errors = [work.error(weight) for work, weight in zip(works, weights, strict=True)]
+    return PrunedGroups(removed, order, weights, errors, used)
+
+
+class _Work:
+    """One layer while groups leave it; in float64, since an inverse is updated over and over."""
+
+    def __init__(self, layer: GroupedLayer):
+        self.layer = layer
+        self.dense = layer.weight.double()
+        self.dense = self.dense.index_fill(1, layer.gone.to(layer.weight.device), 0)
+        self.hessian = layer.moments.hessian().double()
+        self.weight = self.dense.clone()
+        self.damped = self.inverse = self.hessian
+
+    def damp(self, damping: float) -> bool:
+        """Invert the damped Hessian, as in SparseGPT: columns that never fired are made independent of all others."""
+        diagonal = self.hessian.diagonal()
+        mean = diagonal.mean()
+        scale = torch.where(mean > 0, mean, torch.ones_like(mean))
+        self.damped = self.hessian.clone()
+        self.damped.diagonal().copy_(torch.where(diagonal == 0, scale, diagonal) + damping * scale)
+        factor, failed = torch.linalg.cholesky_ex(self.damped)
+        if failed:
+            return False
+        self.inverse = torch.cholesky_inverse(factor)
+        self.weight = self.dense.clone()
+        if len(self.layer.gone):
+            self.eliminate(self.layer.gone.to(self.weight.device))
+        return True
+
+    def scores(self, saliency: Saliency) -> Tensor:
+        """Expected loss of each group, (groups,): ½ Σ ‖W_:k‖² / [H⁻¹]_kk over its columns, or ½ tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ)."""
+        columns = self.layer.columns
+        if saliency == "diagonal" or columns.shape[1] == 1:
+            of_columns = self.weight.square().sum(dim=0) / self.inverse.diagonal()
+            return of_columns[columns].sum(dim=1) / 2
+        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # (groups, width, width)
+        weights = self.weight[:, columns].permute(1, 2, 0)  # (groups, width, rows)
+        return (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2)) / 2
+
+    def eliminate(self, gone: Tensor) -> None:
+        """Take columns out: W ← W − W_:g [H⁻¹]_gg⁻¹ [H⁻¹]_g:, and the same of H⁻¹, which becomes that of those that stay."""
+        rows = self.inverse[gone]  # (gone, columns)
+        solved = torch.linalg.solve(rows[:, gone], rows)
+        self.weight -= self.weight[:, gone] @ solved
+        self.inverse = self.inverse - rows.T @ solved
+        self.weight[:, gone] = 0
+        self.inverse[gone, :], self.inverse[:, gone] = 0, 0
+        self.inverse.diagonal()[gone] = 1  # of no meaning, and no division by zero
+
+    def plain_scores(self, method: str) -> Tensor:
+        """(groups,), of methods that update nothing."""
+        magnitudes = self.dense.abs()
+        if method == "wanda":
+            magnitudes = magnitudes * self.layer.moments.mean_square().sqrt().double()
+        of_groups = magnitudes.sum(dim=0)[self.layer.columns].sum(dim=1)
+        if method == "magnitude" and self.layer.coupled is not None:
+            of_groups = of_groups + self.layer.coupled.double()
+        return of_groups
+
+    def finished(self, removed: Tensor, compensated: bool) -> Tensor:
+        gone = torch.zeros(self.dense.shape[1], dtype=torch.bool, device=self.dense.device)
+        gone[self.layer.gone.to(gone.device)] = True
+        gone[self.layer.columns[removed].flatten()] = True
+        result = self.dense.masked_fill(gone, 0)
+        if compensated and removed.any():
+            stay = ~gone
+            lower = torch.linalg.cholesky(self.damped[stay][:, stay])
+            lost = self.dense[:, gone] @ self.damped[gone][:, stay]
+            result[:, stay] += torch.cholesky_solve(lost.T, lower).T
+        return result.to(self.layer.weight.dtype)
+
+    def error(self, weight: Tensor) -> float:
+        lost = quadratic_form(self.dense - weight.double(), self.hessian)
+        total = quadratic_form(self.dense, self.hessian)
+        return max(0.0, float(lost)) / float(total) if total > 0 else 0.0
+
+
+def _invert(works: Sequence[_Work], damping: float) -> float:
+    for tried in dampings(damping):
+        if all(work.damp(tried) for work in works):
+            return tried
+    raise NotPositiveDefiniteError(
+        f"the Hessian of {works[0].layer.moments.columns} columns is not positive definite at damping "
+        f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs hold values too large or too small"
+    )
+
+
+def _greedy(works: Sequence[_Work], count: int, saliency: Saliency, at_once: int) -> list[int]:
+    order: list[int] = []
+    while len(order) < count:
+        losses = [
+            work.scores(saliency).index_fill(0, torch.tensor(order, device=work.weight.device, dtype=torch.int64), torch.inf)
+            for work in works
+        ]
+        chosen = _fused(losses)[: min(at_once, count - len(order))]
+        order += chosen.tolist()
+        for work in works:
+            work.eliminate(work.layer.columns[chosen].flatten())
+    return order
+
+
+def _fused(losses: Sequence[Tensor]) -> Tensor:
+    """Groups from the first to go to the last, (groups,) int64: by their loss, or where several layers lose them by the sum of
+    1/(60 + rank) over the layers, the rank of the least loss being 1 (Eq. 8); equals by position. Groups of infinite loss have
+    gone, and come last."""
+    if len(losses) == 1:
+        return losses[0].argsort(stable=True)
+    fused = torch.zeros_like(losses[0])
+    for of_layer in losses:
+        ranks = torch.empty_like(fused)
+        ranks[of_layer.argsort(stable=True)] = torch.arange(1, len(fused) + 1, device=fused.device, dtype=fused.dtype)
+        fused += 1 / (FUSION + ranks)
+    return fused.masked_fill(losses[0] == torch.inf, -torch.inf).argsort(descending=True, stable=True)
+
+
+def _check(layers: Sequence[GroupedLayer], count: int, method: str, damping: float) -> None:
+    if not layers:
+        raise ValueError("layers: expected at least one, got none")
+    if method not in METHODS_OF_GROUPS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS_OF_GROUPS)} for groups, got {method!r}")
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping: expected a finite number of at least 0, got {damping}")
+    groups = len(layers[0].columns)
+    if not 0 <= count < max(groups, 1):
+        raise ValueError(f"count: expected 0 to {groups - 1}, since one of {groups} groups stays, got {count}")
+    for layer in layers:
+        weight, columns = layer.weight, layer.columns
+        if weight.ndim != 2 or weight.shape[1] != layer.moments.columns:
+            raise ValueError(f"weight: expected shape (rows, {layer.moments.columns}), got {tuple(weight.shape)}")
+        if columns.ndim != 2 or len(columns) != groups or columns.unique().numel() != columns.numel():
+            raise ValueError(f"columns: expected {groups} groups that share no column, got shape {tuple(columns.shape)}")
+        if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < weight.shape[1]:
+            raise ValueError(f"columns: expected numbers from 0 to {weight.shape[1] - 1}, got up to {int(columns.max())}")
+        if not (torch.isfinite(weight).all() and torch.isfinite(layer.moments.gram).all()):
+            raise ValueError("weight, moments: expected finite numbers, got NaN or infinity")

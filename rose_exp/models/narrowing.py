@@ -1,0 +1,80 @@
+"""Language models that get smaller: heads and neurons that are masked leave, and the configuration says the new widths."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..engine import Structured
+from ..errors import RoseExpError
+from .structure import BlockList
+from .structures import find_structures
+
+QUERIES, KEYS, NEURONS = "num_attention_heads", "num_key_value_heads", "intermediate_size"  # in configurations
+
+
+def check_removable(config: PreTrainedConfig, sparsity: Structured) -> None:
+    """See that the model's configuration can say how many heads and neurons will be left.
+
+    Raises:
+        RoseExpError: it cannot, or its class refuses these numbers.
+    """
+    _narrowed(config.get_text_config(), sparsity)
+
+
+def remove_masked(model: nn.Module, blocks: BlockList, sparsity: Structured) -> dict[str, int]:
+    """Take the masked heads and neurons of every block out, as many as ``sparsity`` says. Its configuration tells where it can,
+    so that the model is saved and loaded with its new widths. No output changes.
+
+    Returns:
+        Parameters before and after: ``dense`` and ``pruned``.
+    """
+    before = sum(parameter.numel() for parameter in model.parameters())
+    kinds = [kind for kind in ("heads", "neurons") if getattr(sparsity, kind)]
+    everywhere = True
+    for index, block in enumerate(blocks.blocks):
+        for structure in find_structures(block, blocks.block_name(index)):
+            if structure.kind not in kinds:
+                continue
+            masked, count = structure.masked(), sparsity.count(structure.groups)
+            if int(masked.sum()) < count:
+                everywhere = False  # left out by the patterns of layers: this model is not saved
+                continue
+            masked[masked.nonzero().flatten()[count:]] = False
+            structure.keep(~masked)
+    config = model.config.get_text_config()
+    with suppress(RoseExpError):  # where it is to be saved, this was seen to before anything was pruned
+        for name, value in _narrowed(config, sparsity).items() if everywhere else ():
+            setattr(config, name, value)
+    return {"dense": before, "pruned": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _narrowed(config: PreTrainedConfig, sparsity: Structured) -> dict[str, int]:
+    """What the configuration says afterwards, by name."""
+    found: dict[str, int] = {}
+    if sparsity.heads:
+        queries, width = getattr(config, QUERIES, None), getattr(config, "head_dim", None)
+        if queries is None or not hasattr(config, "head_dim"):
+            raise RoseExpError(
+                f"sparsity.heads: expected a model whose configuration has {QUERIES} and head_dim, got {config.model_type}; "
+                "sparsity.heads=false removes neurons alone"
+            )
+        keys = getattr(config, KEYS, None) or queries
+        left = keys - sparsity.count(keys)
+        found |= {QUERIES: queries // keys * left, KEYS: left, "head_dim": width or config.hidden_size // queries}
+    if sparsity.neurons:
+        neurons = getattr(config, NEURONS, None)
+        if not isinstance(neurons, int):
+            raise RoseExpError(f"sparsity.neurons: expected a configuration with one {NEURONS}, got {config.model_type}")
+        found[NEURONS] = neurons - sparsity.count(neurons)
+    try:
+        values = copy.deepcopy(config).to_dict() | found
+        type(config).from_dict(values)
+    except Exception as error:  # whatever a configuration's own checks raise
+        told = " ".join(str(error).split())[:200]
+        wanted = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise RoseExpError(f"sparsity.ratio: {config.model_type} takes no {wanted}: {told}") from error
+    return found

@@ -1,0 +1,108 @@
+"""What can be pruned in a denoiser, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rose_exp.diffusion import Unit, packages
+from rose_exp.diffusion.denoiser import ConvLayer, candidate_layers, find_units, tokens_of
+from rose_exp.errors import RoseExpError
+
+from .pipelines import NAMES, sampler, units_of
+
+
+def test_units_of_joint_attention_are_the_papers():
+    units = units_of("sd3")
+    block = "transformer_blocks.1."
+    expected = [
+        {f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")},
+        {"attn.to_out.0", "attn.to_add_out"},
+        {"ff.net.0.proj", "ff_context.net.0.proj"},
+        {"ff.net.2", "ff_context.net.2"},
+    ]
+    assert len(units) == 4 * 4
+    assert [set(unit.names) for unit in units[4:8]] == [{block + name for name in names} for names in expected]
+
+
+def test_layers_with_the_same_input_stand_in_one_group():
+    groups = {group for unit in units_of("sd3") for group in unit.groups}
+    assert ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v") in groups
+    keys = [name for unit in units_of("sd") for group in unit.groups for name in group if name.endswith("attn2.to_k")]
+    (shared,) = [group for unit in units_of("sd") for group in unit.groups if keys[0] in group]
+    assert set(keys) <= set(shared)  # all blocks read the same text
+
+
+def test_layers_that_see_the_time_step_alone_are_left_out():
+    names = {name for unit in units_of("sd3") for name in unit.names}
+    assert not any("norm" in name for name in names)
+    assert not any("time" in name for unit in units_of("ddpm") for name in unit.names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_unit_comes_after_what_it_hangs_on(name):
+    """Changing a layer moves no input of its own unit, or of one before."""
+    of = sampler(name)
+    units = units_of(name)
+    places = {layer: index for index, unit in enumerate(units) for layer in unit.names}
+    assert len(places) == sum(len(unit.names) for unit in units)
+    with torch.no_grad():
+        call = of.first_call("a photograph")
+        before = inputs_of(of.denoiser, call, places)
+        changed = len(units) // 2
+        for layer in units[changed].names:
+            of.denoiser.get_submodule(layer).weight.mul_(1.5)
+        after = inputs_of(of.denoiser, call, places)
+    for layer, place in places.items():
+        if place <= changed:
+            assert torch.equal(before[layer], after[layer]), layer
+    moved = [layer for layer, place in places.items() if not torch.equal(before[layer], after[layer])]
+    assert moved
+    assert min(places[layer] for layer in moved) > changed
+
+
+def inputs_of(denoiser: nn.Module, call, names) -> dict[str, torch.Tensor]:
+    found, hooks = {}, []
+    for name in names:
+        module = denoiser.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda _m, args, name=name: found.__setitem__(name, args[0].clone())))
+    denoiser(*call.args, **call.kwargs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2, "padding_mode": "circular"}]
+)
+def test_a_convolution_is_a_linear_layer_of_patches(options):
+    conv = nn.Conv2d(3, 5, 3, bias=False, **options).double()
+    layer, inputs = ConvLayer("conv", conv), torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    expected = conv(inputs).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(functional.linear(tokens_of(layer, inputs), layer.weight), expected)
+    layer.set_weight(torch.zeros_like(layer.weight))
+    assert not conv.weight.any()
+
+
+def test_convolutions_only_where_they_are_asked_for():
+    of = sampler("ddpm")
+    assert not any(isinstance(layer, ConvLayer) for layer in candidate_layers(of.denoiser, convolutions=False))
+    convolutions = [x.name for x in candidate_layers(of.denoiser, convolutions=True) if isinstance(x, ConvLayer)]
+    assert convolutions
+    assert not {"conv_in", "conv_out"} & set(convolutions)
+
+
+def test_packages_are_runs_of_equal_length():
+    units = [Unit(((f"layer{i}",),)) for i in range(10)]
+    found = packages(units, 4)
+    assert [len(package) for package in found] == [2, 3, 2, 3]
+    assert [unit for package in found for unit in package] == units
+    assert [len(package) for package in packages(units, 99)] == [1] * 10
+
+
+def test_a_denoiser_without_tokens_is_told():
+    of = sampler("sd3")
+    with pytest.raises(RoseExpError, match="no layer of attention"), torch.no_grad():
+        find_units(of.denoiser, of.first_call("a photograph"), [])

@@ -1,0 +1,128 @@
+"""Heads and neurons of language models: found, masked, removed, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import rose_exp
+from rose_exp.engine import Magnitude, SparseGPT, Structured
+from rose_exp.errors import RoseExpError, SettingsError
+from rose_exp.models import BlockList, check_removable, find_blocks, find_structures, remove_masked
+from rose_exp.pipeline import PruningPlan, prune_model
+
+from .families import build, tokens
+
+
+def answers(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens()[:2]).logits
+
+
+def all_structures(model):
+    blocks: BlockList = find_blocks(model)
+    return [s for i, block in enumerate(blocks.blocks) for s in find_structures(block, blocks.block_name(i))]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral"])
+def test_removing_what_is_masked_changes_no_answer(family):
+    model = build(family)
+    dense, sparsity = answers(model), Structured(0.5)
+    for structure in all_structures(model):
+        removed = torch.zeros(structure.groups, dtype=torch.bool)
+        removed[torch.randperm(structure.groups)[: sparsity.count(structure.groups)]] = True
+        structure.mask(removed)
+        assert torch.equal(structure.masked(), removed)
+    masked = answers(model)
+    assert not torch.allclose(dense, masked, atol=1e-3)
+    parameters = remove_masked(model, find_blocks(model), sparsity)
+    torch.testing.assert_close(answers(model), masked, rtol=1e-4, atol=1e-4)
+    assert parameters["pruned"] == sum(p.numel() for p in model.parameters()) < parameters["dense"]
+
+
+def test_query_heads_that_share_a_key_go_together():
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    heads = next(s for s in all_structures(model) if s.kind == "heads")
+    assert heads.groups == model.config.num_key_value_heads
+    shared = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert heads.consumers[0].places.shape == (heads.groups, shared * attention.head_dim)
+    widths = {part.layer.name.rpartition(".")[2]: part.places.shape[1] for part in heads.makers}
+    assert widths == {
+        "q_proj": shared * attention.head_dim,
+        "k_proj": attention.head_dim,
+        "v_proj": attention.head_dim,
+    }
+
+
+@pytest.mark.parametrize("method", [SparseGPT(), Magnitude()])
+def test_the_walk_prunes_what_heads_and_neurons_are_read_by(method):
+    model, sparsity = build("llama"), Structured(0.5)
+    reports = prune_model(model, tokens(), PruningPlan(method, sparsity, batch=2))
+    assert {report.name.rpartition(".")[2] for report in reports} == {"o_proj", "down_proj"}
+    for structure in all_structures(model):
+        assert int(structure.masked().sum()) == sparsity.count(structure.groups)
+        for part in structure.makers:
+            rows = (part.layer.weight == 0).all(dim=1)[part.places].all(dim=1)
+            assert torch.equal(rows, structure.masked())
+    kept = PruningPlan(method, Structured(0.5, heads=False), batch=2, skip=["*.layers.0.*"])
+    other = build("llama")
+    assert {r.name for r in prune_model(other, tokens(), kept)} == {
+        f"model.layers.{i}.mlp.down_proj" for i in range(1, len(other.model.layers))
+    }
+
+
+def test_the_second_block_sees_what_the_first_has_become():
+    model = build("llama")
+    prune_model(model, tokens(), PruningPlan(SparseGPT(), Structured(0.5), batch=2))
+    other = build("llama")
+    prune_model(other, tokens(), PruningPlan(SparseGPT(), Structured(0.5), batch=2, skip=["*.layers.0.*"]))
+    second = "layers.1.mlp.down_proj.weight"
+    assert not torch.equal(model.model.get_parameter(second), other.model.get_parameter(second))
+
+
+def test_a_saved_model_has_its_new_widths(small, tmp_path):
+    overrides = [*small, "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.5", "save=true"]
+    record = rose_exp.run(overrides, tmp_path)
+    folder = tmp_path / record["run_id"] / "model"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
+    assert config["intermediate_size"] == 86
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"]["pruned"] < record["parameters"]["dense"]
+    assert 0.4 < record["metrics"]["sparsity"] < 0.6
+    measured = [f"model.path={folder}" if text.startswith("model.path") else text for text in small]
+    again = rose_exp.run([*measured, "method=dense"], tmp_path)
+    assert again["metrics"]["perplexity.local"] == pytest.approx(record["metrics"]["perplexity.local"], rel=1e-4)
+
+
+def test_widths_that_a_configuration_cannot_say_are_told_before_anything_is_pruned(small, tmp_path):
+    config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=172)
+    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: llama takes no num_attention_heads 6"):
+        check_removable(config, Structured(0.25))
+    overrides = [*small, "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.25"]
+    with pytest.raises(RoseExpError, match="num_attention_heads 6"):
+        rose_exp.run([*overrides, "save=true"], tmp_path)
+    record = rose_exp.run(overrides, tmp_path)  # measured all the same
+    assert record["parameters"]["pruned"] < record["parameters"]["dense"]
+    assert record["layers"][0]["removed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["method=dsnot"], "method: expected one of sparsegpt, wanda, magnitude with structured sparsity, got dsnot"),
+        (["method=rose"], "reorder: expected none with structured sparsity"),
+        (["method=sparsegpt", "refine=masks"], "refine: expected none with structured sparsity"),
+        (["method=sparsegpt", "sparsity.ratio=1"], "sparsity.ratio: expected a number from 0 up to but not 1"),
+        (["method=sparsegpt", "save=true", "pipeline.skip=['*.0.*']"], "save: expected false where structured sparsity leaves"),
+        (["method=sparsegpt", "sparsity.heads=false", "sparsity.neurons=false"], "sparsity.heads: expected true"),
+    ],
+)
+def test_what_does_not_go_with_it_is_told(overrides, told, tmp_path):
+    with pytest.raises(SettingsError) as caught:
+        rose_exp.run(["sparsity=structured", *overrides], tmp_path)
+    assert any(told in problem for problem in caught.value.problems)
