@@ -25,6 +25,11 @@ TO_BE_SET = {
     ("model", "local"): ["model.path=."],
     ("calibration", "local"): ["calibration.path=README.md"],
     ("evaluation", "local"): ["evaluation.perplexity.local.path=README.md"],
+    ("model", "diffusion-local"): ["model.path=."],
+    ("calibration", "gcc3m"): ["model=small-sd3", "calibration.path=README.md"],
+    ("calibration", "prompts"): ["model=small-sd3"],
+    ("evaluation", "images"): ["model=small-sd3"],
+    ("sparsity", "structured"): ["method=sparsegpt"],
 }
 
 

@@ -6,25 +6,28 @@ import math
 
 import pytest
 
+from rose_exp.dotted import flat
 from rose_exp.report.gather import gather
-from rose_exp.report.published import papers
+from rose_exp.report.published import find, papers
 
 from ..test_command import settings_of
 from .records import record
 
 METRIC = "perplexity.wikitext2"
 TRUST = {"primary", "secondary", "digitised"}
-(PAPER,) = papers()
+PAPER, OBS_DIFF = papers()
 
 
-def test_every_figure_is_whole():
+@pytest.mark.parametrize("paper", papers(), ids=lambda paper: paper["paper"][:4])
+def test_every_figure_is_whole(paper):
     seen = set()
-    for name, table in PAPER["tables"].items():
+    for name, table in paper["tables"].items():
         assert {"title", "source", "trust"} <= set(table), name
         for figure in table["figures"]:
             assert math.isfinite(figure["value"])
             assert figure.get("trust", table["trust"]) in TRUST
-            key = (figure.get("model"), figure.get("method"), figure.get("sparsity"), figure["metric"])
+            own = tuple(sorted(figure.get("with", {}).items()))
+            key = (figure.get("model"), figure.get("method"), figure.get("sparsity"), figure["metric"], own)
             assert key not in seen, key
             seen.add(key)
 
@@ -39,11 +42,18 @@ def test_the_averages_of_table_3_are_the_means_of_its_tasks():
         assert sum(tasks) / 7 == pytest.approx(row["zero_shot.average"], abs=0.006)
 
 
-def test_models_and_protocol_name_settings_that_there_are():
-    paths = {settings_of(f"model={name}").model.path for name in PAPER["models"].values()}
-    assert paths == set(PAPER["models"])
-    config = settings_of("model=llama2-7b", "calibration=c4", "evaluation=wikitext2").model_dump()
-    for name, value in PAPER["protocol"].items():
+@pytest.mark.parametrize(
+    ("paper", "overrides"),
+    [
+        (PAPER, ["model=llama2-7b", "calibration=c4", "evaluation=wikitext2"]),
+        (OBS_DIFF, ["model=sd3-medium", "evaluation.images.samples=5000"]),
+    ],
+)
+def test_models_and_protocol_name_settings_that_there_are(paper, overrides):
+    paths = {settings_of(f"model={name}").model.path for name in paper["models"].values()}
+    assert paths == set(paper["models"])
+    config = settings_of(*overrides).model_dump()
+    for name, value in paper["protocol"].items():
         place = config
         for part in name.split("."):
             place = place[part]
@@ -97,3 +107,43 @@ def test_minutes_are_shown_and_not_judged():
     (table,) = [t for t in gather([record("ROSE", 26.0)]).tables if t.metric == "minutes.pruning"]
     published = table.cells["ROSE"]["0.7"].published
     assert (published.value, published.trust, published.within) == (5.15, "secondary", None)
+
+
+def images_cell(label, model="stabilityai/stable-diffusion-3-medium-diffusers", **changes):
+    """What the paper says of ImageReward, beside a run of a diffusion model."""
+    run = record("SparseGPT", 10.0) | {"label": label}
+    own = flat(settings_of("model=sd3-medium", "evaluation.images.samples=5000").model_dump(mode="json")) | changes
+    run["config"] = nested(own)
+    run["config"]["method"]["name"] = "dense" if label == "Dense" else "sparsegpt"
+    run["config"]["model"]["path"] = model
+    return find([run], "images.image_reward", 0.5)
+
+
+def nested(values):
+    found = {}
+    for name, value in values.items():
+        place = found
+        *above, last = name.split(".")
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return found
+
+
+def test_figures_of_diffusion_models_are_told_apart_by_what_their_table_is_about():
+    assert images_cell("OBS-Diff").value == 0.6468
+    assert images_cell("Dense").value == 0.9029
+    ablation = {"evaluation.images.samples": 1000}
+    assert images_cell("OBS-Diff", **ablation, **{"diffusion.weighting": "uniform"}).value == 0.6355
+    assert images_cell("OBS-Diff", **ablation).value == 0.6438
+    third = {"sparsity.ratio": 0.3, "evaluation.images.samples": 1000}
+    assert images_cell("OBS-Diff", **third, **{"diffusion.packages": 20}).value == 0.8564
+    removed = {"sparsity.pattern": "structured", "sparsity.ratio": 0.2}
+    assert images_cell("OBS-Diff", **removed).value == 0.4997
+    assert images_cell("OBS-Diff", **{"sparsity.ratio": 0.35}) is None
+
+
+def test_figures_of_diffusion_models_are_not_judged_by_a_tolerance_that_nobody_knows():
+    found = images_cell("OBS-Diff", **{"diffusion.steps": 10})
+    assert (found.within, found.trust) == (None, "primary")
+    assert found.why_not == "no tolerance is known for it"
