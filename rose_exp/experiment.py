@@ -199,9 +199,9 @@ class _Run:
         self.protocol["model"] = loaded.protocol
         check_window_lengths(settings, self.model)
         if settings.pruned and settings.save and isinstance(settings.sparsity.build(), Structured):
-            check_removable(self.model.config, settings.sparsity.build())
             if self.streamed is not None:
                 raise RoseExpError("save: expected false for structured sparsity of a model that is read a block at a time")
+            check_removable(self.model, find_blocks(self.model, settings.model.blocks), settings.sparsity.build())
         if settings.pruned and settings.pipeline.resume != "none":
             self.state = RunState(self.folder / STATE, self._fingerprint(), settings.pipeline.resume, self.ranks)
         blocks = self.streamed.blocks if self.streamed else find_blocks(self.model, settings.model.blocks)

@@ -37,9 +37,11 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
                 found.append(f"{name}: expected none for a diffusion model, whose steps share their layers, got {section}")
         if sections.get("sparsity_config"):
             found.append("sparsity_config: expected false for a diffusion model, got true")
-        engine = sections.get("engine")
+        engine, figures = sections.get("engine"), sections.get("figures")
         if engine is not None and engine.permute:
             found.append("engine.permute: expected false for a diffusion model, got true")
+        if figures is not None and figures.study:
+            found.append(f"figures.study: expected none for a diffusion model, got {figures.study}")
     return found
 
 
@@ -55,6 +57,15 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
         section = sections.get(name)
         if section is not None and not section.problems(name) and section.build():
             found.append(f"{name}: expected none with structured sparsity, which fits what stays already, got {section}")
+    engine, figures = sections.get("engine"), sections.get("figures")
+    if engine is not None and engine.permute:
+        found.append("engine.permute: expected false with structured sparsity, got true")
+    if figures is not None and figures.study:
+        found.append(f"figures.study: expected none with structured sparsity, got {figures.study}")
+    if method.layer_options:
+        found.append(f"method.layer_options: expected none with structured sparsity, got {method.layer_options}")
+    if sections.get("sparsity_config"):
+        found.append("sparsity_config: expected false with structured sparsity, which leaves no zeros, got true")
     pipeline, model = sections.get("pipeline"), sections.get("model")
     language = model is not None and model.kind == "language"
     if language and sections.get("save") and pipeline is not None and (pipeline.layers != ["*"] or pipeline.skip):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from .engine.weighting import Weighting
 from .errors import suggest
+from .fingerprint import folder_sha256
 from .section import Count, Positive, Section
 from .text_settings import PromptSettings
 
@@ -71,6 +72,13 @@ class ImagesSettings(PromptSettings):
         if "fid" in self.metrics and (self.reference is None or not Path(self.reference).expanduser().is_dir()):
             found.append(f"{where}.reference: expected a folder of real images for fid, got {self.reference!r}")
         return found
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """What scores hang on beside images and prompts: the CLIP model and the real images, local ones by their content."""
+        clip = Path(self.clip).expanduser()
+        known = folder_sha256(clip) if clip.is_dir() else self.clip
+        real = folder_sha256(Path(self.reference).expanduser()) if "fid" in self.metrics and self.reference else None
+        return {"clip": known if "clip_score" in self.metrics else None, "reference": real}
 
 
 ModelKind = Literal["language", "diffusion"]

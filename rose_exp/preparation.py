@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .calibration import Windows, contiguous_windows, draw_windows, load_text
+from .engine import Structured
 from .engine.kernels import resolve
 from .errors import RoseExpError
 from .pipeline import PruningPlan
@@ -114,4 +115,6 @@ def first_key(settings: Settings, protocol: Mapping[str, Any]) -> str:
     evaluated = ("evaluation", "zero_shot", "speed", "seed")
     facts = {name: value for name, value in protocol.items() if name not in evaluated}
     engine, pipeline = settings.engine.precision, settings.pipeline.model_dump(mode="json")
-    return json.dumps([facts, engine, pipeline, settings.model.model_dump(mode="json")], sort_keys=True)
+    sparsity = settings.sparsity.build()
+    structured = str(sparsity) if isinstance(sparsity, Structured) else None  # it asks for the inputs of other layers
+    return json.dumps([facts, engine, structured, pipeline, settings.model.model_dump(mode="json")], sort_keys=True)

@@ -59,7 +59,8 @@ def identifying(settings: Settings) -> dict[str, Any]:
     for name, text in settings.evaluation.perplexity.items():
         values["evaluation"]["perplexity"][name] |= _text_place(text)
     if settings.evaluation.images is not None:
-        values["evaluation"]["images"] |= _text_place(settings.evaluation.images)
+        images = settings.evaluation.images
+        values["evaluation"]["images"] |= _text_place(images) | images.fingerprints()
     for name in ("include_path", "data_dir"):
         folder = values["evaluation"]["zero_shot"][name]
         if folder is not None:

@@ -29,6 +29,12 @@ TO_BE_SET = {
     ("calibration", "gcc3m"): ["model=small-sd3", "calibration.path=README.md"],
     ("calibration", "prompts"): ["model=small-sd3"],
     ("evaluation", "images"): ["model=small-sd3"],
+    ("evaluation", "images_paper"): [
+        "model=small-sd3",
+        "evaluation.images.path=README.md",
+        "evaluation.images.metrics=[clip_score]",
+        "evaluation.images.reference=.",
+    ],
     ("sparsity", "structured"): ["method=sparsegpt"],
 }
 

@@ -76,5 +76,9 @@ def test_reproduce_tells_what_it_expects(study):
     script = REPOSITORY / "scripts" / "reproduce.sh"
     done = subprocess.run(["bash", str(script), *study.split()], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    expected = {"": "usage", "table9": "expected one of fig1 fig4", "table2 --model x": "expected --models, --seeds"}[study]
+    expected = {
+        "": "usage",
+        "table9": "expected one of obsdiff_rose obsdiff_table1",
+        "table2 --model x": "expected --models, --seeds",
+    }[study]
     assert expected in done.stderr

@@ -70,6 +70,66 @@ def test_what_cannot_does_not(override):
     assert identity(override) == identity()
 
 
+IMAGES = ("model=small-sd3", "method=sparsegpt")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "diffusion.steps=9",
+        "diffusion.packages=2",
+        "diffusion.weighting=uniform",
+        "diffusion.scheduler=DDIMScheduler",
+        "model=small-sd",
+        "calibration.samples=9",
+        "evaluation.images.samples=9",
+        "evaluation.images.metrics=[distance,clip_score]",
+        "+evaluation.at_most=3",
+        "sparsity=structured",
+        "reorder=rose",
+        "seed=1",
+    ],
+)
+def test_what_can_change_images_makes_another_run(override):
+    assert identity(*IMAGES, override) != identity(*IMAGES)
+
+
+@pytest.mark.parametrize("override", ["pipeline.batch=2", "evaluation.batch=2", "evaluation.images.clip=./elsewhere"])
+def test_what_cannot_change_images_does_not(override):
+    assert identity(*IMAGES, override) == identity(*IMAGES)
+
+
+def test_settings_of_one_kind_of_model_are_nothing_to_the_other():
+    assert identity("diffusion.steps=9") == identity()
+    dense = ("model=small-sd3", "method=dense")
+    assert identity(*dense, "diffusion.packages=2", "seed=3") == identity(*dense)
+    assert identity(*dense, "diffusion.steps=9") != identity(*dense)
+
+
+def test_real_images_and_scoring_models_count_by_their_content(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image.png").write_bytes(b"the same")
+    clip = [
+        (*IMAGES, "evaluation.images.metrics=[clip_score]", f"evaluation.images.clip={tmp_path}/{n}") for n in ("one", "two")
+    ]
+    assert identity(*clip[0]) == identity(*clip[1])
+    (tmp_path / "two" / "image.png").write_bytes(b"another")
+    assert identity(*clip[0]) != identity(*clip[1])
+
+
+def test_how_heads_and_neurons_are_removed_makes_another_run():
+    own = ("method=sparsegpt", "sparsity=structured")
+    others = (
+        "sparsity.heads=false",
+        "sparsity.neurons=false",
+        "sparsity.saliency=exact",
+        "sparsity.at_once=8",
+        "sparsity.ratio=0.3",
+    )
+    assert len({identity(*own), *(identity(*own, other) for other in others)}) == 6
+
+
 def test_equal_patterns_are_one_run():
     assert identity("sparsity=2:4") == identity("sparsity.pattern=2:4", "sparsity.ratio=0.5")
 

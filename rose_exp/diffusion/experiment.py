@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from ..engine.groups import Structured
 from ..engine.weighting import step_weights
 from ..errors import RoseExpError
 from ..fingerprint import code_sha256, folder_bytes
-from ..models import LinearLayer, Structure, find_structures
+from ..models import LinearLayer, Structure
 from ..pipeline import RunState, chosen, events
 from ..pipeline.plan import check_patterns
-from ..pipeline.structured import wants
-from ..preparation import find_device, pruning_plan, resolved_backend
+from ..pipeline.structured import check_structures, wanted_structures
+from ..preparation import at_most, find_device, pruning_plan, resolved_backend
 from ..ranks import Ranks
 from ..report.figures import FOLDER, SHEET, draw_figures
 from ..run_id import identifying
@@ -28,7 +29,7 @@ from ..settings import Settings
 from ..tracking import Guarded, RunRecord, Stopwatch, environment
 from ..tracking.record import library_versions
 from .denoiser import Unit, candidate_layers, find_units, packages
-from .images import Rendering, distance, render
+from .images import Distances, OnBatch, Rendering, render
 from .loading import load_pipeline, save_pipeline
 from .narrowed import key_of, remove_masked
 from .sampling import Sampler, noise_seeds
@@ -54,6 +55,7 @@ class DiffusionRun:
         self.device = find_device(settings.device, ranks)
         self.state: RunState | None = None
         self.dense: Rendering | None = None
+        self.distances: Distances | None = None
         self.structures: list[Structure] = []
 
     def prepare(self, stack: ExitStack) -> None:
@@ -64,6 +66,7 @@ class DiffusionRun:
         self.protocol["backend"] = resolved_backend(settings, self.device) if settings.pruned else None
         self.protocol |= {"calibration": None, "evaluation": {}, "images": None}
         torch.manual_seed(settings.seed)
+        self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dense-", dir=self.folder)))
         with self.watch.stage("texts"):
             self.prompts: Prompts | None = None
             if settings.pruned:
@@ -72,9 +75,9 @@ class DiffusionRun:
                 digest = hashlib.sha256(repr(self.seeds).encode()).hexdigest()
                 self.protocol["calibration"] = self.prompts.protocol | {"seed": settings.seed, "noise_sha256": digest}
             if images is not None:
-                self.evaluated = load_prompts(images, "evaluation.images")
-                facts = {"noise_seed": EVALUATION_NOISE, "clip": images.clip if "clip_score" in images.metrics else None}
-                self.protocol["images"] = self.evaluated.protocol | facts
+                limit = at_most(settings, images.samples)
+                self.evaluated = load_prompts(images.model_copy(update={"samples": limit}), "evaluation.images")
+                self.protocol["images"] = self.evaluated.protocol | {"noise_seed": EVALUATION_NOISE} | images.fingerprints()
                 self.scores = load_scores(images, self.device)
 
     def load(self) -> None:
@@ -117,7 +120,8 @@ class DiffusionRun:
             return
         pruned, plan = set(self.chosen), pruning_plan(self.settings)
         if isinstance(plan.sparsity, Structured):
-            self.structures = [structure for structure in find_structures(denoiser) if wants(structure, plan)]
+            self.structures = wanted_structures(denoiser, "", plan)
+            check_structures(self.structures, plan.sparsity)
             pruned = {part.layer.name for structure in self.structures for part in structure.consumers}
         if not pruned:
             raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave something to prune, got nothing")
@@ -136,7 +140,9 @@ class DiffusionRun:
         settings, record, sampling = self.settings, self.record, self.settings.diffusion
         if settings.evaluation.images is not None:
             with self.watch.stage("evaluation.dense"):
-                self.dense = self._render("images of the dense model")
+                if "distance" in settings.evaluation.images.metrics:
+                    self.distances = Distances(self.scratch, getattr(self.pipeline, "vae", None))
+                self.dense = self._render("images of the dense model", self.distances and self.distances.keep)
         log.info("pruning with %s, %s, %d packages", settings.label, settings.sparsity.build(), len(self.packages))
         walk = DenoiserWalk(
             self.sampler,
@@ -161,9 +167,9 @@ class DiffusionRun:
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in walk.seconds.items()}
         record.write()
 
-    def _render(self, what: str) -> Rendering:
+    def _render(self, what: str, on_batch: OnBatch | None) -> Rendering:
         prompts = self.evaluated.texts
-        return render(self.sampler, prompts, noise_seeds(EVALUATION_NOISE, len(prompts)), what)
+        return render(self.sampler, prompts, noise_seeds(EVALUATION_NOISE, len(prompts)), what, on_batch)
 
     def measure(self) -> None:
         """Sparsity, then what remains of heads and neurons, then the images."""
@@ -178,10 +184,11 @@ class DiffusionRun:
         if settings.evaluation.images is None:
             return
         with self.watch.stage("evaluation"):
-            pruned = self._render("images of the pruned model" if settings.pruned else "images")
+            what = "images of the pruned model" if settings.pruned else "images"
+            pruned = self._render(what, self.distances and self.distances.compare)
             record.measured("images.denoiser_ms", pruned.milliseconds)
             if self.dense is not None:
-                self._compare(self.dense, pruned)
+                self._tell_distances(self.dense)
             for name, score in self.scores.items():
                 record.measured(f"images.{name}", *score(pruned.images, self.evaluated.texts))
         for name, value in record.data["metrics"].items():
@@ -189,14 +196,12 @@ class DiffusionRun:
                 log.info("%s: %s %.4g", settings.label, name.removeprefix("images."), value)
         self._draw(pruned)
 
-    def _compare(self, dense: Rendering, pruned: Rendering) -> None:
-        metrics = self.settings.evaluation.images.metrics
+    def _tell_distances(self, dense: Rendering) -> None:
         self.record.data["images"] = {"dense_denoiser_ms": dense.milliseconds}
-        if "distance" in metrics:
-            found = distance(dense, pruned, getattr(self.pipeline, "vae", None))
-            self.record.data["images"]["latent_mse"] = found.latent_mse
-            for name, value in found.metrics.items():
-                self.record.measured(f"images.{name}", value, found.errors.get(name))
+        if self.distances is not None:
+            self.record.data["images"]["latent_mse"] = self.distances.latent_mse()
+            for name, (value, error) in self.distances.metrics().items():
+                self.record.measured(f"images.{name}", value, error)
 
     def _draw(self, pruned: Rendering) -> None:
         count = min(self.settings.evaluation.images.sheet, len(pruned.images))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -22,30 +24,40 @@ class Rendering:
     """What a model makes of prompts.
 
     Attributes:
-        images: (images, channels, height, width), 0 to 1, float32.
-        latents: what each step left, (images, steps, …), float32.
+        images: (images, channels, height, width) uint8.
         milliseconds: of a call of the denoiser, the median.
     """
 
     images: Tensor
-    latents: Tensor
     milliseconds: float
 
 
+OnBatch = Callable[[int, Tensor, Tensor], None]  # the first image's number, images (0 to 1), latents (images, steps, …)
+
+
 @torch.no_grad()
-def render(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], what: str) -> Rendering:
-    """Make an image of each prompt from the noise of its seed."""
+def render(
+    sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], what: str, on_batch: OnBatch | None = None
+) -> Rendering:
+    """Make an image of each prompt from the noise of its seed.
+
+    Args:
+        on_batch: called with the images of each batch and what each step left of them, float32 on the CPU.
+    """
     images: list[Tensor] = []
-    latents: list[list[Tensor]] = []
+    latents: list[Tensor] = []
     clock = _Clock(sampler.denoiser)
     with ExitStack() as stack:
-        stack.enter_context(sampler.latents(lambda found: latents[-1].append(found.float().cpu())))
-        stack.enter_context(sampler.steps(lambda step, _steps: latents.append([]) if step == 0 else None))
+        if on_batch is not None:
+            stack.enter_context(sampler.latents(lambda found: latents.append(found.float().cpu())))
+        stack.enter_context(sampler.steps(lambda _step, _steps: None))
         clock.attach(stack)
-        for _, batch in sampler.run(prompts, seeds, what, decode=True):
-            images.append(batch)
-    steps = [torch.stack(of_batch, dim=1) for of_batch in latents]
-    return Rendering(torch.cat(images), torch.cat(steps), 1000 * statistics.median(clock.seconds))
+        for numbers, batch in sampler.run(prompts, seeds, what, decode=True):
+            images.append((batch * 255).round().clamp(0, 255).to(torch.uint8))
+            if on_batch is not None:
+                on_batch(numbers[0], batch, torch.stack(latents, dim=1))
+                latents.clear()
+    return Rendering(torch.cat(images), 1000 * statistics.median(clock.seconds))
 
 
 class _Clock:
@@ -71,53 +83,84 @@ class _Clock:
         stack.callback(self.denoiser.register_forward_hook(after).remove)
 
 
-@dataclass(frozen=True)
-class Distance:
-    """How far a pruned model's images are from the dense model's, at equal noise.
+class Distances:
+    """How far a pruned model's images are from the dense model's at equal noise, collected a batch at a time; what the dense
+    model has made waits on disk.
 
-    Attributes:
-        metrics: means over the images, by name: ``latent_mse`` after the last step, ``latent_mse_all`` over all steps; ``psnr``
-            (dB) and ``ssim`` of the images; ``vae_distance`` where the pipeline has an autoencoder.
-        errors: standard errors of these.
-        latent_mse: after each step, a mean over the images.
+    Args:
+        folder: for the dense model's batches; it must exist.
+        vae: the pipeline's autoencoder; None, or one of another kind than AutoencoderKL: there is no ``vae_distance``.
     """
 
-    metrics: dict[str, float]
-    errors: dict[str, float]
-    latent_mse: list[float]
+    def __init__(self, folder: Path, vae: nn.Module | None = None):
+        self.folder, self.vae = folder, vae if hasattr(getattr(vae, "encoder", None), "down_blocks") else None
+        self.found: dict[str, list[Tensor]] = {}
+        self.by_step: list[Tensor] = []
+
+    def keep(self, number: int, images: Tensor, latents: Tensor) -> None:
+        """Those of the dense model."""
+        save_file({"images": images.contiguous(), "latents": latents.contiguous()}, self._file(number))
+
+    def compare(self, number: int, images: Tensor, latents: Tensor) -> None:
+        """Those of the pruned model, in the same batches."""
+        dense = load_file(self._file(number))
+        self._file(number).unlink()
+        found, by_step = distances(dense["images"], images, dense["latents"], latents, self.vae)
+        for name, values in found.items():
+            self.found.setdefault(name, []).append(values)
+        self.by_step.append(by_step)
+
+    def metrics(self) -> dict[str, tuple[float, float | None]]:
+        """Mean and standard error over the images, by name, see :func:`distances`."""
+        of_images = {name: torch.cat(values) for name, values in self.found.items()}
+        return {n: (float(v.mean()), float(v.std() / len(v) ** 0.5) if len(v) > 1 else None) for n, v in of_images.items()}
+
+    def latent_mse(self) -> list[float]:
+        """After each step, a mean over the images."""
+        return torch.cat(self.by_step).mean(dim=0).tolist()
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"dense-{number:06}.safetensors"
 
 
 @torch.no_grad()
-def distance(dense: Rendering, pruned: Rendering, vae: nn.Module | None = None) -> Distance:
-    """Compare two renderings of the same prompts and seeds.
+def distances(
+    dense: Tensor, pruned: Tensor, dense_latents: Tensor, pruned_latents: Tensor, vae: nn.Module | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Compare images (images, channels, height, width), 0 to 1, and latents (images, steps, …) of the same prompts and seeds.
+
+    Returns:
+        Of each image: ``latent_mse``, mean squared difference after the last step, ``latent_mse_all`` over all steps; ``psnr``
+        (dB) and ``ssim``; ``vae_distance`` where there is an autoencoder. And the difference after each step, (images, steps).
 
     ``vae_distance`` is made as LPIPS is (Zhang et al., 2018), from the features of the pipeline's own encoder in place of a
     network for which weights must be fetched: of the output of each of its stages, normalised over channels, the squared
     difference summed over channels and averaged over places, summed over stages. No human has judged it.
     """
-    by_step = (dense.latents - pruned.latents).square().flatten(2).mean(dim=2)  # (images, steps)
+    by_step = (dense_latents - pruned_latents).square().flatten(2).mean(dim=2)
     found = {"latent_mse": by_step[:, -1], "latent_mse_all": by_step.mean(dim=1)}
-    pairs = list(zip(dense.images[:, None], pruned.images[:, None], strict=True))
+    pairs = list(zip(dense[:, None], pruned[:, None], strict=True))
     found["psnr"] = torch.stack([peak_signal_noise_ratio(b, a, data_range=1.0) for a, b in pairs])
     found["ssim"] = torch.stack([structural_similarity_index_measure(b, a, data_range=1.0) for a, b in pairs])
     if vae is not None:
-        found["vae_distance"] = torch.stack([_encoder_distance(vae, a, b) for a, b in pairs])
-    metrics = {name: float(values.mean()) for name, values in found.items()}
-    errors = {name: float(v.std() / len(v) ** 0.5) for name, v in found.items() if len(v) > 1}
-    return Distance(metrics, errors, by_step.mean(dim=0).tolist())
+        found["vae_distance"] = _encoder_distance(vae, dense, pruned)
+    return found, by_step
 
 
 def _encoder_distance(vae: nn.Module, first: Tensor, second: Tensor) -> Tensor:
+    """Of each pair of images; in float32, as half precision overflows in some encoders."""
+    place, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
     features: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _m, _a, output: features.append(output)) for block in vae.encoder.down_blocks]
-    try:
-        place = next(vae.parameters())
-        vae.encode(torch.cat([first, second]).to(place) * 2 - 1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    total = torch.zeros(())
-    for feature in features:
-        a, b = functional.normalize(feature.float(), dim=1, eps=1e-10)  # (channels, height, width) each
-        total = total + (a - b).square().sum(dim=0).mean().cpu()
+    total = torch.zeros(len(first))
+    with ExitStack() as stack:
+        for block in vae.encoder.down_blocks:
+            stack.callback(block.register_forward_hook(lambda _m, _a, output: features.append(output)).remove)
+        stack.callback(vae.to, dtype)
+        vae.to(torch.float32)
+        for number, pair in enumerate(zip(first, second, strict=True)):
+            features.clear()
+            vae.encode(torch.stack(pair).to(place) * 2 - 1)
+            for feature in features:
+                a, b = functional.normalize(feature, dim=1, eps=1e-10)  # (channels, height, width) each
+                total[number] += (a - b).square().sum(dim=0).mean().cpu()
     return total

@@ -5,7 +5,7 @@ has been imported, which ``import rose_exp.diffusion`` does."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -20,9 +20,9 @@ from .sampling import denoiser_name
 PREFIX = "Narrowed"
 
 
-def widths(denoiser: nn.Module) -> dict[str, int]:
+def widths(denoiser: nn.Module, kinds: Collection[str] = ("heads", "neurons")) -> dict[str, int]:
     """Heads and neurons of each structure, by its name and kind."""
-    return {key_of(structure): structure.groups for structure in find_structures(denoiser)}
+    return {key_of(structure): structure.groups for structure in find_structures(denoiser, kinds=kinds)}
 
 
 def narrow(denoiser: nn.Module, wanted: Mapping[str, int]) -> None:
@@ -31,12 +31,13 @@ def narrow(denoiser: nn.Module, wanted: Mapping[str, int]) -> None:
     Raises:
         ValueError: of a structure that is not there, or of more than there is.
     """
-    known = widths(denoiser)
+    kinds = {key.rpartition("/")[2] for key in wanted}
+    known = widths(denoiser, kinds)
     for key, count in wanted.items():
         if not 1 <= count <= known.get(key, 0):
             raise ValueError(f"narrowed.{key}: expected 1 to {known.get(key, 0)}, got {count}")
     for key in wanted:  # found anew each time, since two may share a layer
-        structure = next(structure for structure in find_structures(denoiser) if key_of(structure) == key)
+        structure = _structure(denoiser, key)
         structure.keep(torch.arange(structure.groups) < wanted[key])
 
 
@@ -50,7 +51,7 @@ def remove_masked(pipeline: Any, counts: Mapping[str, int]) -> None:
     part = denoiser_name(pipeline)
     denoiser = getattr(pipeline, part)
     for key, count in counts.items():
-        structure = next(structure for structure in find_structures(denoiser) if key_of(structure) == key)
+        structure = _structure(denoiser, key)
         masked = structure.masked()
         if int(masked.sum()) < count:
             raise ValueError(f"{key}: expected {count} that are masked, got {int(masked.sum())}")
@@ -59,7 +60,7 @@ def remove_masked(pipeline: Any, counts: Mapping[str, int]) -> None:
     if not type(denoiser).__name__.startswith(PREFIX):
         denoiser.__class__ = narrowed_class(type(denoiser).__name__)
     before = dict(denoiser.config.get("narrowed") or {})
-    denoiser.register_to_config(narrowed=before | {key: n for key, n in widths(denoiser).items() if key in counts})
+    denoiser.register_to_config(narrowed=before | {key: _structure(denoiser, key).groups for key in counts})
     pipeline.register_modules(**{part: denoiser})  # which notes its class
 
 
@@ -81,6 +82,11 @@ def narrowed_class(original: str) -> type:
 
 def key_of(structure: Structure) -> str:
     return f"{structure.name}/{structure.kind}"
+
+
+def _structure(denoiser: nn.Module, key: str) -> Structure:
+    found = find_structures(denoiser, kinds=(key.rpartition("/")[2],))
+    return next(structure for structure in found if key_of(structure) == key)
 
 
 def __getattr__(name: str) -> type:

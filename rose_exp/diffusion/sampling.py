@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,7 @@ class Sampler:
         scheduler = self.pipeline.scheduler
         step = scheduler.step
 
+        @functools.wraps(step)  # pipelines look at what it takes
         def watched(*args: Any, **kwargs: Any) -> Any:
             found = step(*args, **kwargs)
             on_latents(found[0] if isinstance(found, tuple) else found.prev_sample)

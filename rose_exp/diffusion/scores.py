@@ -14,7 +14,7 @@ from ..errors import RoseExpError
 from ..image_settings import ImagesSettings
 
 BATCH = 16
-Score = Callable[[Tensor, Sequence[str]], tuple[float, float | None]]  # of images and prompts: a mean and its standard error
+Score = Callable[[Tensor, Sequence[str]], tuple[float, float | None]]  # of images (uint8) and prompts: mean, its standard error
 
 
 def load_scores(settings: ImagesSettings, device: torch.device) -> dict[str, Score]:
@@ -47,7 +47,7 @@ def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
     def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
         found = []
         for start in tqdm(range(0, len(images), BATCH), "CLIP score", unit="batch", disable=None):
-            batch = [_bytes(image).permute(1, 2, 0).numpy() for image in images[start : start + BATCH]]
+            batch = [image.permute(1, 2, 0).numpy() for image in images[start : start + BATCH]]
             texts = list(prompts[start : start + BATCH])
             inputs = processor(text=texts, images=batch, return_tensors="pt", padding=True, truncation=True)
             answer = model(**inputs.to(device))
@@ -68,7 +68,7 @@ def _image_reward(_settings: ImagesSettings, device: torch.device) -> Score:
 
         found = []
         for image, prompt in zip(tqdm(images, "ImageReward", unit="image", disable=None), prompts, strict=True):
-            found.append(model.score(prompt, Image.fromarray(_bytes(image).permute(1, 2, 0).numpy())))
+            found.append(model.score(prompt, Image.fromarray(image.permute(1, 2, 0).numpy())))
         return _mean(torch.tensor(found))
 
     return score
@@ -93,14 +93,10 @@ def _fid(settings: ImagesSettings, device: torch.device) -> Score:
                 pixels = np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC))
             metric.update(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device), real=True)
         for image in tqdm(images, "FID", unit="image", disable=None):
-            metric.update(_bytes(image)[None].to(device), real=False)
+            metric.update(image[None].to(device), real=False)
         return float(metric.compute()), None
 
     return score
-
-
-def _bytes(image: Tensor) -> Tensor:
-    return (image * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _mean(values: Tensor) -> tuple[float, float | None]:

@@ -17,7 +17,7 @@ def draw_sheet(dense: Tensor, pruned: Tensor, prompts: Sequence[str], label: str
     """Write a PNG of a column for each prompt.
 
     Args:
-        dense, pruned: (images, channels, height, width), 0 to 1.
+        dense, pruned: (images, channels, height, width) uint8.
         label: of the pruned model.
     """
     count = len(prompts)
@@ -26,8 +26,8 @@ def draw_sheet(dense: Tensor, pruned: Tensor, prompts: Sequence[str], label: str
     for row, (name, images) in enumerate((("Dense", dense), (label, pruned))):
         for column in range(count):
             place = axes[row][column]
-            image = images[column].permute(1, 2, 0).clamp(0, 1)
-            place.imshow(image.squeeze(-1).numpy(), cmap="gray" if image.shape[-1] == 1 else None)
+            image = images[column].permute(1, 2, 0)
+            place.imshow(image.squeeze(-1).numpy(), cmap="gray" if image.shape[-1] == 1 else None, vmin=0, vmax=255)
             place.set_xticks([])
             place.set_yticks([])
             for edge in place.spines.values():

@@ -31,11 +31,13 @@ class Package:
     """What became of a package, for the record.
 
     Attributes:
+        index: of all packages; those that an earlier process has finished are told nothing of.
         layers: names of those that were pruned.
         moments_bytes: of all Hessians that were held at once.
         peak_bytes: of the device while the package was calibrated and pruned; None on a CPU.
     """
 
+    index: int
     layers: list[str]
     calibrating: float
     solving: float
@@ -112,7 +114,7 @@ class DenoiserWalk:
             torch.cuda.reset_peak_memory_stats()
         groups = [group for unit in self.packages[index] for group in unit.groups]
         moments = self._moments(groups, f"package {index + 1} of {len(self.packages)}")
-        held = sum(of.gram.numel() * of.gram.element_size() for of in moments.values())
+        held = sum(of.gram.numel() * of.gram.element_size() for of in {id(of): of for of in moments.values()}.values())
         middle = time.perf_counter()
         reports: list[LayerReport] = []
         if isinstance(self.plan.sparsity, Structured):
@@ -120,12 +122,14 @@ class DenoiserWalk:
                 reports += prune_structure(structure, moments, self.plan)
         else:
             for group in groups:
-                reports += self._solve([self.layers[name] for name in group], moments.pop(group[0]))
+                (own, *_) = [moments.pop(name) for name in group]
+                reports += self._solve([self.layers[name] for name in group], own)
+                del own  # its memory is the next group's
         peak = torch.cuda.max_memory_allocated() if cuda else None
         end = time.perf_counter()
         self.seconds["calibrating"] += middle - start
         self.seconds["solving"] += end - middle
-        self.facts.append(Package([report.name for report in reports], middle - start, end - middle, held, peak))
+        self.facts.append(Package(index, [report.name for report in reports], middle - start, end - middle, held, peak))
         return reports
 
     def _moments(self, groups: Sequence[Sequence[str]], what: str) -> dict[str, InputMoments]:

@@ -49,6 +49,11 @@ class Structured:
         if self.at_once < 1:
             raise ValueError(f"at_once: expected at least 1, got {self.at_once}")
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is removed: ``heads``, ``neurons`` or both."""
+        return tuple(kind for kind in ("heads", "neurons") if getattr(self, kind))
+
     def count(self, groups: int) -> int:
         """Groups to remove of so many; one always stays."""
         return min(round(groups * self.ratio), groups - 1)

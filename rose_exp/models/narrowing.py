@@ -16,13 +16,24 @@ from .structures import find_structures
 QUERIES, KEYS, NEURONS = "num_attention_heads", "num_key_value_heads", "intermediate_size"  # in configurations
 
 
-def check_removable(config: PreTrainedConfig, sparsity: Structured) -> None:
+def check_removable(model: nn.Module, blocks: BlockList, sparsity: Structured) -> None:
     """See that the model's configuration can say how many heads and neurons will be left.
 
     Raises:
         RoseExpError: it cannot, or its class refuses these numbers.
     """
-    _narrowed(config.get_text_config(), sparsity)
+    config = model.config.get_text_config()
+    _narrowed(config, sparsity)
+    groups = {"heads": getattr(config, KEYS, None) or getattr(config, QUERIES, None), "neurons": getattr(config, NEURONS, None)}
+    for index, block in enumerate(blocks.blocks):
+        found = find_structures(block, blocks.block_name(index), sparsity.kinds)
+        for kind in sparsity.kinds:
+            own = [structure.groups for structure in found if structure.kind == kind]
+            if own != [groups[kind]]:
+                raise RoseExpError(
+                    f"save: expected {groups[kind]} {kind} in each block, as the configuration says, got {own} in "
+                    f"{blocks.block_name(index)}: the smaller model could not be loaded"
+                )
 
 
 def remove_masked(model: nn.Module, blocks: BlockList, sparsity: Structured) -> dict[str, int]:
@@ -33,12 +44,9 @@ def remove_masked(model: nn.Module, blocks: BlockList, sparsity: Structured) -> 
         Parameters before and after: ``dense`` and ``pruned``.
     """
     before = sum(parameter.numel() for parameter in model.parameters())
-    kinds = [kind for kind in ("heads", "neurons") if getattr(sparsity, kind)]
     everywhere = True
     for index, block in enumerate(blocks.blocks):
-        for structure in find_structures(block, blocks.block_name(index)):
-            if structure.kind not in kinds:
-                continue
+        for structure in find_structures(block, blocks.block_name(index), sparsity.kinds):
             masked, count = structure.masked(), sparsity.count(structure.groups)
             if int(masked.sum()) < count:
                 everywhere = False  # left out by the patterns of layers: this model is not saved

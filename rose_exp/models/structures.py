@@ -3,7 +3,7 @@ without them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,7 +109,7 @@ def _narrow(layer: nn.Linear, dim: int, stay: Tensor) -> None:
     layer.out_features, layer.in_features = layer.weight.shape
 
 
-def find_structures(module: nn.Module, name: str = "") -> list[Structure]:
+def find_structures(module: nn.Module, name: str = "", kinds: Collection[str] = ("heads", "neurons")) -> list[Structure]:
     """The heads and neurons of all attentions and FFNs in ``module``, which the model calls ``name``, in the modules' order.
 
     Known are attentions with ``to_q`` … ``to_out`` (diffusers) or ``q_proj`` … ``o_proj`` (transformers), Flux's single blocks,
@@ -118,10 +118,10 @@ def find_structures(module: nn.Module, name: str = "") -> list[Structure]:
     Raises:
         RoseExpError: an attention whose heads cannot be told apart.
     """
-    return list(_all(module, name))
+    return list(_all(module, name, kinds))
 
 
-def _all(module: nn.Module, name: str) -> Iterator[Structure]:
+def _all(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Structure]:
     for inner, part in module.named_modules():
         full = ".".join(text for text in (name, inner) if text)
         layers = {
@@ -131,16 +131,18 @@ def _all(module: nn.Module, name: str) -> Iterator[Structure]:
         }
         single = {"proj_mlp", "proj_out", "attn.to_q"} <= set(layers)  # Flux: heads and neurons are read side by side
         if single:
-            heads = _heads(full, part.attn, {k.removeprefix("attn."): v for k, v in layers.items()}, [layers["proj_out"]])
-            yield heads
-            first = heads.consumers[0].places.numel()
-            yield _neurons(full, part, layers["proj_mlp"], layers["proj_out"], first)
-        elif "to_q" in layers:
-            consumers = [layers[key] for key in ("to_out.0", "to_add_out") if key in layers]
-            if consumers:
+            first = layers["attn.to_q"].module.out_features
+            if "heads" in kinds:
+                inside = {key.removeprefix("attn."): layer for key, layer in layers.items()}
+                yield _heads(full, part.attn, inside, [layers["proj_out"]], layers["proj_mlp"].module.out_features)
+            if "neurons" in kinds:
+                yield _neurons(full, part, layers["proj_mlp"], layers["proj_out"], first)
+        elif "to_q" in layers or {"q_proj", "k_proj", "v_proj", "o_proj"} <= set(layers):
+            consumers = [layers[key] for key in ("to_out.0", "to_add_out", "o_proj") if key in layers]
+            if consumers and "heads" in kinds:
                 yield _heads(full, part, layers, consumers)
-        elif {"q_proj", "k_proj", "v_proj", "o_proj"} <= set(layers):
-            yield _heads(full, part, layers, [layers["o_proj"]])
+        elif "neurons" not in kinds:
+            continue
         elif {"net.0.proj", "net.2"} <= set(layers):
             yield _neurons(full, part, layers["net.0.proj"], layers["net.2"])
         elif {"up_proj", "down_proj"} <= set(layers):
@@ -150,14 +152,19 @@ def _all(module: nn.Module, name: str) -> Iterator[Structure]:
             yield Structure(full, "neurons", part, (Part(layers["down_proj"], places),), makers)
 
 
-def _heads(name: str, owner: nn.Module, layers: dict[str, LinearLayer], consumers: Sequence[LinearLayer]) -> Structure:
+def _heads(
+    name: str, owner: nn.Module, layers: dict[str, LinearLayer], consumers: Sequence[LinearLayer], beside: int = 0
+) -> Structure:
+    """``beside``: columns of the consumers that come after those of the heads."""
     query = layers["to_q" if "to_q" in layers else "q_proj"].module
     keys = layers["to_k" if "to_k" in layers else "k_proj"].module
     if isinstance(getattr(owner, "heads", None), int):
         width = query.out_features // owner.heads
     else:
         width = getattr(owner, "head_dim", None)
-    if not isinstance(width, int) or query.out_features % width or keys.out_features % width:
+    known = isinstance(width, int) and not query.out_features % width and not keys.out_features % width
+    of_head = [name for name, _ in owner.named_parameters(recurse=False)]  # such as a sink for each
+    if not known or of_head or any(layer.columns != query.out_features + beside for layer in consumers):
         raise RoseExpError(f"sparsity.heads: {name} keeps its heads in a way that is not known, so none can be removed")
     groups = keys.out_features // width
     shared = query.out_features // keys.out_features * width

@@ -25,7 +25,7 @@ from ..engine.allocation import BlockSurvey
 from ..engine.study import LayerStudy, study_layer
 from ..errors import RoseExpError
 from ..interruption import Interrupted
-from ..models import LinearLayer, find_structures, linear_layers, one_by_one
+from ..models import LinearLayer, linear_layers, one_by_one
 from ..ranks import Ranks
 from .activations import Activations
 from .capture import BlockCall
@@ -33,7 +33,7 @@ from .channels import ChannelOrders, Channels
 from .collect import Clock, Collector, GroupInputs
 from .first_block import FirstBlock
 from .plan import LayerReport, PassSeconds, PruningPlan, report_of
-from .structured import prune_structure, wants
+from .structured import prune_structure, wanted_structures
 from .survey import BlockWatch
 
 log = logging.getLogger(__name__)
@@ -74,10 +74,7 @@ class BlockWalk:
         closing = called[-1] if called and called[-1] in adding else None
         self.collector = Collector(block, name, calls, plan, device, adding, closing, self._check_stop)
         self.structures = {
-            part.layer.name: structure
-            for structure in (find_structures(block, name) if isinstance(plan.sparsity, Structured) else [])
-            if wants(structure, plan)
-            for part in structure.consumers
+            part.layer.name: structure for structure in wanted_structures(block, name, plan) for part in structure.consumers
         }
         if isinstance(plan.sparsity, Structured):
             self.groups = [group for group in self.groups if group[0].name in self.structures]
@@ -168,6 +165,8 @@ class BlockWalk:
         kept = self.first_block.find(self.first_key, self.device) if self.first_block else None
         if kept is not None:
             moments, self.seconds.shared = kept
+            if [of_group.columns for of_group in moments] != [group[0].columns for group in groups]:
+                raise RuntimeError(f"{self.name}: kept moments are not of these layers")
             return [GroupInputs(of_group) for of_group in moments]
         start = self._now()
         found = self.collector.moments(groups, hidden, clock)

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from ..engine import METHODS, InputMoments, NotPositiveDefiniteError
 from ..engine.groups import GroupedLayer, Structured, prune_groups
 from ..errors import RoseExpError
-from ..models import Structure
+from ..models import Structure, find_structures
 from .plan import LayerReport, PruningPlan
 
 
-def wants(structure: Structure, plan: PruningPlan) -> bool:
-    """Whether the plan removes groups of it: it prunes this kind, and all layers that read them."""
-    of_kind = isinstance(plan.sparsity, Structured) and getattr(plan.sparsity, structure.kind)
-    return of_kind and all(plan.wants(part.layer.name) for part in structure.consumers)
+def wanted_structures(module: nn.Module, name: str, plan: PruningPlan) -> list[Structure]:
+    """Those of a module, which the model calls ``name``, that the plan removes groups of: it prunes their kind, and all layers
+    that read them.
+
+    Raises:
+        RoseExpError: an attention whose heads cannot be told apart.
+    """
+    if not isinstance(plan.sparsity, Structured):
+        return []
+    found = find_structures(module, name, plan.sparsity.kinds)
+    return [structure for structure in found if all(plan.wants(part.layer.name) for part in structure.consumers)]
+
+
+def check_structures(structures: Sequence[Structure], sparsity: Structured) -> None:
+    """See that there is something to remove of each kind that is to be removed.
+
+    Raises:
+        RoseExpError: there is nothing.
+    """
+    for kind in sparsity.kinds:
+        groups = [structure.groups for structure in structures if structure.kind == kind]
+        if not groups:
+            raise RoseExpError(
+                f"sparsity.{kind}: expected a model whose {kind} are known and not left out, got one without; "
+                f"sparsity.{kind}=false leaves them alone"
+            )
+        if sparsity.ratio and not sum(map(sparsity.count, groups)):
+            raise RoseExpError(
+                f"sparsity.ratio: expected enough to remove one of {max(groups)} {kind}, of which one must stay, "
+                f"got {sparsity.ratio:g}"
+            )
 
 
 @torch.no_grad()

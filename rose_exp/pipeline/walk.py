@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import interruption
+from ..engine.groups import Structured
 from ..engine.study import LayerStudy
 from ..errors import RoseExpError
 from ..models import BlockList, find_blocks, linear_layers
@@ -24,6 +25,7 @@ from .capture import BlockCall, Probe, on_device, probe, trace
 from .first_block import FirstBlock
 from .plan import LayerReport, PassSeconds, PruningPlan, check_plan
 from .state import RunState
+from .structured import check_structures, wanted_structures
 from .weights import BlockWeights, InMemory, fill
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,9 @@ def prune_model(
     blocks = weights.blocks if weights is not None else find_blocks(model, plan.blocks)
     weights = weights or InMemory(blocks)
     check_plan(blocks, plan)
+    if isinstance(plan.sparsity, Structured):
+        named = [(block, blocks.block_name(index)) for index, block in enumerate(blocks.blocks)]
+        check_structures([of for block, name in named for of in wanted_structures(block, name, plan)], plan.sparsity)
     if len(tokens) < ranks.size:
         raise RoseExpError(
             f"calibration.samples: expected at least one window for each of {ranks.size} ranks, got {len(tokens)}"

@@ -15,6 +15,7 @@ ROWS = (
     "allocation",
     "engine.permute",
     "sparsity.saliency",
+    "sparsity.at_once",
     "seed",
 )  # what tables compare, or average over
 WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations", "evaluation")
@@ -94,8 +95,9 @@ def variant(record: Mapping[str, Any]) -> dict[str, Any]:
     }
     kept = {name: config[name] if acting else "none" for name, acting in acts.items()}
     sparsity = config["sparsity"]
-    saliency = sparsity["saliency"] if sparsity["pattern"] == "structured" else "none"
-    own = {"engine": {"permute": permuted}, "sparsity": {"saliency": saliency}, "kind": config["model"].get("kind", "language")}
+    structured = sparsity["pattern"] == "structured" and config["method"]["name"] == "sparsegpt"
+    how = {name: sparsity[name] if structured else "none" for name in ("saliency", "at_once")}
+    own = {"engine": {"permute": permuted}, "structured": how, "kind": config["model"].get("kind", "language")}
     return flat({"method": config["method"]} | kept | own)
 
 
@@ -121,7 +123,8 @@ def column_of(record: Mapping[str, Any], columns: str) -> str:
     if columns == SPARSITY:
         sparsity = config["sparsity"]
         if sparsity["pattern"] == "structured":
-            return f"structured {sparsity['ratio']:g}"
+            kinds = [kind for kind in ("heads", "neurons") if sparsity.get(kind, True)]
+            return f"structured {kinds[0] + ' ' if len(kinds) == 1 else ''}{sparsity['ratio']:g}"
         return sparsity["pattern"] if sparsity["ratio"] is None or ":" in sparsity["pattern"] else f"{sparsity['ratio']:g}"
     value: Any = config
     for part in columns.split("."):

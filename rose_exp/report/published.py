@@ -13,6 +13,7 @@ import yaml
 from ..dotted import flat
 from .conditions import SPARSITY, column_of, is_dense
 
+POINTS = ("zero_shot", "images.clip_score", "images.image_reward")  # compared by difference, as a ratio says nothing of them
 # of a protocol, what the figures of a dense model hang on
 OF_DENSE = ("evaluation.", *(f"diffusion.{name}" for name in ("steps", "guidance", "height", "width", "scheduler")))
 FIGURES = ("rose", "obs_diff")  # files of the folder published/
@@ -24,7 +25,7 @@ class Published:
 
     Attributes:
         trust: primary, secondary or digitised.
-        deviation: of ours: relative, or for accuracies in points.
+        deviation: of ours: relative, or for accuracies and scores in points.
         within: whether that is inside the tolerance; None where it is not judged.
         why_not: why it is not judged.
     """
@@ -74,10 +75,11 @@ def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Publis
             continue
         figure, table = found
         protocol = paper["protocol"] | table.get("protocol", {}) | figure.get("with", {})
-        points = metric.startswith("zero_shot.")
+        points = metric.startswith(POINTS)
         tolerance = table.get("tolerance_points" if points else "tolerance")
         deviation = value - figure["value"] if points else value / figure["value"] - 1
-        why_not = "no tolerance is known for it" if tolerance is None else _other_protocol(protocol, config)
+        unknown = "no tolerance is known for it" if tolerance is None else None
+        why_not = "; ".join(reason for reason in (_other_protocol(protocol, config), unknown) if reason) or None
         return Published(
             value=figure["value"],
             source=figure.get("source", table["source"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 from .cells import Cell, Difference
 from .gather import MINUTES, Report, Table
-from .published import Published
+from .published import POINTS, Published
 
 NOTHING = "–"
 FIELDS = (
@@ -106,7 +106,7 @@ def _revision(known: Mapping[str, Any]) -> str:
 def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str]]]:
     """What is shown of a table, each with its heading: values, and differences and published values where there are any."""
     cells = [cell for row in table.cells.values() for cell in row.values()]
-    points = table.metric == "zero_shot"
+    points = table.metric.startswith(POINTS)
     shown: list[tuple[str, Callable[[Cell], str]]] = [("", spread)]
     if any(cell.difference for cell in cells):
         several = any(cell.difference and cell.difference.low is not None for cell in cells)

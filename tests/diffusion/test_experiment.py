@@ -85,6 +85,29 @@ def test_a_folder_that_names_its_class_is_loaded_by_diffusers_in_a_process_of_it
     assert done.stdout.strip().splitlines()[-1] == "NarrowedSD3Transformer2DModel"
 
 
+def test_columns_of_reports_tell_heads_from_neurons(tmp_path):
+    for overrides in (
+        [],
+        ["sparsity.heads=false"],
+        ["sparsity.saliency=exact"],
+        ["method=magnitude", "sparsity.neurons=false"],
+    ):
+        run(tmp_path, "sparsity=structured", "sparsity.ratio=0.4", *overrides)
+    table = write_report([tmp_path], baseline="OBS-Diff (saliency=diagonal)").partition("images.psnr")[2].partition("##")[0]
+    assert "|  | structured 0.4 | structured heads 0.4 | structured neurons 0.4 |" in table
+    assert "| OBS-Diff (saliency=exact) |" in table
+
+
+def test_a_pipeline_with_nothing_to_remove_is_refused(tmp_path):
+    own = ["model=small-ddpm", "sparsity=structured"]
+    with pytest.raises(RoseExpError, match=r"sparsity\.neurons: expected a model whose neurons are known"):
+        run(tmp_path, *own)
+    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected enough to remove one of 4 heads"):
+        run(tmp_path, *own, "sparsity.neurons=false", "sparsity.ratio=0.05")
+    record = run(tmp_path, *own, "sparsity.neurons=false", "sparsity.ratio=0.5")
+    assert record["parameters"]["pruned"] < record["parameters"]["dense"]
+
+
 def test_another_scheduler(tmp_path):
     record = run(tmp_path, "model=small-sd", "diffusion.scheduler=EulerDiscreteScheduler")
     assert record["protocol"]["model"]["scheduler"] == "EulerDiscreteScheduler"

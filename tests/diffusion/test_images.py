@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from rose_exp.diffusion.images import Rendering, distance, render
+from rose_exp.diffusion.images import Distances, distances, render
 from rose_exp.diffusion.scores import load_scores
 from rose_exp.diffusion.sheet import draw_sheet
 from rose_exp.diffusion.small import _clip_tokenizer
@@ -18,49 +19,79 @@ from rose_exp.image_settings import ImagesSettings
 from .pipelines import NAMES, PROMPTS, STEPS, sampler
 
 
+def rendered(of, prompts, seeds):
+    """A rendering, with all images and latents beside it."""
+    images, latents = [], []
+    found = render(of, prompts, seeds, "images", lambda _number, x, y: (images.append(x), latents.append(y)))
+    return found, torch.cat(images), torch.cat(latents)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rendering_has_every_image_and_what_each_step_left(name):
     of = sampler(name)
-    found = render(of, PROMPTS, [1, 2, 3], "images")
-    assert found.images.shape == (3, 3, 32, 32)
-    assert 0 <= found.images.min() <= found.images.max() <= 1
-    assert found.latents.shape[:2] == (3, STEPS)
+    found, images, latents = rendered(of, PROMPTS, [1, 2, 3])
+    assert images.shape == (3, 3, 32, 32)
+    assert 0 <= images.min() <= images.max() <= 1
+    assert torch.equal(found.images, (images * 255).round().to(torch.uint8))
+    assert latents.shape[:2] == (3, STEPS)
     assert found.milliseconds > 0
     assert "step" not in vars(of.pipeline.scheduler)  # what watched it has gone
-    alone = render(of, PROMPTS[2:], [3], "images")
-    torch.testing.assert_close(alone.images[0], found.images[2], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(alone.latents[0], found.latents[2], rtol=1e-3, atol=1e-4)
-    other = render(of, PROMPTS[2:], [4], "images")
-    assert not torch.allclose(other.images[0], found.images[2], atol=1e-2)
+    _, alone, alone_latents = rendered(of, PROMPTS[2:], [3])
+    torch.testing.assert_close(alone[0], images[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone_latents[0], latents[2], rtol=1e-3, atol=1e-4)
+    _, other, _ = rendered(of, PROMPTS[2:], [4])
+    assert not torch.allclose(other[0], images[2], atol=1e-2)
 
 
-def rendering(images: torch.Tensor, latents: torch.Tensor) -> Rendering:
-    return Rendering(images, latents, 1.0)
+def test_noise_that_a_scheduler_adds_is_of_the_images_generators():
+    of = sampler("sd")
+    of.pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(of.pipeline.scheduler.config)
+    first, second = rendered(of, PROMPTS[:2], [1, 2]), rendered(of, PROMPTS[:2], [1, 2])
+    assert torch.equal(first[2], second[2])
 
 
 def test_distances_are_what_their_formulas_say():
     first, second = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
     a, b = torch.randn(3, 5, 4, 8, 8), torch.randn(3, 5, 4, 8, 8)
-    found = distance(rendering(first, a), rendering(second, b))
+    found, by_step = distances(first, second, a, b)
     mse = (first - second).square().flatten(1).mean(dim=1)
-    assert found.metrics["psnr"] == pytest.approx(float((10 * torch.log10(1 / mse)).mean()), rel=1e-5)
-    by_step = (a - b).square().mean(dim=(0, 2, 3, 4))
-    assert found.latent_mse == pytest.approx(by_step.tolist(), rel=1e-5)
-    assert found.metrics["latent_mse"] == pytest.approx(float(by_step[-1]), rel=1e-5)
-    assert found.metrics["latent_mse_all"] == pytest.approx(float(by_step.mean()), rel=1e-5)
-    last = (a - b)[:, -1].square().flatten(1).mean(dim=1)
-    assert found.errors["latent_mse"] == pytest.approx(float(last.std() / math.sqrt(3)), rel=1e-5)
+    torch.testing.assert_close(found["psnr"], 10 * torch.log10(1 / mse))
+    torch.testing.assert_close(by_step, (a - b).square().mean(dim=(2, 3, 4)))
+    torch.testing.assert_close(found["latent_mse"], by_step[:, -1])
+    torch.testing.assert_close(found["latent_mse_all"], by_step.mean(dim=1))
+
+
+def test_batches_are_kept_and_compared_one_by_one(tmp_path):
+    first, second = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
+    a, b = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    collected = Distances(tmp_path)
+    for start, end in ((0, 2), (2, 3)):
+        collected.keep(start, first[start:end], a[start:end])
+    for start, end in ((0, 2), (2, 3)):
+        collected.compare(start, second[start:end], b[start:end])
+    expected, by_step = distances(first, second, a, b)
+    for name, (mean, error) in collected.metrics().items():
+        assert mean == pytest.approx(float(expected[name].mean()), rel=1e-5)
+        assert error == pytest.approx(float(expected[name].std() / math.sqrt(3)), rel=1e-5)
+    assert collected.latent_mse() == pytest.approx(by_step.mean(dim=0).tolist(), rel=1e-5)
+    assert not list(tmp_path.iterdir())
 
 
 def test_equal_images_are_not_apart_and_others_the_more_the_further():
     vae, images, latents = sampler("sd").pipeline.vae, torch.rand(2, 3, 32, 32), torch.zeros(2, 1, 4)
     near, far = (images + 0.02 * torch.randn_like(images)).clamp(0, 1), torch.rand(2, 3, 32, 32)
-    same, small, large = (distance(rendering(images, latents), rendering(x, latents), vae).metrics for x in (images, near, far))
-    assert same["vae_distance"] == pytest.approx(0, abs=1e-9)
-    assert same["ssim"] == pytest.approx(1)
-    assert 0 < small["vae_distance"] < large["vae_distance"]
-    assert small["ssim"] > large["ssim"]
-    assert small["psnr"] > large["psnr"]
+    same, small, large = (distances(images, x, latents, latents, vae)[0] for x in (images, near, far))
+    assert same["vae_distance"].abs().max() < 1e-9
+    assert (same["ssim"] > 0.9999).all()
+    for image in range(2):
+        assert 0 < small["vae_distance"][image] < large["vae_distance"][image]
+        assert small["ssim"][image] > large["ssim"][image]
+        assert small["psnr"][image] > large["psnr"][image]
+    half = sampler("sd").pipeline.vae.to(torch.float16)
+    torch.testing.assert_close(
+        distances(images, near, latents, latents, half)[0]["vae_distance"], small["vae_distance"], rtol=0.05, atol=1e-3
+    )
+    assert next(half.parameters()).dtype == torch.float16
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +113,7 @@ def settings(**options) -> ImagesSettings:
 
 
 def test_the_clip_score_is_the_cosine_of_embeddings(clip):
-    images = torch.rand(3, 3, 32, 32)
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     score = load_scores(settings(metrics=["distance", "clip_score"], clip=str(clip)), torch.device("cpu"))["clip_score"]
     value, error = score(images, PROMPTS)
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
@@ -91,7 +122,7 @@ def test_the_clip_score_is_the_cosine_of_embeddings(clip):
     )
     texts = processor.tokenizer(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
-        answer = model(pixel_values=((images * 255).round() / 255 - mean) / std, **texts)
+        answer = model(pixel_values=(images / 255 - mean) / std, **texts)
     expected = torch.nn.functional.cosine_similarity(answer.image_embeds, answer.text_embeds)
     assert value == pytest.approx(float(expected.mean()), abs=1e-4)
     assert error == pytest.approx(float(expected.std() / math.sqrt(3)), abs=1e-4)
@@ -113,10 +144,9 @@ def test_settings_of_images_name_what_is_missing():
 def test_the_contact_sheet_shows_both_models(tmp_path):
     from PIL import Image
 
-    dark, light = torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16)
-    dark[:, 0] = 1  # red
-    light[:, 1:] = 0
-    light[:, 2] = 1  # magenta
+    dark, light = torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    dark[:, 0] = 255  # red
+    light[:, (0, 2)] = 255  # magenta
     path = draw_sheet(dark, light, PROMPTS[:2], "OBS-Diff", tmp_path / "figures" / "sheet.png")
     with Image.open(path) as image:
         colours = {colour: count for count, colour in image.convert("RGB").getcolors(2**24)}

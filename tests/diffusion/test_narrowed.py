@@ -12,7 +12,7 @@ from rose_exp.diffusion.narrowed import NarrowedSD3Transformer2DModel, key_of, r
 from rose_exp.engine import Magnitude, SparseGPT, Structured
 from rose_exp.errors import RoseExpError
 from rose_exp.models import find_structures
-from rose_exp.pipeline.structured import wants
+from rose_exp.pipeline.structured import wanted_structures
 
 from .pipelines import NAMES, STEPS, images, sampler, walk
 
@@ -29,7 +29,7 @@ def structured(name: str, ratio: float, **options):
     of = sampler(name)
     how = {key: options.pop(key) for key in ("heads", "neurons", "saliency") if key in options}
     found = walk(name, sparsity=Structured(ratio, **how), of=of, **options)
-    found.structures = [structure for structure in find_structures(of.denoiser) if wants(structure, found.plan)]
+    found.structures = wanted_structures(of.denoiser, "", found.plan)
     return found
 
 

@@ -69,7 +69,10 @@ def test_every_layer_is_pruned_and_reported(name):
         assert zeros == pytest.approx(0.5 * report.rows * report.columns, abs=report.columns)
         assert 0 < report.error < 1
     assert len(of.facts) == 2
-    assert all(fact.moments_bytes > 0 and fact.calibrating > 0 for fact in of.facts)
+    for fact, package in zip(of.facts, of.packages, strict=True):
+        columns = [of.layers[group[0]].columns for unit in package for group in unit.groups]
+        assert fact.moments_bytes == sum(4 * n * n for n in columns)  # one Hessian for layers with the same input
+        assert fact.calibrating > 0
 
 
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), DSnoT()])

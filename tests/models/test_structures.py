@@ -6,14 +6,16 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 import rose_exp
-from rose_exp.engine import Magnitude, SparseGPT, Structured
+from rose_exp.engine import Magnitude, SparseGPT, Structured, Unstructured
 from rose_exp.errors import RoseExpError, SettingsError
 from rose_exp.models import BlockList, check_removable, find_blocks, find_structures, remove_masked
-from rose_exp.pipeline import PruningPlan, prune_model
+from rose_exp.pipeline import FirstBlock, PruningPlan, prune_model
+from rose_exp.preparation import first_key
 
+from ..test_command import settings_of
 from .families import build, tokens
 
 
@@ -100,15 +102,57 @@ def test_a_saved_model_has_its_new_widths(small, tmp_path):
 
 
 def test_widths_that_a_configuration_cannot_say_are_told_before_anything_is_pruned(small, tmp_path):
-    config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=172)
-    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: llama takes no num_attention_heads 6"):
-        check_removable(config, Structured(0.25))
     overrides = [*small, "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.25"]
     with pytest.raises(RoseExpError, match="num_attention_heads 6"):
         rose_exp.run([*overrides, "save=true"], tmp_path)
     record = rose_exp.run(overrides, tmp_path)  # measured all the same
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
     assert record["layers"][0]["removed"] == 1
+
+
+def test_models_without_heads_or_neurons_that_are_known_are_refused_and_not_pruned_by_half():
+    for family, kinds, told in (
+        ("opt", {}, r"sparsity\.heads: expected a model whose heads are known"),
+        ("phi", {"heads": False}, r"sparsity\.neurons: expected a model whose neurons are known"),
+        ("mixtral", {}, r"sparsity\.neurons: expected a model whose neurons are known"),
+    ):
+        with pytest.raises(RoseExpError, match=told):
+            prune_model(build(family), tokens(), PruningPlan(SparseGPT(), Structured(0.5, **kinds), batch=2))
+    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected enough to remove one of"):
+        prune_model(build("llama"), tokens(), PruningPlan(SparseGPT(), Structured(0.01, neurons=False), batch=2))
+
+
+def test_heads_that_are_normalised_together_stay_and_neurons_go():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Olmo2ForCausalLM(Olmo2Config(vocab_size=256, **sizes)).eval()
+    with pytest.raises(RoseExpError, match="q_norm normalises over all heads"):
+        prune_model(model, tokens(), PruningPlan(SparseGPT(), Structured(0.5), batch=2))
+    plan = PruningPlan(SparseGPT(), Structured(0.5, heads=False), batch=2)
+    assert {report.groups for report in prune_model(model, tokens(), plan)} == {48}
+    check_removable(model, find_blocks(model), plan.sparsity)
+
+
+def test_what_could_not_be_loaded_again_is_not_saved():
+    model = build("llama")
+    check_removable(model, find_blocks(model), Structured(0.5))
+    model.model.layers[1].mlp = torch.nn.Linear(4, 4)
+    with pytest.raises(RoseExpError, match=r"save: expected \d+ neurons in each block.*got \[\] in model\.layers\.1"):
+        check_removable(model, find_blocks(model), Structured(0.5))
+
+
+def test_runs_of_a_sweep_do_not_take_each_others_moments():
+    shared, alone = FirstBlock(), build("llama")
+    first = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2)
+    second = PruningPlan(SparseGPT(), Structured(0.5), batch=2)
+    prune_model(build("llama"), tokens(), first, first_block=shared, first_key="a")
+    with pytest.raises(RuntimeError, match="kept moments are not of these layers"):
+        prune_model(build("llama"), tokens(), second, first_block=shared, first_key="a")
+    keys = {
+        first_key(settings_of("method=sparsegpt", *own), {})
+        for own in ([], ["sparsity=structured"], ["sparsity=structured", "sparsity.heads=false"])
+    }
+    assert len(keys) == 3
+    assert prune_model(alone, tokens(), second)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +163,10 @@ def test_widths_that_a_configuration_cannot_say_are_told_before_anything_is_prun
         (["method=sparsegpt", "refine=masks"], "refine: expected none with structured sparsity"),
         (["method=sparsegpt", "sparsity.ratio=1"], "sparsity.ratio: expected a number from 0 up to but not 1"),
         (["method=sparsegpt", "save=true", "pipeline.skip=['*.0.*']"], "save: expected false where structured sparsity leaves"),
+        (["method=sparsegpt", "save=true", "sparsity_config=true"], "sparsity_config: expected false with structured"),
+        (["method=sparsegpt", "engine.permute=true"], "engine.permute: expected false with structured sparsity"),
+        (["method=sparsegpt", "figures.study=['*']"], "figures.study: expected none with structured sparsity"),
+        (["method=magnitude", "+method.layer_options.x={}"], "method.layer_options: expected none with structured"),
         (["method=sparsegpt", "sparsity.heads=false", "sparsity.neurons=false"], "sparsity.heads: expected true"),
     ],
 )
