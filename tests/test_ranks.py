@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from rose_exp.engine import Allocation, InputMoments, Ordering, SemiStructured, SparseGPT, Target, Unstructured
+from rose_exp.engine import Allocation, InputMoments, Ordering, SemiStructured, SparseGPT, Structured, Target, Unstructured
 from rose_exp.pipeline import PruningPlan, prune_model
 from rose_exp.ranks import Ranks
 
@@ -33,6 +33,7 @@ def two_ranks(*arguments: str, folder=REPOSITORY) -> subprocess.CompletedProcess
         {"true_sequential": True},
         {"target": Target(0.6, 0.4), "allocation": Allocation("losses", 0.1)},
         {"sparsity": SemiStructured(2, 4), "permute": True},
+        {"sparsity": Structured(0.5), "ordering": None},
     ],
     ids=lambda options: " ".join(options) or "plain",
 )

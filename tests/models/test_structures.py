@@ -12,7 +12,7 @@ import rose_exp
 from rose_exp.engine import Magnitude, SparseGPT, Structured, Unstructured
 from rose_exp.errors import RoseExpError, SettingsError
 from rose_exp.models import BlockList, check_removable, find_blocks, find_structures, remove_masked
-from rose_exp.pipeline import FirstBlock, PruningPlan, prune_model
+from rose_exp.pipeline import FirstBlock, PruningPlan, RunState, prune_model
 from rose_exp.preparation import first_key
 
 from ..test_command import settings_of
@@ -174,3 +174,24 @@ def test_what_does_not_go_with_it_is_told(overrides, told, tmp_path):
     with pytest.raises(SettingsError) as caught:
         rose_exp.run(["sparsity=structured", *overrides], tmp_path)
     assert any(told in problem for problem in caught.value.problems)
+
+
+def test_a_walk_that_is_stopped_goes_on(tmp_path):
+    plan = PruningPlan(SparseGPT(), Structured(0.5), batch=2)
+    whole = build("llama")
+    prune_model(whole, tokens(), plan)
+
+    def stop(number: int, _report) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(build("llama"), tokens(), plan, state=RunState(tmp_path, {"code": "a"}), on_layer=stop)
+    state, again = RunState(tmp_path, {"code": "a"}), build("llama")
+    assert state.progress.blocks == 1
+    assert len(prune_model(again, tokens(), plan, state=state)) == 2 * len(again.model.layers)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    remove_masked(again, find_blocks(again), plan.sparsity)
+    remove_masked(whole, find_blocks(whole), plan.sparsity)
+    assert torch.equal(answers(again), answers(whole))
