@@ -58,7 +58,7 @@ if $small && [ "$extra" = diffusion ]; then
     obsdiff_table1) own[0]="model=small-sd,small-sd3,small-flux" ;;
     obsdiff_table2) own+=('pipeline.layers=["transformer_blocks.[1-3].*"]') ;;
     obsdiff_table3) own[0]="model=small-sdxl" ;;
-    obsdiff_table4 | obsdiff_table9) own+=("pipeline.skip=[$ends]") ;;
+    obsdiff_table4 | obsdiff_table9) own+=("pipeline.skip=[$ends]" "sparsity.ratio=0.15,0.25,0.5") ;; # 10 % of 4 heads are none
     obsdiff_table5) own+=("pipeline.skip=[$ends]" "diffusion.height=64" "diffusion.width=64") ;;
     obsdiff_rose) own+=("engine.block_size=8") ;; # so narrow a model has no blocks to reorder otherwise
     obsdiff_table10) own[0]="model=small-ddpm" ;;
