@@ -14,8 +14,12 @@ from .fingerprint import folder_sha256
 from .section import Count, Positive, Section
 from .text_settings import PromptSettings
 
-LIBRARIES = {"distance": ("torchmetrics",), "fid": ("torchmetrics", "torch_fidelity"), "image_reward": ("ImageReward",)}
-LIBRARIES |= {"clip_score": ()}
+LIBRARIES = {  # that metrics of images need, by the name that they are imported by
+    "distance": ("torchmetrics",),
+    "clip_score": (),
+    "image_reward": ("ImageReward",),
+    "fid": ("torchmetrics", "torch_fidelity"),
+}
 
 Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
 

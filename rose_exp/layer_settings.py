@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .compatibility import STRUCTURED
 from .engine import (
     METHODS,
     Allocation,
@@ -26,7 +27,6 @@ from .engine.kernels import Backend
 from .engine.ordering import Direction
 from .engine.scores import SCORES
 from .errors import suggest
-from .fitting import STRUCTURED
 from .section import Count, Positive, Section
 
 DENSE = "dense"

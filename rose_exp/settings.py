@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from .compatibility import kind_problems, structured_problems
 from .engine import METHODS, Ordering
 from .errors import SettingsError
-from .fitting import kind_problems, structured_problems
 from .image_settings import Built, DiffusionSettings, ImagesSettings, ModelKind
 from .layer_settings import (
     DENSE,

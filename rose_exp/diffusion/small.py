@@ -67,9 +67,9 @@ def _sd3() -> DiffusionPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_vae(4),
         text_encoder=_text_encoder(CLIPTextModelWithProjection),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_text_encoder(CLIPTextModelWithProjection),
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=_t5_encoder(2 * WIDTH),
         tokenizer_3=_t5_tokenizer(),
     )
@@ -93,7 +93,7 @@ def _flux() -> DiffusionPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_vae(4),
         text_encoder=_text_encoder(CLIPTextModel),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_t5_encoder(WIDTH),
         tokenizer_2=_t5_tokenizer(),
     )
@@ -107,7 +107,7 @@ def _sd() -> DiffusionPipeline:
         ),
         vae=_vae(4),
         text_encoder=_text_encoder(CLIPTextModel),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -128,9 +128,9 @@ def _sdxl() -> DiffusionPipeline:
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         vae=_vae(4),
         text_encoder=_text_encoder(CLIPTextModel),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_text_encoder(CLIPTextModelWithProjection),
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
     )
 
 
@@ -174,7 +174,7 @@ def _vae(latents: int) -> AutoencoderKL:
 
 
 def _text_encoder(kind: Callable[[CLIPTextConfig], Any]) -> Any:
-    tokenizer = _clip_tokenizer()
+    tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -194,7 +194,7 @@ def _t5_encoder(width: int) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's own, but its vocabulary is the bytes: nothing is merged."""
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,8 +181,3 @@ class DenoiserWalk:
             report_of(layer.name, result, moments.tokens, seconds * len(result.weight), int((result.weight == 0).sum()))
             for layer, result in zip(group, results, strict=True)
         ]
-
-
-def package_facts(walk: DenoiserWalk) -> list[dict[str, Any]]:
-    """For the record."""
-    return [vars(package) for package in walk.facts]

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from rose_exp.diffusion.images import Distances, distances, render
 from rose_exp.diffusion.scores import load_scores
 from rose_exp.diffusion.sheet import draw_sheet
-from rose_exp.diffusion.small import _clip_tokenizer
+from rose_exp.diffusion.small import clip_tokenizer
 from rose_exp.errors import RoseExpError
 from rose_exp.image_settings import ImagesSettings
 
@@ -97,7 +97,7 @@ def test_equal_images_are_not_apart_and_others_the_more_the_further():
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A small CLIP with random weights, saved."""
-    tokenizer, folder = _clip_tokenizer(), tmp_path_factory.mktemp("clip")
+    tokenizer, folder = clip_tokenizer(), tmp_path_factory.mktemp("clip")
     own = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = own | ends | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
