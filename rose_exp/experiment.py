@@ -253,7 +253,9 @@ class _Run:
         settings, record = self.settings, self.record
         record.data["metrics"]["sparsity"] = self._sparsity()
         if settings.pruned and isinstance(settings.sparsity.build(), Structured) and self.streamed is None:
-            record.data["parameters"] = remove_masked(self.model, self.weights.blocks, settings.sparsity.build())
+            pruned = {report["name"] for report in record.data["layers"]}
+            sparsity = settings.sparsity.build()
+            record.data["parameters"] = remove_masked(self.model, self.weights.blocks, sparsity, pruned, settings.save)
         whole = not self.placed.by_blocks
         if self.evaluation or self.zero_shot.tasks:
             if whole:

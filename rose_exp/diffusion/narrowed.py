@@ -51,12 +51,7 @@ def remove_masked(pipeline: Any, counts: Mapping[str, int]) -> None:
     part = denoiser_name(pipeline)
     denoiser = getattr(pipeline, part)
     for key, count in counts.items():
-        structure = _structure(denoiser, key)
-        masked = structure.masked()
-        if int(masked.sum()) < count:
-            raise ValueError(f"{key}: expected {count} that are masked, got {int(masked.sum())}")
-        masked[masked.nonzero().flatten()[count:]] = False
-        structure.keep(~masked)
+        _structure(denoiser, key).remove_masked(count)  # found anew each time, since two may share a layer
     if not type(denoiser).__name__.startswith(PREFIX):
         denoiser.__class__ = narrowed_class(type(denoiser).__name__)
     before = dict(denoiser.config.get("narrowed") or {})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
+from collections.abc import Collection
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -36,26 +37,28 @@ def check_removable(model: nn.Module, blocks: BlockList, sparsity: Structured) -
                 )
 
 
-def remove_masked(model: nn.Module, blocks: BlockList, sparsity: Structured) -> dict[str, int]:
-    """Take the masked heads and neurons of every block out, as many as ``sparsity`` says. Its configuration tells where it can,
-    so that the model is saved and loaded with its new widths. No output changes.
+def remove_masked(
+    model: nn.Module, blocks: BlockList, sparsity: Structured, pruned: Collection[str], configure: bool
+) -> dict[str, int]:
+    """Take the masked heads and neurons out, as many as ``sparsity`` says. No output changes.
 
+    Args:
+        pruned: names of the layers whose inputs lost heads or neurons; all others are left as they are.
+        configure: let the configuration say the new widths, so that the model is saved and loaded with them; whether it can was
+            seen to by :func:`check_removable`.
     Returns:
         Parameters before and after: ``dense`` and ``pruned``.
+    Raises:
+        ValueError: fewer are masked.
     """
     before = sum(parameter.numel() for parameter in model.parameters())
-    everywhere = True
     for index, block in enumerate(blocks.blocks):
         for structure in find_structures(block, blocks.block_name(index), sparsity.kinds):
-            masked, count = structure.masked(), sparsity.count(structure.groups)
-            if int(masked.sum()) < count:
-                everywhere = False  # left out by the patterns of layers: this model is not saved
-                continue
-            masked[masked.nonzero().flatten()[count:]] = False
-            structure.keep(~masked)
-    config = model.config.get_text_config()
-    with suppress(RoseExpError):  # where it is to be saved, this was seen to before anything was pruned
-        for name, value in _narrowed(config, sparsity).items() if everywhere else ():
+            if any(part.layer.name in pruned for part in structure.consumers):
+                structure.remove_masked(sparsity.count(structure.groups))
+    if configure:
+        config = model.config.get_text_config()
+        for name, value in _narrowed(config, sparsity).items():
             setattr(config, name, value)
     return {"dense": before, "pruned": sum(parameter.numel() for parameter in model.parameters())}
 
@@ -81,7 +84,7 @@ def _narrowed(config: PreTrainedConfig, sparsity: Structured) -> dict[str, int]:
     try:
         values = copy.deepcopy(config).to_dict() | found
         type(config).from_dict(values)
-    except Exception as error:  # whatever a configuration's own checks raise
+    except (ValueError, TypeError, StrictDataclassError) as error:  # of its own checks
         told = " ".join(str(error).split())[:200]
         wanted = ", ".join(f"{name} {value}" for name, value in found.items())
         raise RoseExpError(f"sparsity.ratio: {config.model_type} takes no {wanted}: {told}") from error

@@ -81,6 +81,19 @@ class Structure:
             total += rows[part.places.to(rows.device)].sum(dim=1)
         return total
 
+    def remove_masked(self, count: int) -> None:
+        """Make the layers smaller by ``count`` groups that are masked; no output changes.
+
+        Raises:
+            ValueError: fewer are masked.
+        """
+        gone = self.masked().nonzero().flatten()
+        if len(gone) < count:
+            raise ValueError(f"{self.name}: expected {count} {self.kind} that are masked, got {len(gone)}")
+        kept = torch.ones(self.groups, dtype=torch.bool)
+        kept[gone[:count]] = False
+        self.keep(kept)
+
     def keep(self, kept: Tensor) -> None:
         """Make the layers smaller: only the groups ``kept`` (groups,) bool stay. Other structures of the same layers must be
         found anew."""

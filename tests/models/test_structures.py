@@ -29,6 +29,10 @@ def all_structures(model):
     return [s for i, block in enumerate(blocks.blocks) for s in find_structures(block, blocks.block_name(i))]
 
 
+def consumers(model) -> set[str]:
+    return {part.layer.name for structure in all_structures(model) for part in structure.consumers}
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral"])
 def test_removing_what_is_masked_changes_no_answer(family):
     model = build(family)
@@ -40,7 +44,7 @@ def test_removing_what_is_masked_changes_no_answer(family):
         assert torch.equal(structure.masked(), removed)
     masked = answers(model)
     assert not torch.allclose(dense, masked, atol=1e-3)
-    parameters = remove_masked(model, find_blocks(model), sparsity)
+    parameters = remove_masked(model, find_blocks(model), sparsity, consumers(model), configure=True)
     torch.testing.assert_close(answers(model), masked, rtol=1e-4, atol=1e-4)
     assert parameters["pruned"] == sum(p.numel() for p in model.parameters()) < parameters["dense"]
 
@@ -132,6 +136,19 @@ def test_heads_that_are_normalised_together_stay_and_neurons_go():
     check_removable(model, find_blocks(model), plan.sparsity)
 
 
+def test_layers_that_were_not_pruned_stay_and_those_that_should_be_masked_must_be():
+    model, sparsity = build("llama"), Structured(0.5)
+    plan = PruningPlan(SparseGPT(), sparsity, batch=2, skip=["*.layers.0.*"])
+    pruned = {report.name for report in prune_model(model, tokens(), plan)}
+    expected = answers(model)
+    remove_masked(model, find_blocks(model), sparsity, pruned, configure=False)
+    torch.testing.assert_close(answers(model), expected, rtol=1e-4, atol=1e-4)
+    widths = [block.mlp.down_proj.in_features for block in model.model.layers]
+    assert widths == [52, *([26] * (len(widths) - 1))]
+    with pytest.raises(ValueError, match="heads that are masked, got 0"):
+        remove_masked(build("llama"), find_blocks(build("llama")), sparsity, pruned, configure=False)
+
+
 def test_what_could_not_be_loaded_again_is_not_saved():
     model = build("llama")
     check_removable(model, find_blocks(model), Structured(0.5))
@@ -192,6 +209,6 @@ def test_a_walk_that_is_stopped_goes_on(tmp_path):
     assert len(prune_model(again, tokens(), plan, state=state)) == 2 * len(again.model.layers)
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    remove_masked(again, find_blocks(again), plan.sparsity)
-    remove_masked(whole, find_blocks(whole), plan.sparsity)
+    for model in (again, whole):
+        remove_masked(model, find_blocks(model), plan.sparsity, consumers(model), configure=False)
     assert torch.equal(answers(again), answers(whole))
