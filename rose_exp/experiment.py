@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,6 @@ from .run_id import identifying, run_id
 from .settings import Settings
 from .tracking import Guarded, Identity, RunRecord, Stopwatch, environment
 
-if TYPE_CHECKING:
-    from .diffusion.experiment import DiffusionRun
-
 log = logging.getLogger(__name__)
 
 STATE = "state"  # folder in the run's, while it is not finished
@@ -101,7 +98,12 @@ def run_experiment(
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.build()}")
     tracker = Guarded(settings.tracking, record, identity, folder, settings.tags)
     try:
-        run = _run_of(settings, record, folder, ranks, tracker, first_block)
+        if settings.model.kind == "diffusion":
+            from .diffusion.experiment import DiffusionRun  # needs packages that language models do without
+
+            run: _Run | DiffusionRun = DiffusionRun(settings, record, folder, ranks, tracker)
+        else:
+            run = _Run(settings, record, folder, ranks, tracker, first_block)
         with interruption.heeded(), ExitStack() as stack:
             run.prepare(stack)
             run.load()
@@ -122,21 +124,6 @@ def run_experiment(
     if run.state is not None:
         run.state.delete()
     return record.data
-
-
-def _run_of(
-    settings: Settings,
-    record: RunRecord,
-    folder: Path,
-    ranks: Ranks,
-    tracker: Guarded,
-    first_block: FirstBlock | None,
-) -> _Run | DiffusionRun:
-    if settings.model.kind == "language":
-        return _Run(settings, record, folder, ranks, tracker, first_block)
-    from .diffusion.experiment import DiffusionRun  # needs packages that language models do without
-
-    return DiffusionRun(settings, record, folder, ranks, tracker)
 
 
 class _Run:
@@ -240,13 +227,9 @@ class _Run:
                 weights=self.weights,
                 state=self.state,
             )
-        record.data["layers"] = [report.as_dict() for report in reports]
-        record.data["events"] = [event for report in reports for event in events(report, settings.engine.damping)]
-        for kind in dict.fromkeys(event["kind"] for event in record.data["events"]):
-            found = [event for event in record.data["events"] if event["kind"] == kind]
-            log.warning("%s in %d layers, such as %s: %s", kind, len(found), found[0]["layer"], found[0]["detail"])
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
-        record.write()
+        found = [event for report in reports for event in events(report, settings.engine.damping)]
+        record.pruned([report.as_dict() for report in reports], found)
 
     def measure(self) -> None:
         """Sparsity, then perplexity on every set, then zero-shot accuracy."""

@@ -158,14 +158,10 @@ class DiffusionRun:
         )
         with self.watch.stage("pruning"):
             reports = walk.prune()
-        record.data["layers"] = [report.as_dict() for report in reports]
-        record.data["packages"] = [vars(package) for package in walk.facts]
-        record.data["events"] = [event for report in reports for event in events(report, settings.engine.damping)]
-        for kind in dict.fromkeys(event["kind"] for event in record.data["events"]):
-            found = [event for event in record.data["events"] if event["kind"] == kind]
-            log.warning("%s in %d layers, such as %s: %s", kind, len(found), found[0]["layer"], found[0]["detail"])
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in walk.seconds.items()}
-        record.write()
+        record.data["packages"] = [vars(package) for package in walk.facts]
+        found = [event for report in reports for event in events(report, settings.engine.damping)]
+        record.pruned([report.as_dict() for report in reports], found)
 
     def _render(self, what: str, on_batch: OnBatch | None) -> Rendering:
         prompts = self.evaluated.texts

@@ -29,6 +29,7 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
     Raises:
         RoseExpError: it cannot be had, or has no denoiser that is known.
     """
+    kind = _scheduler(scheduler) if scheduler is not None else None  # before weights are read
     log.info("loading %s", settings.name)
     if settings.built is not None:
         pipeline = small_pipeline(settings.built)
@@ -42,8 +43,8 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
     if getattr(pipeline, "safety_checker", None) is not None:
         log.info("the safety checker is left out: images that it blackens could not be compared")
         pipeline.safety_checker = None
-    if scheduler is not None:
-        pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
+    if kind is not None:
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     return pipeline, {
         "name": settings.name,
@@ -71,13 +72,12 @@ def _read(settings: ModelSettings) -> tuple[Any, dict[str, Any]]:
     return pipeline, {"source": settings.path, "revision": folder.name}  # the hub's cache calls a folder by its commit
 
 
-def _scheduler(name: str, own: Any) -> Any:
-    kind = getattr(diffusers, name, None)
+def _scheduler(name: str) -> Any:
     known = [option for option in dir(diffusers) if option.endswith("Scheduler")]
     if name not in known:
         hint = suggest(name, known)
         raise RoseExpError(f"diffusion.scheduler: expected one of diffusers' such as DDIMScheduler, got {name!r}{hint}")
-    return kind.from_config(own.config)
+    return getattr(diffusers, name)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> Path:

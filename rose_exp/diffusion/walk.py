@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..engine import InputMoments, NotPositiveDefiniteError, prune_layers
+from ..engine import InputMoments
 from ..engine.groups import Structured
-from ..errors import RoseExpError
 from ..models import LinearLayer, Structure
 from ..pipeline import LayerReport, PruningPlan
 from ..pipeline.plan import report_of
@@ -158,24 +157,8 @@ class DenoiserWalk:
         return found
 
     def _solve(self, group: Sequence[LinearLayer], moments: InputMoments) -> list[LayerReport]:
-        plan, start = self.plan, time.perf_counter()
-        names = ", ".join(layer.name for layer in group)
-        try:
-            results = prune_layers(
-                [layer.weight for layer in group],
-                moments,
-                methods=[plan.method_for(layer.name) for layer in group],
-                sparsity=plan.sparsity,
-                ordering=plan.ordering,
-                block_size=plan.block_size,
-                damping=plan.damping,
-                refine=plan.refine,
-                backend=plan.backend,
-            )
-        except (ValueError, NotPositiveDefiniteError) as error:
-            raise RoseExpError(f"{names}: {error}") from error
-        for layer, result in zip(group, results, strict=True):
-            layer.set_weight(result.weight)
+        start = time.perf_counter()
+        results = self.plan.solve(group, moments)
         seconds = (time.perf_counter() - start) / sum(len(result.weight) for result in results)
         return [
             report_of(layer.name, result, moments.tokens, seconds * len(result.weight), int((result.weight == 0).sum()))

@@ -16,10 +16,8 @@ from tqdm import tqdm
 from .. import interruption
 from ..engine import (
     InputMoments,
-    Magnitude,
     NotPositiveDefiniteError,
     Structured,
-    prune_layers,
 )
 from ..engine.allocation import BlockSurvey
 from ..engine.study import LayerStudy, study_layer
@@ -256,30 +254,16 @@ class BlockWalk:
             return [self._untouched(layer, moments.tokens) for layer in group]
         try:
             self._study_group(group, moments)
-            start = self._now()
-            if group[0].name in self.channels:
-                columns = self.channels.order(group[0], moments, plan.sparsity)
-                inputs.moments = moments = moments.permuted(columns)
-                inputs.drift = inputs.drift.permuted(columns) if inputs.drift is not None else None
-            results = prune_layers(
-                [layer.weight for layer in group],
-                moments,
-                methods=[Magnitude() if starved else plan.method_for(layer.name) for layer in group],
-                sparsity=[plan.sparsity_of(layer.name) for layer in group],
-                ordering=plan.ordering,
-                block_size=plan.block_size,
-                damping=plan.damping,
-                refine=plan.refine,
-                backend=plan.backend,
-                drift=inputs.drift,
-                target=plan.target if inputs.drift is not None else None,
-            )
         except (ValueError, NotPositiveDefiniteError) as error:
             raise RoseExpError(f"{', '.join(_names(group))}: {error}") from error
+        start = self._now()
+        if group[0].name in self.channels:
+            columns = self.channels.order(group[0], moments, plan.sparsity)
+            inputs.moments = moments = moments.permuted(columns)
+            inputs.drift = inputs.drift.permuted(columns) if inputs.drift is not None else None
+        results = plan.solve(group, moments, inputs.drift, starved)
         zeros = torch.stack([(result.weight == 0).sum() for result in results]).tolist()
         saved = [r.weight.numel() - r.stored if r.rank else count for r, count in zip(results, zeros, strict=True)]
-        for layer, result in zip(group, results, strict=True):
-            layer.set_weight(result.weight)
         seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # a row
         return [
             report_of(

@@ -7,11 +7,26 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ..engine import Method, Ordering, Precision, PruneResult, Refine, SemiStructured, Sparsity, Target, Unstructured
+from ..engine import (
+    Drift,
+    InputMoments,
+    Magnitude,
+    Method,
+    NotPositiveDefiniteError,
+    Ordering,
+    Precision,
+    PruneResult,
+    Refine,
+    SemiStructured,
+    Sparsity,
+    Target,
+    Unstructured,
+    prune_layers,
+)
 from ..engine.allocation import Allocation
 from ..engine.kernels import Backend
 from ..errors import RoseExpError, suggest
-from ..models import BlockList, all_linear_layers, projections
+from ..models import BlockList, LinearLayer, all_linear_layers, projections
 from .activations import Place
 
 StarvedExperts = Literal["dense", "magnitude", "stop"]
@@ -73,6 +88,37 @@ class PruningPlan:
     @property
     def permutes(self) -> bool:
         return self.permute and isinstance(self.sparsity, SemiStructured)
+
+    def solve(
+        self, layers: Sequence[LinearLayer], moments: InputMoments, drift: Drift | None = None, by_magnitude: bool = False
+    ) -> list[PruneResult]:
+        """Prune layers that share their inputs, and set their weights.
+
+        Args:
+            drift: of their inputs, where they are asked for the plan's target.
+            by_magnitude: whatever the plan's method is.
+        Raises:
+            RoseExpError: it cannot be done; the message names them.
+        """
+        try:
+            results = prune_layers(
+                [layer.weight for layer in layers],
+                moments,
+                methods=[Magnitude() if by_magnitude else self.method_for(layer.name) for layer in layers],
+                sparsity=[self.sparsity_of(layer.name) for layer in layers],
+                ordering=self.ordering,
+                block_size=self.block_size,
+                damping=self.damping,
+                refine=self.refine,
+                backend=self.backend,
+                drift=drift,
+                target=self.target if drift is not None else None,
+            )
+        except (ValueError, NotPositiveDefiniteError) as error:
+            raise RoseExpError(f"{', '.join(layer.name for layer in layers)}: {error}") from error
+        for layer, result in zip(layers, results, strict=True):
+            layer.set_weight(result.weight)
+        return results
 
     def sparsity_of(self, name: str) -> Sparsity:
         return Unstructured(self.shares[name]) if name in self.shares else self.sparsity

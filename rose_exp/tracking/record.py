@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 from ..errors import RoseExpError
 from ..interruption import Interrupted
 from ..secrets import redacted
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "run.json"
 LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "lm-eval")
@@ -76,6 +79,14 @@ class RunRecord:
         self.data["metrics"][name] = value
         if standard_error is not None:
             self.data["standard_errors"][name] = standard_error
+
+    def pruned(self, layers: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> None:
+        """Keep reports of layers and what went other than usual in them, and tell of the latter, a line a kind."""
+        self.data["layers"], self.data["events"] = list(layers), list(events)
+        for kind in dict.fromkeys(event["kind"] for event in events):
+            found = [event for event in events if event["kind"] == kind]
+            log.warning("%s in %d layers, such as %s: %s", kind, len(found), found[0]["layer"], found[0]["detail"])
+        self.write()
 
     def finish(self) -> None:
         self.data |= {"status": "finished", "ended": now()}
