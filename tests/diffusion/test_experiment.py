@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 import rose_exp
 import rose_exp.diffusion
 from rose_exp.command import check_command
+from rose_exp.diffusion import experiment
 from rose_exp.engine.weighting import step_weights
 from rose_exp.errors import RoseExpError, SettingsError
 from rose_exp.report.main import write_report
@@ -52,8 +53,24 @@ def test_weights_of_steps_and_packages_change_the_result_and_the_run(tmp_path):
     assert step_weights(3)[0] != step_weights(3)[-1]
 
 
-def test_another_seed_is_another_noise_to_calibrate_and_the_same_to_measure(tmp_path):
+def test_another_seed_is_another_noise_to_calibrate_and_the_same_to_measure(tmp_path, monkeypatch):
+    measured, calibrated = [], []
+    real_render, real_walk = experiment.render, experiment.DenoiserWalk
+
+    def render(of, prompts, seeds, *others):
+        measured.append(list(seeds))
+        return real_render(of, prompts, seeds, *others)
+
+    def walk(of, layers, parts, plan, prompts, seeds, *others):
+        calibrated.append(list(seeds))
+        return real_walk(of, layers, parts, plan, prompts, seeds, *others)
+
+    monkeypatch.setattr(experiment, "render", render)
+    monkeypatch.setattr(experiment, "DenoiserWalk", walk)
     first, second = run(tmp_path), run(tmp_path, "seed=1")
+    assert len(measured) == 4  # the dense and the pruned model of each
+    assert all(seeds == measured[0] for seeds in measured)
+    assert len({*measured[0], *calibrated[0], *calibrated[1]}) == 2 + 3 + 3  # none twice
     assert first["protocol"]["calibration"]["noise_sha256"] != second["protocol"]["calibration"]["noise_sha256"]
     assert first["protocol"]["images"] == second["protocol"]["images"]
 
