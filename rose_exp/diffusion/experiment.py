@@ -182,9 +182,9 @@ class DiffusionRun:
         with self.watch.stage("evaluation"):
             what = "images of the pruned model" if settings.pruned else "images"
             pruned = self._render(what, self.distances and self.distances.compare)
-            record.measured("images.denoiser_ms", pruned.milliseconds)
+            record.data["images"] = {"denoiser_ms": pruned.milliseconds}
             if self.dense is not None:
-                self._tell_distances(self.dense)
+                self._compare(self.dense, pruned)
             for name, score in self.scores.items():
                 record.measured(f"images.{name}", *score(pruned.images, self.evaluated.texts))
         for name, value in record.data["metrics"].items():
@@ -192,8 +192,10 @@ class DiffusionRun:
                 log.info("%s: %s %.4g", settings.label, name.removeprefix("images."), value)
         self._draw(pruned)
 
-    def _tell_distances(self, dense: Rendering) -> None:
-        self.record.data["images"] = {"dense_denoiser_ms": dense.milliseconds}
+    def _compare(self, dense: Rendering, pruned: Rendering) -> None:
+        self.record.data["images"]["dense_denoiser_ms"] = dense.milliseconds
+        if self.structures:  # zeros that are stored make nothing faster
+            self.record.measured("images.speedup", dense.milliseconds / pruned.milliseconds)
         if self.distances is not None:
             self.record.data["images"]["latent_mse"] = self.distances.latent_mse()
             for name, (value, error) in self.distances.metrics().items():

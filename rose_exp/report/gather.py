@@ -17,7 +17,7 @@ from .published import find
 ALL = "all"  # the only column of tasks' tables, and where a dense model stands
 MINUTES = "minutes.pruning"
 JUDGED = ("perplexity.", "zero_shot", "images.", MINUTES)  # metrics of which there is a best
-HIGHER = ("zero_shot", "images.psnr", "images.ssim", "images.clip_score", "images.image_reward")  # is better
+HIGHER = ("zero_shot", "images.psnr", "images.ssim", "images.clip_score", "images.image_reward", "images.speedup")  # is better
 BASELINE = "SparseGPT"
 
 

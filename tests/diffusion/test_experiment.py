@@ -32,7 +32,9 @@ def test_every_kind_of_pipeline_runs(name, tmp_path):
     assert record["status"] == "finished"
     assert record["label"] == "OBS-Diff"
     assert record["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert {"images.latent_mse", "images.psnr", "images.ssim", "images.denoiser_ms"} <= set(record["metrics"])
+    assert {"images.latent_mse", "images.psnr", "images.ssim"} <= set(record["metrics"])
+    assert "images.speedup" not in record["metrics"]  # zeros that are stored make nothing faster
+    assert min(record["images"]["denoiser_ms"], record["images"]["dense_denoiser_ms"]) > 0
     assert ("images.vae_distance" in record["metrics"]) == (name != "ddpm")
     assert len(record["images"]["latent_mse"]) == 3
     assert len(record["packages"]) == 4
@@ -79,6 +81,8 @@ def test_a_saved_pipeline_is_what_was_measured(tmp_path):
     overrides = ["sparsity=structured", "sparsity.ratio=0.4", "save=true", "pipeline.skip=['transformer_blocks.0.*']"]
     record = run(tmp_path, *overrides)
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
+    own = record["images"]
+    assert record["metrics"]["images.speedup"] == pytest.approx(own["dense_denoiser_ms"] / own["denoiser_ms"])
     folder = tmp_path / record["run_id"] / "model"
     loaded = DiffusionPipeline.from_pretrained(folder)
     assert sum(p.numel() for p in loaded.transformer.parameters()) == record["parameters"]["pruned"]
