@@ -19,6 +19,14 @@ from rose_exp.tracking.record import read_record
 
 from .pipelines import NAMES
 
+OTHERS = (
+    [],
+    ["diffusion.weighting=uniform"],
+    ["diffusion.packages=1"],
+    ["diffusion.alpha_min=0.1"],
+    ["diffusion.alpha_max=9"],
+    ["diffusion.guidance=2"],
+)
 FEW = ["calibration.samples=3", "evaluation.images.samples=2", "diffusion.steps=3"]
 
 
@@ -48,9 +56,9 @@ def test_every_kind_of_pipeline_runs(name, tmp_path):
 
 
 def test_weights_of_steps_and_packages_change_the_result_and_the_run(tmp_path):
-    records = [run(tmp_path, *own) for own in ([], ["diffusion.weighting=uniform"], ["diffusion.packages=1"])]
-    assert len({record["run_id"] for record in records}) == 3
-    assert len({record["metrics"]["images.latent_mse"] for record in records}) == 3
+    records = [run(tmp_path, *own) for own in OTHERS]
+    assert len({record["run_id"] for record in records}) == len(OTHERS)
+    assert len({record["metrics"]["images.latent_mse"] for record in records}) == len(OTHERS)
     assert run(tmp_path)["ended"] == records[0]["ended"]  # done once
     assert step_weights(3)[0] != step_weights(3)[-1]
 
