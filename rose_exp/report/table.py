@@ -23,16 +23,22 @@ def collect_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def format_table(records: Sequence[dict[str, Any]]) -> str:
-    """A table in plain text: method, pattern, sparsity reached, every metric, seconds."""
+    """A table in plain text: of several models the model, method, pattern, sparsity reached, every metric, seconds."""
     measured = list(dict.fromkeys(name for record in records for name in record["metrics"] if name != "sparsity"))
     shown = [f"{name.removeprefix(ZERO_SHOT)} %" if name.startswith(ZERO_SHOT) else name for name in measured]
     header = ["method", "pattern", "sparsity", *shown, "seconds"]
     rows = [_row(record, measured) for record in records]
+    models = [record["config"].get("model") for record in records]
+    if any(model != models[0] for model in models):
+        header.insert(0, "model")
+        for row, record in zip(rows, records, strict=True):
+            row.insert(0, record["protocol"].get("model", {}).get("name", "-"))  # none where it failed before it was read
+    left = header.index("sparsity")  # columns of words
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )

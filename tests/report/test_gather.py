@@ -56,6 +56,18 @@ def test_only_seeds_that_drew_the_same_windows_are_pairs():
     assert table.cells["ROSE"]["0.7"].difference.mean == -1.0
 
 
+def test_only_seeds_that_drew_the_same_noise_are_pairs():
+    """Of diffusion models, which draw no windows."""
+    runs = [*three_seeds("SparseGPT", 20.0, 22.0), *three_seeds("ROSE", 19.0, 20.0)]
+    for run in runs:
+        calibration = run["protocol"]["calibration"]
+        calibration["noise_sha256"] = calibration.pop("tokens_sha256")
+    runs[-1]["protocol"]["calibration"]["noise_sha256"] = "other noise"
+    (table,) = tables(runs)
+    assert table.cells["ROSE"]["0.7"].difference.pairs == 1
+    assert table.cells["ROSE"]["0.7"].difference.mean == -1.0
+
+
 def test_what_is_done_beside_the_method_is_a_row_beside_it():
     """With what is left out of a row where it has no effect, and with the dense model."""
     plain = three_seeds("SparseGPT", 20.0, 22.0, 27.0, config__engine__permute=True)

@@ -1,0 +1,33 @@
+"""The plain table at the end of runs."""
+
+from __future__ import annotations
+
+from rose_exp.report import format_table
+
+from .records import record
+
+
+def rows(records) -> list[list[str]]:
+    return [line.split() for line in format_table(records).splitlines()]
+
+
+def test_runs_of_one_model_stand_without_its_name():
+    found = rows([record("SparseGPT", 27.68), record("ROSE", 26.38)])
+    assert found[0] == ["method", "pattern", "sparsity", "perplexity.wikitext2", "seconds"]
+    assert found[2] == ["SparseGPT", "unstructured", "0.5000", "27.68", "96"]
+
+
+def test_runs_of_several_models_say_whose_they_are():
+    other = record("SparseGPT", 9.0, config__model__path="another/model", protocol__model__name="model")
+    failed = record("ROSE", 9.0, config__model__path="third/model") | {"status": "failed"}
+    del failed["protocol"]["model"]
+    found = rows([record("SparseGPT", 27.68), other, failed])
+    assert found[0][:2] == ["model", "method"]
+    assert [line[0] for line in found[2:]] == ["Llama-2-7b-hf", "model", "-"]
+    assert found[4][1:] == ["ROSE", "unstructured", "failed"]
+
+
+def test_metrics_of_images_keep_their_digits():
+    run = record("SparseGPT", 27.68)
+    run["metrics"]["images.latent_mse"] = 0.00123456
+    assert rows([run])[2][-2] == "0.001235"
