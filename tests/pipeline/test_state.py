@@ -20,6 +20,7 @@ from rose_exp.errors import RoseExpError
 from rose_exp.interruption import Interrupted
 from rose_exp.models import open_model
 from rose_exp.pipeline import OnDisk, PassSeconds, PruningPlan, RunState, block, prune_model
+from rose_exp.pipeline import plan as planning
 from rose_exp.settings import ModelSettings
 
 from ..models.families import build, tokens
@@ -87,7 +88,7 @@ def stopping_after(number: int, monkeypatch) -> list[int]:
             interruption._stop.signal = "SIGTERM"
         return real(*arguments, **options)
 
-    monkeypatch.setattr(block, "prune_layers", counted)
+    monkeypatch.setattr(planning, "prune_layers", counted)
     return solved
 
 
