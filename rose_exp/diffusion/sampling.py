@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import interruption
+from ..batches import at_once
 from .denoiser import DenoiserCall
 
 PARTS = ("transformer", "unet")  # what pipelines call their denoiser
@@ -28,7 +29,7 @@ class Sampler:
         guidance: scale of classifier-free guidance, or what a guidance-distilled model is told; None: as the pipeline has it.
         size: (height, width) in pixels; None: as the pipeline has it.
         text_length: tokens of a T5 encoder; None: as the pipeline has it.
-        batch: images at once. No result depends on it beyond rounding: each image has a generator of its own.
+        batch: images at once, on a GPU; see :func:`rose_exp.batches.at_once`. Each image has a generator of its own.
     """
 
     def __init__(
@@ -67,11 +68,12 @@ class Sampler:
             seeds: of the noise that each image is made of.
             what: is being done, for the progress bar.
         """
-        starts = range(0, len(prompts), self.batch)
+        size = at_once(self.batch, next(self.denoiser.parameters()).device)
+        starts = range(0, len(prompts), size)
         bar = tqdm(starts, what, len(starts), unit="batch", disable=None)
         self.pipeline.set_progress_bar_config(disable=True)
         for start in bar:
-            numbers = range(start, min(start + self.batch, len(prompts)))
+            numbers = range(start, min(start + size, len(prompts)))
             yield numbers, self._batch([prompts[i] for i in numbers], [seeds[i] for i in numbers], decode)
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], decode: bool) -> Tensor:

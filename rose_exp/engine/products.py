@@ -19,31 +19,43 @@ LEAF = {"cpu": 192, "cuda": 1024}  # columns of the diagonal blocks, which are c
 PANELS = 4  # of a triangular product: four leave out three eighths of it
 
 
-def add_gram(gram: Tensor, x: Tensor, weight: float = 1.0, precision: Precision = "float32") -> None:
+def add_gram(
+    gram: Tensor, x: Tensor, weight: float = 1.0, precision: Precision = "float32", dtype: torch.dtype | None = None
+) -> None:
     """gram += weight · xᵀ x, on and above the diagonal; what is below is undefined until :func:`mirror` fills it in.
 
     Args:
         gram: (columns, columns), float32 or float64; changed in place.
         x: (tokens, columns). Half-precision inputs on CUDA are multiplied as they are and summed in float32, so that no
-            product is rounded; everywhere else x is converted to gram's dtype first.
+            product is rounded; everywhere else x is converted to ``dtype`` first.
         precision: of products of float32 numbers on CUDA, see :class:`rose_exp.engine.InputMoments`.
+        dtype: in which the product over the tokens of x is computed; None: that of ``gram``.
     """
-    if x.dtype in HALF and x.is_cuda and gram.dtype == torch.float32:
+    dtype = dtype or gram.dtype
+    if x.dtype in HALF and x.is_cuda and dtype == torch.float32:
         pairs = [(x, x)]
-    elif precision == "bf16x2" and gram.dtype == torch.float32:
-        x = x.to(gram)
+    elif precision == "bf16x2" and dtype == torch.float32:
+        x = x.to(dtype)
         large = x.bfloat16()
         small = (x - large).bfloat16()
         pairs = [(large, large), (large, small), (small, large)]
     else:
-        x = x.to(gram)
+        x = x.to(dtype)
         with _tf32(precision == "tf32"):
             for rows, columns in upper_blocks(len(gram), x.device):
-                gram[rows, columns].addmm_(x[:, rows].T, x[:, columns], alpha=weight)
+                add_product(gram[rows, columns], x[:, rows].T, x[:, columns], weight)
         return
     for rows, columns in upper_blocks(len(gram), x.device):
         for left, right in pairs:
             gram[rows, columns].add_(_half_product(left[:, rows].T, right[:, columns]), alpha=weight)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, weight: float = 1.0) -> None:
+    """total += weight · left · right, in place; the product is computed in the type of its factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=weight)
+    else:
+        total.add_(left @ right, alpha=weight)
 
 
 class _tf32:  # noqa: N801  (used as a function is)

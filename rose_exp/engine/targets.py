@@ -15,17 +15,21 @@ import torch
 from torch import Tensor
 
 from .curvature import Curvature
+from .moments import sums_dtype
+from .pieces import TokenPieces
+from .products import add_product
 
 
 class Drift:
-    """Sums over calibration tokens of ``δ xᵀ`` and ``ε xᵀ``. As moments they are plain sums: neither the order of the updates
-    nor the split into batches matters beyond rounding.
+    """Sums over calibration tokens of ``δ xᵀ`` and ``ε xᵀ``.
+
+    They are summed in the way of :class:`rose_exp.engine.InputMoments`: on a CPU the split into updates changes no bit.
 
     Args:
         columns: width of the layer's input.
         width: of the hidden states that the layer's output is added to; None: it is not added to any.
         device: where the sums are kept; inputs are moved there.
-        dtype: float32 or float64.
+        dtype: float32 or float64, of the products.
     """
 
     def __init__(
@@ -38,10 +42,24 @@ class Drift:
     ):
         if columns < 1:
             raise ValueError(f"columns: expected at least 1, got {columns}")
-        self.columns = columns
-        self.gram = torch.zeros(columns, columns, device=device, dtype=dtype)  # Σ δ xᵀ
-        self.residual = None if width is None else torch.zeros(width, columns, device=device, dtype=dtype)  # Σ ε xᵀ
+        self.columns, self.width, self.dtype = columns, width, dtype
+        kept = sums_dtype(device, dtype)
+        self._gram = torch.zeros(columns, columns, device=device, dtype=kept)  # Σ δ xᵀ
+        self._residual = None if width is None else torch.zeros(width, columns, device=device, dtype=kept)  # Σ ε xᵀ
+        self._pieces = TokenPieces(dtype)
         self.tokens = 0
+
+    @property
+    def gram(self) -> Tensor:
+        """Σ δ xᵀ, (columns, columns)."""
+        self._finish_piece()
+        return self._gram
+
+    @property
+    def residual(self) -> Tensor | None:
+        """Σ ε xᵀ, (width, columns); None where the layer's output is not added to hidden states."""
+        self._finish_piece()
+        return self._residual
 
     @torch.no_grad()
     def update(self, inputs: Tensor, dense: Tensor, missing: Tensor | None = None) -> None:
@@ -55,31 +73,45 @@ class Drift:
         Raises:
             ValueError: shapes that do not fit.
         """
-        width = None if self.residual is None else len(self.residual)
         if inputs.shape != dense.shape or inputs.shape[-1:] != (self.columns,):
             raise ValueError(
                 f"dense: expected the shape of inputs, (..., {self.columns}), "
                 f"got {tuple(dense.shape)} and {tuple(inputs.shape)}"
             )
-        if missing is not None and (width is None or missing.shape != (*inputs.shape[:-1], width)):
-            raise ValueError(f"missing: expected shape {(*inputs.shape[:-1], width)}, got {tuple(missing.shape)}")
-        x = inputs.reshape(-1, self.columns).to(self.gram)
-        self.gram.addmm_((dense.reshape(-1, self.columns).to(x) - x).T, x)
-        if missing is not None:
-            self.residual.addmm_(missing.reshape(-1, width).to(x).T, x)
+        if missing is not None and (self.width is None or missing.shape != (*inputs.shape[:-1], self.width)):
+            raise ValueError(f"missing: expected shape {(*inputs.shape[:-1], self.width)}, got {tuple(missing.shape)}")
+        device = self._gram.device
+        x = inputs.reshape(-1, self.columns).to(device, self.dtype)
+        streams = [x, dense.reshape(-1, self.columns).to(x) - x]
+        streams += [] if missing is None else [missing.reshape(-1, self.width).to(x)]
+        if device.type == "cpu":
+            for pieces, _ in self._pieces.push(streams):
+                self._add(*pieces)
+        else:
+            self._add(*streams)
         self.tokens += len(x)
+
+    def _add(self, x: Tensor, change: Tensor, missing: Tensor | None = None) -> None:
+        add_product(self._gram, change.T, x)
+        if missing is not None:
+            add_product(self._residual, missing.T, x)
+
+    @torch.no_grad()
+    def _finish_piece(self) -> None:
+        for pieces, _ in self._pieces.rest():
+            self._add(*pieces)
 
     @torch.no_grad()
     def leave_out(self, weight: Tensor) -> None:
-        """Take W δ out of ``missing``, where it was told of hidden states to which the layer's own output was added already:
-        those lack W δ beside ε."""
+        """Take W δ out of ``missing``, where the hidden states already contained the layer's own output: those lack W δ
+        beside ε."""
         self.residual.addmm_(weight.to(self.gram), self.gram, alpha=-1)
 
     def permuted(self, order: Tensor) -> Drift:
         """That of the same inputs with their columns in another order (columns,) int64; a new object."""
-        other = Drift(self.columns, device="meta", dtype=self.gram.dtype)
-        other.gram = self.gram[order][:, order]
-        other.residual = None if self.residual is None else self.residual[:, order]
+        other = Drift(self.columns, device="meta", dtype=self.dtype)
+        other._gram = self.gram[order][:, order]
+        other._residual, other.width = None if self.residual is None else self.residual[:, order], self.width
         other.tokens = self.tokens
         return other
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from .. import interruption
+from ..batches import at_once
 from ..errors import RoseExpError
 from ..ranks import Ranks
 
@@ -47,7 +48,7 @@ def perplexity(
     Args:
         model: a causal language model, on the device to run on.
         tokens: (windows, length) int64.
-        batch: windows at once.
+        batch: windows at once, on a GPU; see :func:`rose_exp.batches.at_once`.
         ranks: the processes that share the windows, each with the model; None: this one alone.
         answers: gives batches of windows and their logits in another way than by running the whole model.
 
@@ -56,9 +57,10 @@ def perplexity(
     """
     ranks = ranks or Ranks()
     own = ranks.share(tokens)
-    pairs = answers(own) if answers is not None else _answers(model, own, batch)
+    size = at_once(batch, next(model.parameters()).device)
+    pairs = answers(own) if answers is not None else _answers(model, own, size)
     means: list[float] = []  # of the negative log-likelihood, a window
-    for windows, logits in tqdm(pairs, name, -(-len(own) // batch), unit="batch", disable=None, leave=False):
+    for windows, logits in tqdm(pairs, name, -(-len(own) // size), unit="batch", disable=None, leave=False):
         interruption.check()
         following = windows[:, 1:].to(logits.device)
         for scores, targets in zip(logits[:, :-1], following, strict=True):  # one at a time: logits are large

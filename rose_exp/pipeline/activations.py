@@ -60,10 +60,13 @@ class Activations:
         return other
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each batch: its windows, and its hidden states on the device."""
+        """Each batch: its windows, and a copy of its hidden states on the device.
+
+        A copy starts on a cache line, as the tensors of a model that runs as a whole do, and a block may overwrite it.
+        """
         if self._stream is None:
             for piece in self.pieces:
-                yield piece, self._store[piece].to(self.device)
+                yield piece, self._store[piece].to(self.device, copy=True)
             return
         coming = self._send(self.pieces[0])
         for piece, following in zip(self.pieces, [*self.pieces[1:], None], strict=True):

@@ -44,7 +44,8 @@ class BlockWalk:
         groups: names of the block's layers, those with the same input together, in the order of their calls.
         adding: names of the layers whose output is added to the hidden states.
         channels: the layers whose input channels are put in another order before they are pruned.
-        calls: how the block is called, by the number of windows.
+        calls: how the block is called with each batch, by the number of its first window.
+        dense_calls: the same for the dense model's hidden states.
         dense: the dense model's hidden states, beside those of the pruned model, where the plan has a target.
     """
 
@@ -56,6 +57,7 @@ class BlockWalk:
         adding: Sequence[str],
         channels: Sequence[Channels],
         calls: Mapping[int, BlockCall],
+        dense_calls: Mapping[int, BlockCall],
         plan: PruningPlan,
         device: torch.device | str,
         ranks: Ranks,
@@ -63,14 +65,15 @@ class BlockWalk:
         on_study: Callable[[str, LayerStudy], None] | None,
         dense: Activations | None = None,
     ):
-        self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
+        self.block, self.name, self.plan, self.device = block, name, plan, device
+        self.calls, self.dense_calls = calls, dense_calls
         self.ranks, self.seconds, self.on_study, self.dense = ranks, seconds, on_study, dense
         layers = self.layers = {layer.name: layer for layer in linear_layers(block, name)}
         wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
         self.groups = [group for group in wanted if group]  # of layers that share their input
         called = [name for group in groups for name in group]
         closing = called[-1] if called and called[-1] in adding else None
-        self.collector = Collector(block, name, calls, plan, device, adding, closing, self._check_stop)
+        self.collector = Collector(block, name, (calls, dense_calls), plan, device, adding, closing, self._check_stop)
         self.structures = {
             part.layer.name: structure for structure in wanted_structures(block, name, plan) for part in structure.consumers
         }
@@ -83,21 +86,21 @@ class BlockWalk:
         self.part: tuple[list[LayerReport], dict[str, Tensor]] = ([], {})  # what an earlier process has done of the block
         self.keep_part: Callable[[Sequence[LayerReport], Mapping[str, Tensor]], None] | None = None
 
-    def run(self, hidden: Tensor) -> Tensor:
-        with one_by_one(self.block):
-            return self.calls[len(hidden)].run(self.block, hidden)
-
     def advance(self, hidden: Activations, weights: str = "pruned") -> None:
-        """Put what the block answers in the place of what it is given.
+        """Replace the block's inputs by its outputs.
 
+        Args:
+            weights: ``pruned``, or ``dense`` where ``hidden`` is the dense model's stream.
         Raises:
-            RoseExpError: it answers with NaN or infinity.
+            RoseExpError: the block returns NaN or infinity.
         """
         start = self._now()
-        finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once: a device is not waited for
+        calls = self.dense_calls if hidden is self.dense else self.calls
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # read once, so that a device is not waited for
         for windows, batch in tqdm(hidden, f"advancing {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
             self._check_stop()
-            answer = self.run(batch)
+            with one_by_one(self.block):
+                answer = calls[windows.start].run(self.block, batch)
             finite &= torch.isfinite(answer).all()
             hidden[windows] = answer
         if not finite:

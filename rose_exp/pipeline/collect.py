@@ -37,6 +37,7 @@ class Collector:
     """Collects moments of a block's inputs.
 
     Args:
+        calls: how the block is called with each batch of the pruned model's hidden states, and of the dense model's.
         adding: names of the layers whose output is added to the hidden states.
         closing: the one of these that is called last of all layers, so that what is there after it is the block's answer; None:
             another layer is.
@@ -47,14 +48,15 @@ class Collector:
         self,
         block: nn.Module,
         name: str,
-        calls: Mapping[int, BlockCall],
+        calls: tuple[Mapping[int, BlockCall], Mapping[int, BlockCall]],
         plan: PruningPlan,
         device: torch.device | str,
         adding: Sequence[str],
         closing: str | None,
         check_stop: Callable[[], None],
     ):
-        self.block, self.name, self.calls, self.plan, self.device = block, name, calls, plan, device
+        self.block, self.name, self.plan, self.device = block, name, plan, device
+        self.calls, self.dense_calls = calls
         self.adding, self.closing, self.check_stop = adding, closing, check_stop
 
     def moments(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: Clock) -> list[GroupInputs]:
@@ -66,10 +68,10 @@ class Collector:
             for group, of_group in zip(groups, found, strict=True):
                 hook = _update(of_group.moments, clock, last=group is groups[-1])
                 stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for _, batch in self._bar(hidden, hidden):
+            for windows, batch in self._bar(hidden, hidden):
                 self.check_stop()
                 with suppress(Enough):
-                    self.calls[len(batch)].run(self.block, batch)
+                    self.calls[windows.start].run(self.block, batch)
         return found
 
     def pairs(
@@ -91,9 +93,9 @@ class Collector:
         found = [self._nothing_seen(group) for group in groups]
         for (_, entering), (windows, entering_dense) in self._bar(zip(hidden, dense, strict=True), hidden):
             self.check_stop()
-            there = self._look(twin, entering_dense, groups, last)
+            there = self._look(twin, entering_dense, self.dense_calls[windows.start], groups, last)
             if groups:
-                here = self._look(self.block, entering, groups, last)
+                here = self._look(self.block, entering, self.calls[windows.start], groups, last)
                 with clock:
                     for group, of_group, x, full in zip(groups, found, here.inputs, there.inputs, strict=True):
                         if x is not None:
@@ -106,7 +108,7 @@ class Collector:
                             missing = there.output - here.output if closes else entering_dense - entering
                             missing = missing.reshape(*x.shape[:-1], -1)
                         of_group.drift.update(x, full, missing)
-            if last:  # now that nothing needs what entered the block, which may lie in the same memory
+            if last:
                 dense[windows] = there.output
         for group, of_group in zip(groups, found, strict=True):
             if of_group.drift is not None and group[0].name == self.closing and of_group.drift.residual is not None:
@@ -126,7 +128,9 @@ class Collector:
         asked = "outputs" if self.plan.target.strength else "dense"
         return GroupInputs(moments, drift, asked if width is None else "hidden_states")
 
-    def _look(self, block: nn.Module, hidden: Tensor, groups: Sequence[Sequence[LinearLayer]], last: bool) -> _Seen:
+    def _look(
+        self, block: nn.Module, hidden: Tensor, call: BlockCall, groups: Sequence[Sequence[LinearLayer]], last: bool
+    ) -> _Seen:
         """What the layers of each group are fed with in ``block``, and if asked for the ``last``, what it answers."""
         seen = _Seen([None] * len(groups))
         with one_by_one(block), ExitStack() as stack:
@@ -135,7 +139,7 @@ class Collector:
                 hook = seen.keep(place, stop=not last and place == len(groups) - 1)
                 stack.callback(layers[group[0].name].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             with suppress(Enough):
-                seen.output = self.calls[len(hidden)].run(block, hidden)
+                seen.output = call.run(block, hidden)
         return seen
 
     def _bar(self, pieces, hidden: Activations) -> tqdm:

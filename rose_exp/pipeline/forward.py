@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from .. import interruption
 from .activations import Place
-from .capture import Probe, in_place_of_blocks, probe
-from .walk import enter
+from .capture import Probe, home_of, in_place_of_blocks, probe
+from .enter import enter
 from .weights import BlockWeights
 
 
@@ -36,7 +36,7 @@ def answers_by_blocks(
         place: where the windows' hidden states are kept, see :class:`Activations`; ``scratch`` is a folder for them.
         name: of the progress bar.
     Yields:
-        A batch of windows, and their logits (windows, length, vocabulary).
+        A batch of windows, and their logits (windows, length, vocabulary), equal to those of the whole model.
     """
     blocks = weights.blocks
     found = probe(model, blocks, tokens, device, weights)
@@ -46,7 +46,7 @@ def answers_by_blocks(
             interruption.check()
             with weights.at(index, device) as block:
                 for windows, states in hidden:
-                    hidden[windows] = calls[len(states)][index].run(block, states)
+                    hidden[windows] = calls[windows.start][index].run(block, states)
         for windows, states in hidden:
             yield tokens[windows], _after_blocks(model, weights, found, tokens[windows], states)
 
@@ -55,7 +55,7 @@ def _after_blocks(model: nn.Module, weights: BlockWeights, found: Probe, tokens:
     """What the model makes of the last block's answers: it is run with blocks that hand on what they get, and the last one
     answers with these."""
     last = len(weights.blocks.blocks) - 1
-    home = next(model.get_input_embeddings().parameters()).device
+    home = home_of(model)
 
     def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden = states.to(home) if index == last else (args[0] if args else kwargs["hidden_states"])

@@ -19,9 +19,10 @@ from ..engine.study import LayerStudy
 from ..errors import RoseExpError
 from ..models import BlockList, find_blocks, linear_layers
 from ..ranks import Ranks
-from .activations import Activations, Place
+from .activations import Activations
 from .block import BlockWalk
-from .capture import BlockCall, Probe, on_device, probe, trace
+from .capture import BlockCall, Probe, probe
+from .enter import Calls, enter, second_stream
 from .first_block import FirstBlock
 from .plan import LayerReport, PassSeconds, PruningPlan, check_plan
 from .state import RunState
@@ -97,19 +98,20 @@ def prune_model(
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         share = ranks.share(tokens)
         hidden, calls = enter(model, blocks, share, plan.batch, plan.activations, found, device, Path(folder) / "hidden")
+        dense_calls = second_stream(calls) if plan.target else calls
         _check_entering(hidden, blocks)
         shares: dict[str, float] = {}
         dense: Activations | None = None
 
         def walk_of(index: int, block: nn.Module) -> BlockWalk:
-            own = {size: of_size[index] for size, of_size in calls.items()}
             return BlockWalk(
                 block,
                 blocks.block_name(index),
                 found.layers[index],
                 found.adding[index],
                 found.channels[index],
-                own,
+                _of_block(calls, index),
+                _of_block(dense_calls, index),
                 replace(plan, shares=shares),
                 device,
                 ranks,
@@ -130,7 +132,7 @@ def prune_model(
         if state is not None and state.progress.blocks:
             first = state.progress.blocks
             log.info("going on after %s, which an earlier process has finished", blocks.block_name(first - 1))
-            _take_up(state, weights, hidden, dense, first, last, walk_of, device)
+            _take_up(state, weights, hidden, dense, first, last, walk_of, device, found.carries)
             vars(seconds).update(state.progress.seconds)
             done(state.reports)
         bar = tqdm(range(first, last + 1), "pruning", last + 1, initial=first, unit="block", disable=None)
@@ -180,10 +182,15 @@ def _take_up(
     last: int,
     walk_of: Callable[[int, nn.Module], BlockWalk],
     device: torch.device | str,
+    carries: bool,
 ) -> None:
-    """Bring the pruned blocks, the inputs of the next and the generators to where they were."""
+    """Restore the pruned blocks, the inputs of the next one and the generators.
+
+    Args:
+        carries: whether blocks pass on more than their hidden states, which the state does not hold; they are then run again.
+    """
     streams = [stream for stream in (hidden, dense) if stream is not None]
-    again = first <= last and not state.restore(streams)
+    again = first <= last and (carries or not state.restore(streams))
     if again and dense is not None:  # before the blocks in memory are filled with their pruned weights
         for index in tqdm(range(first), "running dense blocks again", unit="block", disable=None):
             with weights.at(index, device, original=True) as block:
@@ -198,35 +205,8 @@ def _take_up(
     state.restore_generators()
 
 
-def enter(
-    model: nn.Module,
-    blocks: BlockList,
-    tokens: Tensor,
-    size: int,
-    place: Place,
-    found: Probe,
-    device: torch.device | str,
-    file: Path,
-) -> tuple[Activations, dict[int, list[BlockCall]]]:
-    """The hidden states that enter the first block, and how every block is called with a batch of each size that occurs.
-
-    Args:
-        tokens: (windows, length) int64.
-        size: windows in a batch.
-        place, file: of the hidden states, see :class:`Activations`.
-    """
-    hidden: Activations | None = None
-    calls: dict[int, list[BlockCall]] = {}
-    for start in range(0, len(tokens), size):
-        batch = tokens[start : start + size]
-        states, called = trace(model, blocks, batch, found, whole=len(batch) not in calls)
-        if len(batch) not in calls:
-            calls[len(batch)] = on_device(called, device)
-        if hidden is None:
-            shape = (len(tokens), *states.shape[1:])
-            hidden = Activations(shape, states.dtype, place, device, size, file)
-        hidden[start : start + len(batch)] = states
-    return hidden, calls
+def _of_block(calls: Calls, index: int) -> dict[int, BlockCall]:
+    return {start: of_batch[index] for start, of_batch in calls.items()}
 
 
 def _check_entering(hidden: Activations, blocks: BlockList) -> None:
