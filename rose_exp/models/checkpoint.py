@@ -1,12 +1,13 @@
-"""Reading a checkpoint a part at a time: safetensors shards or a GGUF file, of which only what is asked for comes to memory."""
+"""Reading a checkpoint one part at a time: safetensors or PyTorch files, or a GGUF file."""
 
 from __future__ import annotations
 
-import inspect
 import json
+import pickle
+import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,71 +18,78 @@ from torch import Tensor, nn
 from ..errors import RoseExpError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DTYPES = {  # of safetensors files
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+Find = Callable[[str], Path | None]
 
 
 class Checkpoint(ABC):
     """The weights of a model in files.
 
     Attributes:
-        names: of all tensors, as the files call them.
-        dtype: of the first floating-point tensor.
+        where: the setting that names the checkpoint, and its value, for errors.
+        tensors: dtype and shape of every tensor by its name in the files; None for a shape that is known only once it is read.
     """
 
-    names: list[str]
-    dtype: torch.dtype
+    where: str
+    tensors: dict[str, tuple[torch.dtype, torch.Size | None]]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point tensor."""
+        return next((dtype for dtype, _ in self.tensors.values() if dtype.is_floating_point), torch.float32)
 
     @abstractmethod
-    def fill(self, model: nn.Module, names: Sequence[str]) -> None:
-        """Put these tensors where ``model`` has empty ones (on the meta device), in the dtype that it has there.
+    def read(self, names: Sequence[str]) -> Any:
+        """A context that gives these tensors by name, or lazy slices of them that ``[...]`` reads.
 
         Raises:
-            RoseExpError: a file has gone, or is damaged.
+            RoseExpError: a file is missing or damaged.
         """
 
 
-class SafetensorsCheckpoint(Checkpoint):
-    """One file, or shards and their index.
+class FilesCheckpoint(Checkpoint):
+    """One file, or shards and their index, all in one folder."""
 
-    Args:
-        find: the local path of a file of the checkpoint by its name, None where it has no such file.
-        where: the setting, and what it says, for errors.
-
-    Raises:
-        RoseExpError: no safetensors there; the index names a file outside the folder, or one that is missing or damaged.
-    """
-
-    def __init__(self, find, where: str):
+    def __init__(self, find: Find, where: str, single: str, index: str):
         self.where = where
-        index = find(INDEX)
-        if index is not None:
-            files = {name: self._checked(find, shard) for name, shard in self._weight_map(index).items()}
+        path = find(single)  # a single file comes first, as in transformers
+        if path is not None:
+            held = {path: self._contents(path)}
+            files = dict.fromkeys(held[path], path)
         else:
-            single = find(SINGLE)
-            if single is None:
-                raise RoseExpError(
-                    f"{where}: expected {SINGLE} or {INDEX} (pipeline.weights=disk reads safetensors and GGUF), found neither"
-                )
-            files = None
-        held: dict[Path, list[str]] = {}
-        for path in dict.fromkeys(files.values()) if files is not None else [single]:
-            with self._open(path) as file:  # a header that does not fit the file's length is refused
-                held[path] = list(file.keys())
-                if not hasattr(self, "dtype"):
-                    self.dtype = next((t for name in held[path] if (t := _dtype(file, name)).is_floating_point), torch.float32)
-        if files is None:
-            files = dict.fromkeys(held[single], single)
+            files = {name: self._shard(find, shard) for name, shard in self._weight_map(find(index)).items()}
+            held = {path: self._contents(path) for path in dict.fromkeys(files.values())}
         for name, path in files.items():
             if name not in held[path]:
                 raise RoseExpError(f"{where}: {path.name} has no {name}, though the index says so")
-        self.files, self.names = files, list(files)
+        unlisted = sorted(name for path in held for name in held[path] if files.get(name) != path)
+        if unlisted:
+            raise RoseExpError(f"{where}: the index does not list {_few(unlisted)}, which its shards hold")
+        self.files = files
+        self.tensors = {name: held[path][name] for name, path in files.items()}
 
-    def fill(self, model: nn.Module, names: Sequence[str]) -> None:
-        with ExitStack() as stack:
-            opened = {path: stack.enter_context(self._open(path)) for path in {self.files[name] for name in names}}
-            try:
-                _convert(model, {name: opened[self.files[name]].get_slice(name) for name in names})
-            except (SafetensorError, OSError) as error:
-                raise RoseExpError(f"{self.where}: cannot read the weights: {error}") from error
+    @abstractmethod
+    def _contents(self, path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Dtype and shape of every tensor in a file."""
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         try:
@@ -89,13 +97,47 @@ class SafetensorsCheckpoint(Checkpoint):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RoseExpError(f"{self.where}: {index} is no index of shards: {error!r}") from error
 
-    def _checked(self, find, shard: str) -> Path:
+    def _shard(self, find: Find, shard: str) -> Path:
         if Path(shard).name != shard:
             raise RoseExpError(f"{self.where}: expected names of files beside the index, got {shard!r}, which leads elsewhere")
         path = find(shard)
         if path is None:
             raise RoseExpError(f"{self.where}: the shard {shard} is missing")
         return path
+
+
+class SafetensorsCheckpoint(FilesCheckpoint):
+    """Safetensors files.
+
+    Args:
+        find: the local path of a file of the checkpoint by its name; None where there is no such file.
+        where: the setting that names the checkpoint, and its value, for errors.
+
+    Raises:
+        RoseExpError: the index names a file outside the folder, or one that is missing or damaged.
+    """
+
+    def __init__(self, find: Find, where: str):
+        super().__init__(find, where, SINGLE, INDEX)
+
+    def _contents(self, path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        with self._open(path) as file:  # refuses a header that does not fit the length of the file
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            return {name: (self._dtype(name, part), torch.Size(part.get_shape())) for name, part in slices.items()}
+
+    def _dtype(self, name: str, part: Any) -> torch.dtype:
+        if part.get_dtype() not in DTYPES:
+            raise RoseExpError(f"{self.where}: expected a dtype such as BF16 for {name}, got {part.get_dtype()}")
+        return DTYPES[part.get_dtype()]
+
+    @contextmanager
+    def read(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(self._open(path)) for path in {self.files[name] for name in names}}
+            try:
+                yield {name: opened[self.files[name]].get_slice(name) for name in names}
+            except (SafetensorError, OSError) as error:
+                raise RoseExpError(f"{self.where}: cannot read the weights: {error}") from error
 
     def _open(self, path: Path):
         try:
@@ -104,11 +146,40 @@ class SafetensorsCheckpoint(Checkpoint):
             raise RoseExpError(f"{self.where}: {path} is missing or damaged: {error}") from error
 
 
+class TorchCheckpoint(FilesCheckpoint):
+    """Files of ``torch.save``, of which nothing but tensors is unpickled. Arguments and errors as of safetensors."""
+
+    def __init__(self, find: Find, where: str):
+        super().__init__(find, where, TORCH_SINGLE, TORCH_INDEX)
+
+    def _contents(self, path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        return {name: (value.dtype, value.shape) for name, value in self._load(path).items()}
+
+    @contextmanager
+    def read(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        loaded = {path: self._load(path) for path in {self.files[name] for name in names}}
+        yield {name: loaded[self.files[name]][name] for name in names}
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        try:
+            mapped = zipfile.is_zipfile(path)  # the older format cannot be mapped into memory
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RoseExpError(f"{self.where}: {path} is missing, damaged or holds more than tensors: {reason}") from error
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise RoseExpError(f"{self.where}: expected a mapping of names to tensors in {path}, got {type(state).__name__}")
+        return dict(state)
+
+
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file, whose tensors are made whole again as they are read.
+    """A GGUF file, whose tensors are dequantized as they are read.
 
     The layout of each family is transformers' own knowledge. It keeps that in functions that are not public, which are used
     here because its public one reads the whole file at once.
+
+    Attributes:
+        unmapped: names of tensors in the file that transformers maps to nothing in the model.
     """
 
     def __init__(self, path: Path, model: nn.Module, where: str):
@@ -124,63 +195,62 @@ class GgufCheckpoint(Checkpoint):
             kind = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)
             self.processor = kind(config=self.parsed.get("config", {}))
             self.keys = gguf_utils.get_gguf_hf_weights_map(model, self.processor)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            raise RoseExpError(f"{where}: cannot read {path} a part at a time: {error}") from error
-        self.tensors = {self.keys[tensor.name]: tensor for tensor in reader.tensors if tensor.name in self.keys}
-        self.names, self.dtype = list(self.tensors), torch.float32
+        except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+            raise RoseExpError(f"{where}: cannot read {path}: {error}") from error
+        self.sources: dict[str, list[Any]] = {}  # tensors of the file that a tensor of the model is made of
+        self.unmapped: list[str] = []
+        for tensor in reader.tensors:
+            name = self.keys.get(tensor.name, self.keys.get(tensor.name.removesuffix(".weight")))
+            if name is None:
+                self.unmapped.append(tensor.name)
+            else:
+                self.sources.setdefault(name, []).append(tensor)
+        self.tensors = dict.fromkeys(self.sources, (torch.float32, None))
 
-    def fill(self, model: nn.Module, names: Sequence[str]) -> None:
+    @contextmanager
+    def read(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         import numpy
         from gguf import dequantize
 
+        found: dict[str, Tensor] = {}
+        merged = self.parsed["tensors"] = {}  # where transformers puts a tensor that several of the file make
         for name in names:
-            tensor = self.tensors[name]
-            result = self.processor.process(
-                weights=dequantize(tensor.data, tensor.tensor_type),
-                name=tensor.name,
-                tensor_key_mapping=self.keys,
-                parsed_parameters=self.parsed,
-            )
-            if result.name is None or self.keys.get(result.name) != name:
-                raise RoseExpError(f"{self.where}: {tensor.name} cannot be read by itself; set pipeline.weights=memory")
-            put(model, name, torch.from_numpy(numpy.copy(result.weights)))
+            for tensor in self.sources[name]:
+                result = self.processor.process(
+                    weights=dequantize(tensor.data, tensor.tensor_type),
+                    name=tensor.name,
+                    tensor_key_mapping=self.keys,
+                    parsed_parameters=self.parsed,
+                )
+                if result.name is not None:
+                    found[self.keys[result.name]] = torch.from_numpy(numpy.copy(result.weights))
+        found |= merged
+        self.parsed["tensors"] = {}
+        if set(found) != set(names):
+            lost = _few(sorted(set(names) ^ set(found)))
+            raise RoseExpError(f"{self.where}: transformers cannot read {lost} of this GGUF file one part at a time")
+        yield found
 
 
-def put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put ``value`` in the place of the parameter or buffer ``name``, in the dtype that it has there."""
-    owner, _, own = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if own in module._parameters:
-        module._parameters[own] = nn.Parameter(value.to(module._parameters[own].dtype), requires_grad=False)
-    else:
-        module._buffers[own] = value.to(module._buffers[own].dtype)
+def open_checkpoint(find: Find, where: str) -> Checkpoint:
+    """The checkpoint of a folder: safetensors, or else files of ``torch.save``.
+
+    Raises:
+        RoseExpError: the folder has neither, or they are damaged.
+    """
+    if find("adapter_config.json") is not None:
+        raise RoseExpError(
+            f"{where}: expected the weights of a whole model, got an adapter (adapter_config.json); merge it into its base "
+            "model and save that"
+        )
+    for kind, names in ((SafetensorsCheckpoint, (SINGLE, INDEX)), (TorchCheckpoint, (TORCH_SINGLE, TORCH_INDEX))):
+        if any(find(name) is not None for name in names):
+            return kind(find, where)
+    raise RoseExpError(
+        f"{where}: expected {SINGLE}, {INDEX}, {TORCH_SINGLE}, {TORCH_INDEX} or the path of a GGUF file, found none of them"
+    )
 
 
-def _dtype(file: Any, name: str) -> torch.dtype:
-    return file.get_slice(name)[:0].dtype if file.get_slice(name).get_shape() else torch.int64
-
-
-def _convert(model: nn.Module, tensors: dict[str, Any]) -> None:
-    """transformers' own renaming, stacking and casting of checkpoint tensors into a model. The function is not public, and its
-    parameters have changed within version 5: each version is given those that it knows."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils import logging
-
-    plan = model._get_dtype_plan(model.dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
-    settings = {"dtype": model.dtype, "dtype_plan": plan, "weight_mapping": get_model_conversion_mapping(model)}
-    config = LoadStateDictConfig(**_known(LoadStateDictConfig, settings))
-    given = {"model": model, "state_dict": tensors, "load_config": config, "tp_plan": None, "dtype_plan": plan}
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # one a block
-    try:
-        convert_and_load_state_dict_in_model(**_known(convert_and_load_state_dict_in_model, given))
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _known(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in arguments.items() if name in parameters}
+def _few(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

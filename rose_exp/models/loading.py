@@ -1,13 +1,12 @@
-"""Reading a model and its tokenizer: the embedded one, a local folder or GGUF file, or the hub."""
+"""Where a model and its tokenizer are: embedded, in a local folder or GGUF file, or on the hub."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -26,10 +25,12 @@ class LoadedModel:
 
     Attributes:
         protocol: what the weights are: source, revision or fingerprint, dtype, number of parameters.
+        warnings: for the record, (kind, detail): what of the checkpoint is not used, or not as the configuration says.
     """
 
     model: nn.Module
     protocol: dict[str, Any]
+    warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -54,31 +55,34 @@ def revision(settings: ModelSettings) -> str | None:
     return getattr(from_pretrained(AutoConfig, settings), "_commit_hash", None) or settings.revision
 
 
-def load_model(settings: ModelSettings) -> LoadedModel:
-    """The model, every weight as the checkpoint has it (of a GGUF: made whole again, float32).
+def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Module:
+    """The causal language model that a configuration describes, on the default device or wherever the caller has set.
 
     Raises:
-        RoseExpError: it cannot be had, or is no causal language model.
+        RoseExpError: it describes no decoder, a quantized model, or one that transformers cannot build.
     """
-    log.info("loading %s", settings.name)
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    pinned = settings.model_copy(update={"revision": revision(settings)})
-    model = from_pretrained(AutoModelForCausalLM, pinned, dtype=dtype).eval()
-    forget_quantization(model)
-    return LoadedModel(model, protocol(settings, model))
+    where = f"{setting_of(settings)}: {settings.path or settings.embedded}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise RoseExpError(f"{where}: expected a decoder, got {config.model_type}, an encoder-decoder, which is not supported")
+    if getattr(config, "quantization_config", None) is not None:
+        quantization = config.quantization_config
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise RoseExpError(
+            f"{where}: expected plain weights, got a checkpoint quantized with {getattr(method, 'value', method)}, which "
+            "cannot be pruned"
+        )
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError) as error:
+        raise RoseExpError(
+            f"{where}: transformers cannot build a causal language model from its configuration ({config.model_type}): "
+            f"{_first_lines(error)}"
+        ) from error
 
 
-def forget_quantization(model: nn.Module) -> None:
-    """transformers marks a model read from GGUF as quantised, though its weights are whole: take the mark away, or the
-    model cannot be saved."""
-    quantization = getattr(model.config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if str(getattr(method, "value", method)) != "gguf":
-        raise RoseExpError(f"model: expected plain weights, got a checkpoint quantised with {method}: it cannot be pruned")
-    del model.config.quantization_config
-    model.hf_quantizer = None
+def setting_of(settings: ModelSettings) -> str:
+    """The name of the setting that says where the model is."""
+    return "model.path" if settings.path is not None else "model.embedded"
 
 
 def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
@@ -93,10 +97,9 @@ def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
     try:
         return auto.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # missing, unreachable, unknown or damaged
-        setting = "model.path" if settings.path is not None else "model.embedded"
         what = source if settings.path is not None else settings.embedded
         hint = "" if Path(source).exists() else " (no such folder here, and not to be had from the hub)"
-        raise RoseExpError(f"{setting}: cannot load {what!r}{hint}: {_first_lines(error)}") from error
+        raise RoseExpError(f"{setting_of(settings)}: cannot load {what!r}{hint}: {_first_lines(error)}") from error
 
 
 def located(settings: ModelSettings) -> tuple[str, str | None]:

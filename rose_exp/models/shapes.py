@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import RoseExpError
 from ..settings import ModelSettings
-from .loading import from_pretrained
+from .loading import build_empty, from_pretrained
 from .structure import all_linear_layers, find_blocks, linear_layers
 
 
@@ -66,7 +66,7 @@ def model_shape(settings: ModelSettings) -> ModelShape:
 def shape_of(config: PreTrainedConfig, dtype: torch.dtype | str, settings: ModelSettings) -> ModelShape:
     """Sizes of the model of a configuration, kept in ``dtype``."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+        model = build_empty(config, settings)
     blocks = find_blocks(model, settings.blocks)
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.blocks]
     largest = max(range(len(sizes)), key=sizes.__getitem__)

@@ -1,68 +1,61 @@
-"""A model of which only what stands outside its blocks is in memory; its blocks come and go one at a time."""
+"""A model whose blocks are read from its files one at a time, or all at once."""
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from tqdm import tqdm
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
 from ..errors import RoseExpError
 from ..settings import ModelSettings
-from .checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint
-from .loading import LoadedModel, forget_quantization, from_pretrained, located, protocol
+from .checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
+from .loading import LoadedModel, build_empty, from_pretrained, located, protocol, revision, setting_of
+from .matching import Match, fill, match, tie
 from .structure import BlockList, find_blocks
+
+log = logging.getLogger(__name__)
 
 
 class StreamedModel:
     """A causal language model built from its configuration, with empty blocks.
 
     Attributes:
-        model: embeddings, head, norms and buffers are there, on the CPU; the blocks' weights are on the meta device.
+        model: embeddings, head, norms and buffers are in memory, on the CPU; the blocks' weights are on the meta device.
         blocks: of it.
+        untied: names of tensors that the configuration ties to others, but that the checkpoint stores with other values.
+
+    Raises:
+        RoseExpError: the weights outside the blocks cannot be read, or are not finite.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, blocks: BlockList):
-        self.model, self.checkpoint, self.blocks = model, checkpoint, blocks
-        rest = [name for name in checkpoint.names if not self._of_any_block(name)]
-        checkpoint.fill(model, rest)
-        model.tie_weights()
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, blocks: BlockList, matched: Match):
+        self.model, self.checkpoint, self.blocks, self.matched = model, checkpoint, blocks, matched
+        fill(model, checkpoint, matched.outside, matched)
+        self.untied = tie(model, matched)
         self._check_filled({name: value for name, value in _tensors(model).items() if not self.inside(name)}, "the model")
 
     def load(self, index: int) -> nn.Module:
         """The block with the weights of the checkpoint, on the CPU.
 
         Raises:
-            RoseExpError: they cannot be read, or are not all there.
+            RoseExpError: they cannot be read, or are not finite.
         """
         block, name = self.blocks.blocks[index], self.blocks.block_name(index)
-        self.checkpoint.fill(self.model, self._of_block.get(index, []))
+        fill(self.model, self.checkpoint, self.matched.of_block.get(index, []), self.matched)
         self._check_filled({f"{name}.{inner}": value for inner, value in _tensors(block).items()}, name)
         return block
 
     def inside(self, name: str) -> bool:
         """Whether a parameter of this name belongs to a block."""
         return name.startswith(f"{self.blocks.name}.")
-
-    @cached_property
-    def _of_block(self) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
-        for name in self.checkpoint.names:
-            index = self._of_any_block(name)
-            if index:
-                found.setdefault(int(index[1]), []).append(name)
-        return found
-
-    def _of_any_block(self, name: str) -> re.Match | None:
-        """Checkpoints may call what is before or after the list by other names than the model, but not the list's places."""
-        return re.search(rf"(?:^|\.){re.escape(self.blocks.name.rpartition('.')[2])}\.(\d+)\.", name)
 
     def _check_filled(self, tensors: Mapping[str, Tensor], what: str) -> None:
         missing = [name for name, value in tensors.items() if value.is_meta]
@@ -81,31 +74,55 @@ def let_go(block: nn.Module) -> None:
                 module._buffers[name] = buffer.to("cpu")
 
 
-def open_model(settings: ModelSettings) -> tuple[LoadedModel, StreamedModel]:
-    """The model, its blocks still in their files.
+def load_model(settings: ModelSettings) -> LoadedModel:
+    """The model with all of its blocks in memory.
 
     Raises:
-        RoseExpError: it cannot be had, or not a part at a time.
+        RoseExpError: as :func:`open_model`.
     """
+    loaded, streamed = open_model(settings)
+    for index in tqdm(range(len(streamed.blocks.blocks)), "loading", unit="block", disable=None, leave=False):
+        streamed.load(index)
+    return loaded
+
+
+def open_model(settings: ModelSettings) -> tuple[LoadedModel, StreamedModel]:
+    """The model, its blocks still in their files. Weights of a GGUF are dequantized to float32.
+
+    Raises:
+        RoseExpError: the model cannot be found or built, is no decoder, or its weights do not fit its configuration.
+    """
+    log.info("loading %s", settings.name)
     source, gguf = located(settings)
+    settings = settings.model_copy(update={"revision": revision(settings)})
     config = from_pretrained(AutoConfig, settings)
-    where = "model.path" if settings.path is not None else "model.embedded"
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     find = _finder(source, settings, config)
-    if gguf:
-        checkpoint: Checkpoint = GgufCheckpoint(Path(source) / gguf, model, where)
-    else:
-        checkpoint = SafetensorsCheckpoint(find, f"{where}: {source}")
+    where = f"{setting_of(settings)}: {settings.path or settings.embedded}"
+    with torch.device("meta"):
+        empty = build_empty(config, settings)
+    checkpoint = GgufCheckpoint(Path(source) / gguf, empty, where) if gguf else open_checkpoint(find, where)
+    matched = match(empty, checkpoint, find_blocks(empty, settings.blocks))
     dtype = getattr(config, "dtype", None) or checkpoint.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    with init_empty_weights(include_buffers=False):  # again, now that the dtype is known
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = build_empty(config, settings, dtype=dtype)
     model.eval().requires_grad_(False)
     if not gguf and find("generation_config.json") is not None:
         model.generation_config = GenerationConfig.from_pretrained(find("generation_config.json").parent)
-    forget_quantization(model)
-    streamed = StreamedModel(model, checkpoint, find_blocks(model, settings.blocks))
-    return LoadedModel(model, protocol(settings, model)), streamed
+    streamed = StreamedModel(model, checkpoint, find_blocks(model, settings.blocks), matched)
+    return LoadedModel(model, protocol(settings, model), _warnings(streamed)), streamed
+
+
+def _warnings(streamed: StreamedModel) -> list[tuple[str, str]]:
+    found = []
+    if streamed.matched.unused:
+        names = streamed.matched.unused
+        detail = f"{len(names)} tensors of the checkpoint have no place in the model: {', '.join(names[:5])}"
+        found.append(("unused_weights", detail))
+    if streamed.untied:
+        names = ", ".join(streamed.untied)
+        detail = f"the configuration ties {names} to other weights, but the checkpoint stores other values, which are used"
+        found.append(("untied_weights", detail))
+    return found
 
 
 def _finder(source: str, settings: ModelSettings, config: Any) -> Callable[[str], Path | None]:

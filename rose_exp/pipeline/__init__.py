@@ -1,7 +1,7 @@
 """Walking a model block by block: collect moments, prune, and feed the next block."""
 
 from .activations import Place
-from .capture import Probe, probe
+from .capture import Probe, check_decoder, probe
 from .first_block import FirstBlock
 from .forward import answers_by_blocks, loading_blocks
 from .plan import LayerReport, PassSeconds, PruningPlan, StarvedExperts, chosen, events
@@ -23,6 +23,7 @@ __all__ = [
     "RunState",
     "StarvedExperts",
     "answers_by_blocks",
+    "check_decoder",
     "chosen",
     "events",
     "loading_blocks",

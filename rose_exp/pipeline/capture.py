@@ -179,7 +179,7 @@ def probe(
 
     few = causality_tokens(tokens).to(home_of(model))
     with in_place_of_blocks(blocks, run):
-        logits = model(input_ids=few, use_cache=False).logits
+        logits = _logits(model(input_ids=few, use_cache=False))
     chain.check_complete()
     check_causal(model, logits)
     _check_independent(model, blocks, few, found)
@@ -189,6 +189,10 @@ def probe(
 def home_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter, its embeddings, and so of its tokens."""
     return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def causality_tokens(tokens: Tensor) -> Tensor:
@@ -212,6 +216,16 @@ def check_causal(model: nn.Module, logits: Tensor) -> None:
             f"model: expected a causal decoder, got {type(model).__name__}, whose predictions at a position depend on later "
             "tokens: it has no perplexity"
         )
+
+
+@torch.no_grad()
+def check_decoder(model: nn.Module, tokens: Tensor) -> None:
+    """Check by running a whole model on the first few of ``tokens`` (windows, length) that it is a causal decoder.
+
+    Raises:
+        RoseExpError: a prediction depends on a later token.
+    """
+    check_causal(model, _logits(model(input_ids=causality_tokens(tokens).to(home_of(model)), use_cache=False)))
 
 
 @torch.no_grad()
@@ -241,7 +255,7 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, foun
             return states if tail is None else (states, *_shifted(tail, shift))
 
         with in_place_of_blocks(blocks, run):
-            return calls, model(input_ids=tokens, use_cache=False).logits
+            return calls, _logits(model(input_ids=tokens, use_cache=False))
 
     (calls, logits), (others, other_logits) = answers(0.0), answers(1.0)
     for index, (call, other) in enumerate(zip(calls, others, strict=True)):

@@ -66,7 +66,7 @@ class Collector:
             return found
         with one_by_one(self.block), ExitStack() as stack:
             for group, of_group in zip(groups, found, strict=True):
-                hook = _update(of_group.moments, clock, last=group is groups[-1])
+                hook = _update(of_group.moments, clock, last=group is groups[-1] and _in_order(groups))
                 stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for windows, batch in self._bar(hidden, hidden):
                 self.check_stop()
@@ -136,7 +136,7 @@ class Collector:
         with one_by_one(block), ExitStack() as stack:
             layers = {layer.name: layer for layer in linear_layers(block, self.name)}
             for place, group in enumerate(groups):
-                hook = seen.keep(place, stop=not last and place == len(groups) - 1)
+                hook = seen.keep(place, stop=not last and place == len(groups) - 1 and _in_order(groups))
                 stack.callback(layers[group[0].name].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             with suppress(Enough):
                 seen.output = call.run(block, hidden)
@@ -144,6 +144,12 @@ class Collector:
 
     def _bar(self, pieces, hidden: Activations) -> tqdm:
         return tqdm(pieces, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch")
+
+
+def _in_order(groups: Sequence[Sequence[LinearLayer]]) -> bool:
+    """Whether the last group is reached after all others. Experts are called in another order than the one in which a few
+    tokens reached them, and some are not called at all."""
+    return not any(group[0].of_expert for group in groups)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..models import BlockList, StreamedModel, let_go
+from ..models import BlockList, StreamedModel, let_go, own_memory
 
 
 class BlockWeights(ABC):
@@ -77,5 +77,5 @@ def _give_back() -> None:
 
 def fill(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a block the weights that were kept of it."""
-    block.load_state_dict(dict(tensors), strict=True, assign=True)
+    block.load_state_dict({name: own_memory(value) for name, value in tensors.items()}, strict=True, assign=True)
     block.requires_grad_(False)

@@ -1,0 +1,276 @@
+"""How the tensors of a checkpoint map to those of a model: the one place that decides it, whatever the model is read for.
+
+The mapping itself (renamed, stacked and split tensors) is transformers' own. :func:`match` runs it on empty tensors before any
+weight is read, and refuses a checkpoint that does not fit its configuration; :func:`fill` runs it on the weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..engine.pieces import aligned
+from ..errors import RoseExpError
+from .checkpoint import Checkpoint, GgufCheckpoint
+from .structure import BlockList
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a checkpoint fills a model.
+
+    Attributes:
+        outside: names, in the checkpoint, of the tensors that fill what is in no block.
+        of_block: the same of each block, by its index.
+        missing: names, in the model, of tensors that the checkpoint lacks since they are tied to others.
+        unused: names, in the checkpoint, of tensors outside the blocks that the model has no place for.
+        conversions: of transformers, which the checkpoint makes use of; saving reverts them.
+    """
+
+    outside: list[str] = field(default_factory=list)
+    of_block: dict[int, list[str]] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
+    unused: list[str] = field(default_factory=list)
+    conversions: Any = None
+
+
+def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> Match:
+    """Map a checkpoint to a model.
+
+    Args:
+        model: on the meta device, as its configuration describes it; it is used up.
+        blocks: its blocks.
+
+    Raises:
+        RoseExpError: the checkpoint lacks a tensor that is not tied to another, has one of another shape, one inside a block
+            that the model has no place for, one that is quantized, or two for the same place. The message names them.
+    """
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    places, renamed = _places(model, checkpoint.names, expected)
+    problems = [*_quantized(checkpoint, places, parameters), *_doubled({name: places[name] for name in renamed})]
+    empty = {
+        name: torch.empty(shape if shape is not None else expected.get(places[name], ()), dtype=dtype, device="meta")
+        for name, (dtype, shape) in checkpoint.tensors.items()
+    }
+    info = convert(model, empty, "meta")
+    problems += [f"{name}: {reason}" for name, reason in dict(info.conversion_errors).items()] + list(info.error_msgs)
+    problems += [
+        f"expected {name} of shape {tuple(wanted)}, as the configuration says, got {tuple(found)}"
+        for name, found, wanted in sorted(info.mismatched_keys)
+    ]
+    missing = _not_tied(model, set(info.missing_keys))
+    if missing:
+        problems.append(f"the checkpoint has no {_few(missing)}")
+    unexpected, of_blocks = _unexpected(model, checkpoint, info.unexpected_keys, blocks)
+    if of_blocks:
+        problems.append(
+            f"the checkpoint has {_few(of_blocks)}, but the model that its configuration describes has no place for them"
+        )
+    if problems:
+        raise RoseExpError(f"{checkpoint.where}: the weights do not fit the configuration: {'; '.join(problems)}")
+    outside, of_block = _by_block(places, blocks)
+    return Match(outside, of_block, set(info.missing_keys), unexpected, getattr(model, "_weight_conversions", None))
+
+
+def fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], matched: Match) -> None:
+    """Read tensors of a checkpoint into a model that :func:`match` has accepted.
+
+    Every tensor gets memory of its own that starts on a cache line, so that neither a later change of the file nor the layout
+    of the file can change a result.
+
+    Raises:
+        RoseExpError: a tensor holds NaN or infinity, or a file cannot be read.
+    """
+    if not names:
+        return
+    with checkpoint.read(names) as tensors:
+        info = convert(model, tensors, "cpu")
+        if info.mismatched_keys or info.error_msgs or info.conversion_errors:
+            problems = [*info.mismatched_keys, *info.error_msgs, *dict(info.conversion_errors).items()]
+            raise RoseExpError(f"{checkpoint.where}: the weights do not fit the configuration: {problems[:3]}")
+        model._weight_conversions = matched.conversions  # of the whole checkpoint, not of this part
+        for name in set(model.state_dict()) - set(info.missing_keys):
+            _own(model, name, checkpoint.where)
+
+
+def tie(model: PreTrainedModel, matched: Match) -> list[str]:
+    """Tie what the configuration says is tied, as transformers does for a checkpoint that it reads.
+
+    If the checkpoint has only one tensor of a pair, the other is tied to it, whichever it is. If it has both and they are
+    equal, they are tied. If they differ, both stay as they are stored, and the configuration is corrected, so that the saved
+    model loads as it is.
+
+    Returns:
+        Names of tensors that the configuration ties to others, but that the checkpoint stores with other values.
+    """
+    before = dict(model.all_tied_weights_keys)
+    model.tie_weights(missing_keys=set(matched.missing), recompute_mapping=False)
+    untied = [name for name in before if name not in model.all_tied_weights_keys]
+    if untied:
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+    return untied
+
+
+def tie_again(model: PreTrainedModel) -> None:
+    """Tie the weights that :func:`tie` has tied, after they were moved one by one."""
+    model.tie_weights(recompute_mapping=False)
+
+
+def convert(model: PreTrainedModel, tensors: dict[str, Any], device: str) -> Any:
+    """Rename, stack and cast checkpoint tensors into a model, by transformers' own function.
+
+    The function is not public, and its parameters have changed within version 5: each version is given those that it knows.
+
+    Returns:
+        transformers' account of missing, unexpected and mismatched tensors.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging
+
+    plan = model._get_dtype_plan(model.dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
+    settings = {"dtype": model.dtype, "dtype_plan": plan, "weight_mapping": get_model_conversion_mapping(model)}
+    settings["device_map"] = {"": torch.device(device)}
+    config = LoadStateDictConfig(**_known(LoadStateDictConfig, settings))
+    given = {"model": model, "state_dict": tensors, "load_config": config, "tp_plan": None, "dtype_plan": plan}
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # there would be one for each block
+    try:
+        result = convert_and_load_state_dict_in_model(**_known(convert_and_load_state_dict_in_model, given))
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return result[0]
+
+
+def _known(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def _places(
+    model: PreTrainedModel, names: Iterable[str], expected: dict[str, torch.Size]
+) -> tuple[dict[str, str], list[str]]:
+    """The name, in the model, of the tensor that each checkpoint tensor goes to, or of the first of several; and those
+    checkpoint tensors that are only renamed, and not stacked with others or split."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    given = {
+        "weight_renamings": [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+        "weight_converters": [entry for entry in mapping if isinstance(entry, WeightConverter)],
+        "base_model_prefix": model.base_model_prefix,
+        "prefix": model.base_model_prefix,
+        "meta_state_dict": model.state_dict(),
+    }
+    given = _known(rename_source_key, given)
+    found = {name: rename_source_key(name, **given) for name in names}
+    places = {name: name if place not in expected and name in expected else place for name, (place, _) in found.items()}
+    return places, [name for name, (_, converter) in found.items() if converter is None and places[name] in expected]
+
+
+def _quantized(checkpoint: Checkpoint, places: dict[str, str], parameters: set[str]) -> list[str]:
+    floating = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    found = [(n, dtype) for n, (dtype, _) in checkpoint.tensors.items() if places[n] in parameters and dtype not in floating]
+    if not found:
+        return []
+    name, dtype = found[0]
+    kind = str(dtype).removeprefix("torch.")
+    return [f"expected weights of 16, 32 or 64 bits, got {name} of {kind} (and {len(found) - 1} more): a quantized checkpoint"]
+
+
+def _doubled(places: dict[str, str]) -> list[str]:
+    """Checkpoint tensors for the same place, of which one would silently win."""
+    seen: dict[str, str] = {}
+    found = []
+    for name, place in places.items():
+        if place in seen:
+            found.append(f"the checkpoint has both {seen[place]} and {name} for {place}")
+        seen.setdefault(place, name)
+    return found
+
+
+def _not_tied(model: PreTrainedModel, missing: set[str]) -> list[str]:
+    """Missing tensors that no other fills by being tied to it, but those that the model's class says may be missing."""
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    filled = {name for group in groups.values() if not group <= missing for name in group}
+    left = sorted(missing - filled)
+    buffers = {name for name, _ in model.named_buffers()}
+    patterns = model._keys_to_ignore_on_load_missing or []
+    return [n for n in left if not (n in buffers and any(re.search(pattern, n) for pattern in patterns))]
+
+
+def _unexpected(
+    model: PreTrainedModel, checkpoint: Checkpoint, unexpected: Iterable[str], blocks: BlockList
+) -> tuple[list[str], list[str]]:
+    """What the model has no place for outside its blocks, and inside; without what the model's class says to ignore."""
+    patterns = list(model._keys_to_ignore_on_load_unexpected or [])
+    patterns += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"]  # buffers that older versions stored
+    names = [name for name in unexpected if not any(re.search(pattern, name) for pattern in patterns)]
+    unmapped = checkpoint.unmapped if isinstance(checkpoint, GgufCheckpoint) else []
+    listed = re.compile(rf"(^|\.){re.escape(blocks.name.rpartition('.')[2])}\.\d+\.|^blk\.\d+\.")
+    beside = blocks.name.rpartition(".")[0]
+    inside = {n for n in names if listed.search(n) and (n.startswith(f"{beside}.") or not _of_other_part(n))}
+    inside |= {name for name in unmapped if listed.search(name)}
+    return sorted({*names, *unmapped} - inside), sorted(inside)
+
+
+def _of_other_part(name: str) -> bool:
+    """Whether a name belongs to a part beside the language model, such as a vision tower that is not built."""
+    return bool(re.search(r"(^|\.)(vision|visual|audio|speech|image)[a-z_]*\.", name))
+
+
+def _by_block(places: dict[str, str], blocks: BlockList) -> tuple[list[str], dict[int, list[str]]]:
+    """Names of checkpoint tensors that fill what is outside the blocks, and those of each block."""
+    outside: list[str] = []
+    of_block: dict[int, list[str]] = {}
+    inside = re.compile(rf"^{re.escape(blocks.name)}\.(\d+)\.")
+    for name, place in places.items():
+        found = inside.match(place)
+        if found:
+            of_block.setdefault(int(found[1]), []).append(name)
+        else:
+            outside.append(name)
+    return outside, of_block
+
+
+def _own(model: nn.Module, name: str, where: str) -> None:
+    """Give a tensor that was read memory of its own, and check it."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    held = module._parameters if own in module._parameters else module._buffers
+    tensor = held.get(own)
+    if tensor is None or tensor.is_meta:
+        return
+    value = tensor.detach()
+    if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
+        raise RoseExpError(f"{where}: expected finite weights, got NaN or infinity in {name}")
+    owned = own_memory(value)
+    if isinstance(tensor, nn.Parameter):
+        held[own] = nn.Parameter(owned, requires_grad=False)
+    else:
+        held[own] = owned
+
+
+def own_memory(value: Tensor) -> Tensor:
+    """``value``, or a copy of it where it is a part of something larger, such as a file, or does not start on a cache line."""
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return aligned(value) if whole else value.clone(memory_format=torch.contiguous_format)
+
+
+def _few(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
