@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
         )
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
         raise RoseExpError(
             f"{where}: transformers cannot build a causal language model from its configuration ({config.model_type}): "
             f"{_first_lines(error)}"
@@ -96,7 +97,7 @@ def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
     options |= {"gguf_file": gguf} if gguf else {}
     try:
         return auto.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # missing, unreachable, unknown or damaged
+    except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         what = source if settings.path is not None else settings.embedded
         hint = "" if Path(source).exists() else " (no such folder here, and not to be had from the hub)"
         raise RoseExpError(f"{setting_of(settings)}: cannot load {what!r}{hint}: {_first_lines(error)}") from error

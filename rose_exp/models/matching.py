@@ -56,6 +56,7 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     places, renamed = _places(model, checkpoint.names, expected)
     problems = [*_quantized(checkpoint, places, parameters), *_doubled({name: places[name] for name in renamed})]
+    problems += _gaps(checkpoint.names)
     empty = {
         name: torch.empty(shape if shape is not None else expected.get(places[name], ()), dtype=dtype, device="meta")
         for name, (dtype, shape) in checkpoint.tensors.items()
@@ -158,9 +159,7 @@ def _known(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def _places(
-    model: PreTrainedModel, names: Iterable[str], expected: dict[str, torch.Size]
-) -> tuple[dict[str, str], list[str]]:
+def _places(model: PreTrainedModel, names: Iterable[str], expected: dict[str, torch.Size]) -> tuple[dict[str, str], list[str]]:
     """The name, in the model, of the tensor that each checkpoint tensor goes to, or of the first of several; and those
     checkpoint tensors that are only renamed, and not stacked with others or split."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -199,6 +198,23 @@ def _doubled(places: dict[str, str]) -> list[str]:
             found.append(f"the checkpoint has both {seen[place]} and {name} for {place}")
         seen.setdefault(place, name)
     return found
+
+
+def _gaps(names: Iterable[str]) -> list[str]:
+    """Experts that are missing between others, which would be numbered anew as they are stacked."""
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        expert = re.search(r"\bexperts\.(\d+)\.", name)
+        if expert:
+            found.setdefault(name[: expert.start(1)] + name[expert.end(1) :], {})[int(expert[1])] = name
+    problems = []
+    for numbered in found.values():
+        last = max(numbered)
+        absent = next((number for number in range(last) if number not in numbered), None)
+        if absent is not None:
+            other = numbered[last].replace(f"experts.{last}.", f"experts.{absent}.")
+            problems.append(f"the checkpoint has {numbered[last]} but not {other}")
+    return problems[:3]
 
 
 def _not_tied(model: PreTrainedModel, missing: set[str]) -> list[str]:
