@@ -14,7 +14,7 @@ from .engine import Structured
 from .errors import SettingsError
 from .fingerprint import content_sha256, folder_sha256
 from .settings import DENSE, Settings, read_settings
-from .text_settings import PROMPTS, TextSettings, prompts_file
+from .text_settings import PROMPTS, TextSettings, prompts_file, text_format
 from .wheels import WHEELS
 
 LENGTH = 12  # hexadecimal digits: a clash among a million runs has a chance of 1 in 500
@@ -76,7 +76,7 @@ def _text_place(text: TextSettings) -> dict[str, Any]:
     """Where a text is from; what stands behind the first that is set has no effect."""
     place = _place(text.path, text.embedded)
     if text.path is not None:
-        place["suffix"] = Path(text.path).suffix  # tells how it is read
+        place["format"] = text_format(text.path)  # decides how the file is read
     if text.path is not None or text.embedded is not None:
         place |= dict.fromkeys(("dataset", "subset", "data_files", "revision", "split"))
     return place

@@ -1,4 +1,4 @@
-"""Prompts for diffusion models: an embedded set, a text file, a table, or a data set of the hub."""
+"""Sources of prompts for diffusion models: an embedded set, a text file, a table, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RoseExpError
-from ..text_settings import PROMPTS, PromptSettings, prompts_file
+from ..text_settings import PROMPTS, PromptSettings, prompts_file, text_format
 from .texts import load_text
 
 
@@ -18,7 +18,7 @@ class Prompts:
     """Prompts in the order of their source.
 
     Attributes:
-        protocol: for the record; ``sha256`` is of the prompts as they are.
+        protocol: recorded with the run; ``sha256`` is that of the prompts.
     """
 
     texts: list[str]
@@ -26,20 +26,23 @@ class Prompts:
 
 
 def load_prompts(settings: PromptSettings, where: str) -> Prompts:
-    """The first ``samples`` prompts of what ``settings``, called ``where`` in the configuration, asks for.
+    """Return the first ``samples`` prompts of the source that ``settings`` name.
+
+    Args:
+        where: name of the settings in the configuration, for errors.
 
     Raises:
-        RoseExpError: they cannot be had, or are fewer.
+        RoseExpError: the source is unavailable, or has too few prompts.
     """
     path = Path(settings.path).expanduser() if settings.path is not None else None
+    kind = text_format(path) if path is not None else None
     if path is None and settings.embedded in PROMPTS:
         texts, source = prompts_file(settings.embedded).read_text(encoding="utf-8").splitlines(), settings.embedded
-    elif path is not None and path.suffix == ".tsv":
+    elif kind == "tsv":
         texts, source = _table(path, settings.field, where), settings.path
     else:
         text = load_text(settings, where)
-        lines = path is not None and path.suffix not in (".jsonl", ".json")
-        texts = text.joined.splitlines() if lines else text.documents
+        texts = text.joined.split("\n") if kind == "text" else text.documents
         source = text.source
     texts = [text.strip() for text in texts[: settings.rows] if text.strip()]
     if len(texts) < settings.samples:
@@ -50,9 +53,9 @@ def load_prompts(settings: PromptSettings, where: str) -> Prompts:
 
 
 def _table(path: Path, column: str, where: str) -> list[str]:
-    """One column of a table of tab-separated values: the one that the first row calls so, else the first of all rows."""
+    """Return the column that the first row names ``column``; without one, the first column of every row."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RoseExpError(f"{where}.path: cannot read {path} as tab-separated text: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -72,37 +71,6 @@ def test_texts_that_are_too_short_are_told(tokenizer):
         draw_windows(TEXT, tokenizer, 99999, 1, 0, "windows", "here")
     with pytest.raises(RoseExpError, match=r"here.window: expected documents longer than 5000 tokens, got none"):
         draw_windows(TEXT, tokenizer, 5000, 1, 0, "documents", "here")
-
-
-def test_local_files(tmp_path):
-    plain = tmp_path / "a.txt"
-    plain.write_text("Hello\nthere")
-    assert load_text(TextSettings(path=str(plain)), "c").documents == ["Hello\nthere"]
-    rows = tmp_path / "a.jsonl"
-    rows.write_text("\n".join(json.dumps({"body": f"row {i}"}) for i in range(4)) + "\n")
-    text = load_text(TextSettings(path=str(rows), field="body", rows=3, separator="|"), "c")
-    assert text.joined == "row 0|row 1|row 2"
-
-
-@pytest.mark.parametrize(
-    ("content", "field", "message"),
-    [
-        ('{"text": "a"}\n{"text": ', "text", r"c.path: .*a.jsonl line 2 is not JSON"),
-        ('{"text": "a"}', "txt", r"c.field: expected a field of .* line 1, one of text, got 'txt'; did you mean 'text'"),
-        ("", "text", r"c: expected text, got none"),
-        ("\xff\xfe".encode("latin-1"), "text", r"c.path: cannot read .* as UTF-8 text"),
-    ],
-)
-def test_files_that_are_not_what_they_should_be(tmp_path, content, field, message):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(RoseExpError, match=message):
-        load_text(TextSettings(path=str(path), field=field), "c")
-
-
-def test_an_unreachable_hub_is_told():
-    with pytest.raises(RoseExpError, match="c.dataset: cannot load 'allenai/c4' from the hub"):
-        load_text(TextSettings(dataset="allenai/c4", split="train"), "c")
 
 
 def test_wikitext2_has_the_papers_count_of_documents(shared, tokenizer):
