@@ -32,6 +32,7 @@ from .models import (
     model_shape,
     open_model,
     remove_masked,
+    resolve_bos,
     save_model,
     save_streamed,
     sparsity_description,
@@ -164,11 +165,12 @@ class _Run:
         self.record.data["estimate"] = estimate.as_dict() | vars(self.placed)
         with self.watch.stage("texts"), self.ranks.one_by_one():
             self.tokenizer = load_tokenizer(settings.model)
-            self.calibration = calibration_windows(settings, self.tokenizer) if settings.pruned else None
-            self.evaluation = evaluation_windows(settings, self.tokenizer)
+            self.bos = resolve_bos(settings.model, self.tokenizer)
+            self.calibration = calibration_windows(settings, self.tokenizer, self.bos) if settings.pruned else None
+            self.evaluation = evaluation_windows(settings, self.tokenizer, self.bos)
             if self.zero_shot.tasks and self.ranks.first:  # in the stack: the tasks' rows lie in a folder that goes with them
                 self.tasks = stack.enter_context(prepared(self.zero_shot))
-                facts = {"few_shot": self.zero_shot.few_shot, "limit": self.zero_shot.limit}
+                facts = {"few_shot": self.zero_shot.few_shot, "limit": self.zero_shot.limit, "bos": self.bos}
                 self.protocol["zero_shot"] = facts | self.tasks.protocol
         self.protocol["calibration"] = self.calibration.protocol if self.calibration else None
         self.protocol["evaluation"] = {name: windows.protocol for name, windows in self.evaluation.items()}
@@ -259,7 +261,8 @@ class _Run:
                 stack.callback(hook.remove)
                 if not whole:
                     stack.enter_context(loading_blocks(self.weights, self.device))
-                accuracies = measure_zero_shot(self.model, self.tokenizer, self.tasks, self.zero_shot, self.folder)
+                wanted = self.zero_shot
+                accuracies = measure_zero_shot(self.model, self.tokenizer, self.tasks, wanted, self.folder, self.bos)
             self.protocol["zero_shot"] |= accuracies.protocol
             for name, value in accuracies.values.items():
                 record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))

@@ -16,6 +16,7 @@ from .errors import RoseExpError
 from .pipeline import PruningPlan
 from .ranks import Ranks
 from .settings import Settings
+from .text_settings import Bos
 
 
 def find_device(name: str, ranks: Ranks) -> torch.device:
@@ -46,20 +47,20 @@ def resolved_backend(settings: Settings, device: torch.device) -> str:
         raise RoseExpError(f"engine.{error}") from error
 
 
-def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    """Random windows of the calibration text."""
+def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Windows:
+    """Draw random windows from the calibration text."""
     wanted = settings.calibration
     text = load_text(wanted, "calibration")
-    return draw_windows(text, tokenizer, wanted.window, wanted.samples, settings.seed, wanted.draw, "calibration")
+    return draw_windows(text, tokenizer, wanted.window, wanted.samples, settings.seed, wanted.draw, "calibration", bos)
 
 
-def evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Windows]:
-    """Windows of every text that perplexity is measured on, by its name."""
+def evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> dict[str, Windows]:
+    """Cut each text on which perplexity is measured into windows; return them by the text's name."""
     windows = {}
     for name, wanted in settings.evaluation.perplexity.items():
         where = f"evaluation.perplexity.{name}"
         limit = at_most(settings, wanted.windows)
-        windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, limit, where)
+        windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, limit, where, bos)
     return windows
 
 

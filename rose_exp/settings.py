@@ -28,7 +28,7 @@ from .layer_settings import (
 )
 from .mistakes import embedded_problem, explain, file_problem, looks_local
 from .section import Count, Positive, Section
-from .text_settings import CalibrationSettings, PerplexitySettings
+from .text_settings import Bos, CalibrationSettings, PerplexitySettings
 
 
 class ModelSettings(Section):
@@ -42,6 +42,8 @@ class ModelSettings(Section):
     # auto: as the checkpoint says; of a diffusion pipeline, which says nothing, float32
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     blocks: str | None = None  # dotted name of the list of decoder blocks; None: found by structure
+    # where a BOS token stands; auto: at the start of every window for families that need it, else as the tokenizer adds it
+    bos: Literal["auto", Bos] = "auto"
     trust_remote_code: bool = False
 
     @property

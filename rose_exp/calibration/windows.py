@@ -13,9 +13,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RoseExpError
+from ..text_settings import Bos
 from .texts import Text
 
-MAX_DRAWS_PER_WINDOW = 10_000  # documents looked at for one long enough
+MAX_DRAWS_PER_WINDOW = 10_000  # documents drawn before the search for a long enough one is given up
 
 
 @dataclass(frozen=True)
@@ -24,33 +25,46 @@ class Windows:
 
     Attributes:
         tokens: (windows, length) int64.
-        protocol: for the record; ``tokens_sha256`` is of the windows as they are.
+        protocol: recorded with the run; ``tokens_sha256`` is that of ``tokens``.
     """
 
     tokens: Tensor
     protocol: dict[str, Any]
 
 
-def contiguous_windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None, where: str) -> Windows:
-    """The papers' evaluation windows: the joined text tokenised as a whole (so the tokenizer's start token, where it has
-    one, stands once at the very start), cut side by side without overlap, the rest dropped.
+def contiguous_windows(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    limit: int | None,
+    where: str,
+    bos: Bos = "tokenizer",
+) -> Windows:
+    """Cut the joined text into adjacent windows without overlap, as the papers do for evaluation, and drop the rest.
+
+    The text is tokenized as a whole: with ``bos="tokenizer"``, BOS stands at the start of the first window only.
 
     Args:
-        limit: only the first so many windows; None: all.
-        where: name of the setting, for errors.
+        length: tokens per window, BOS included.
+        limit: number of windows to keep; None: all.
+        where: name of the text's settings, for errors.
+        bos: where a BOS token stands, see :data:`rose_exp.text_settings.Bos`.
+
     Raises:
         RoseExpError: the text is shorter than one window, or than ``limit`` windows.
     """
-    tokens = _tokenise(text.joined, tokenizer)
-    count = len(tokens) // length
+    tokens = _tokenize(text.joined, tokenizer, bos)
+    width = _text_tokens(length, bos)
+    count = len(tokens) // width
     if count < (limit or 1):
-        wanted = f"{limit} windows of {length}" if limit else f"a window of {length}"
+        wanted = f"{limit} windows" if limit else "one window"
         raise RoseExpError(
-            f"{where}.window: expected a text of at least {wanted} tokens, got {len(tokens)} tokens from {text.source}"
+            f"{where}.window: expected a text of at least {wanted} of {length} tokens, "
+            f"got {len(tokens)} tokens from {text.source}"
         )
     count = limit or count
-    windows = tokens[: count * length].view(count, length)
-    return _windows(windows, text, {"cut": "contiguous", "text_tokens": len(tokens)})
+    windows = tokens[: count * width].view(count, width)
+    return _windows(windows, text, tokenizer, bos, {"cut": "contiguous", "text_tokens": len(tokens)})
 
 
 def draw_windows(
@@ -61,51 +75,81 @@ def draw_windows(
     seed: int,
     draw: Literal["windows", "documents"],
     where: str,
+    bos: Bos = "tokenizer",
 ) -> Windows:
-    """Random calibration windows, drawn in the way, and with the generator, of the SparseGPT line of code.
+    """Draw random calibration windows with the procedure and the generator of the released SparseGPT code.
 
-    ``windows``: at random places of the joined text, which may overlap. ``documents``: a random document, passed over
-    unless longer than the window, then a random place in it (C4).
+    Args:
+        length: tokens per window, BOS included.
+        draw: ``windows``: at random places of the joined text; windows may overlap. ``documents``: a random document, redrawn
+            until it is longer than the window, then a random place in it (the papers' use of C4).
+        where: name of the text's settings, for errors.
+        bos: where a BOS token stands, see :data:`rose_exp.text_settings.Bos`.
 
     Raises:
-        RoseExpError: the text is no longer than one window, or has no long enough document.
+        RoseExpError: the text or every document drawn is too short.
     """
     generator = random.Random(seed)
+    width = _text_tokens(length, bos)
     if draw == "windows":
-        tokens = _tokenise(text.joined, tokenizer)
-        if len(tokens) <= length:
+        tokens = _tokenize(text.joined, tokenizer, bos)
+        if len(tokens) <= width:
             raise RoseExpError(
-                f"{where}.window: expected less than the text has tokens, {len(tokens)} from {text.source}, got {length}"
+                f"{where}.window: expected a text longer than one window of {length} tokens, "
+                f"got {len(tokens)} tokens from {text.source}"
             )
-        starts = [generator.randint(0, len(tokens) - length - 1) for _ in range(samples)]
-        windows = [tokens[start : start + length] for start in starts]
+        windows = [_draw(tokens, width, generator) for _ in range(samples)]
     else:
         windows = [
-            _draw_from_document(text, tokenizer, length, generator, where)
+            _draw_from_document(text, tokenizer, length, generator, where, bos)
             for _ in tqdm(range(samples), desc="drawing documents", unit="window", disable=None, leave=False)
         ]
-    return _windows(torch.stack(windows), text, {"cut": draw, "seed": seed})
+    return _windows(torch.stack(windows), text, tokenizer, bos, {"cut": draw, "seed": seed})
 
 
 def _draw_from_document(
-    text: Text, tokenizer: PreTrainedTokenizerBase, length: int, generator: random.Random, where: str
+    text: Text, tokenizer: PreTrainedTokenizerBase, length: int, generator: random.Random, where: str, bos: Bos
 ) -> Tensor:
+    width = _text_tokens(length, bos)
     for _ in range(MAX_DRAWS_PER_WINDOW):
-        tokens = _tokenise(text.documents[generator.randint(0, len(text.documents) - 1)], tokenizer)
-        if len(tokens) > length:
-            start = generator.randint(0, len(tokens) - length - 1)
-            return tokens[start : start + length]
+        tokens = _tokenize(text.documents[generator.randint(0, len(text.documents) - 1)], tokenizer, bos)
+        if len(tokens) > width:
+            return _draw(tokens, width, generator)
     raise RoseExpError(
-        f"{where}.window: expected documents longer than {length} tokens, "
+        f"{where}.window: expected a document longer than one window of {length} tokens, "
         f"got none in {MAX_DRAWS_PER_WINDOW} random draws from {text.source}"
     )
 
 
-def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+def _draw(tokens: Tensor, width: int, generator: random.Random) -> Tensor:
+    start = generator.randint(0, len(tokens) - width - 1)
+    return tokens[start : start + width]
 
 
-def _windows(tokens: Tensor, text: Text, cut: dict[str, Any]) -> Windows:
+def _text_tokens(length: int, bos: Bos) -> int:
+    """Return how many tokens of a window come from the text."""
+    return length - 1 if bos == "windows" else length
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Tensor:
+    """Return the token ids of ``text``, (tokens,) int64.
+
+    Tokenizers turn a BOS token that is spelled out in the text into its id. With ``bos="windows"`` all of these are dropped, so
+    that a window holds one BOS. With ``bos="tokenizer"``, one at the start replaces the tokenizer's own.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=bos == "tokenizer", verbose=False).input_ids, dtype=torch.int64)
+    start = tokenizer.bos_token_id
+    if start is None or bos == "none":
+        return ids
+    if bos == "windows":
+        return ids[ids != start]
+    return ids[1:] if ids[:2].tolist() == [start, start] else ids
+
+
+def _windows(tokens: Tensor, text: Text, tokenizer: PreTrainedTokenizerBase, bos: Bos, cut: dict[str, Any]) -> Windows:
+    """Prepend BOS to the rows of text tokens if every window starts with it, and describe the windows."""
+    if bos == "windows":
+        tokens = torch.cat([tokens.new_full((len(tokens), 1), tokenizer.bos_token_id), tokens], dim=1)
     digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
     counts = {"windows": len(tokens), "window": tokens.shape[1], "tokens_sha256": digest}
-    return Windows(tokens, text.protocol | cut | counts)
+    return Windows(tokens, text.protocol | cut | {"bos": bos} | counts)

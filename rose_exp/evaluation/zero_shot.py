@@ -1,11 +1,10 @@
-"""Zero-shot accuracy through lm-eval's own API, of the model in memory, with lm-eval's own tasks."""
+"""Zero-shot accuracy of the model in memory, by lm-eval and its own tasks."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import RoseExpError, suggest
 from ..settings import ZeroShotSettings
+from ..text_settings import Bos
 from .zero_shot_data import SPLITS, embedded_file, local_file
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CPU_BATCH = 16  # what "auto" means on a CPU, where lm-eval's search for the largest batch would take long and end in swapping
-AVERAGED = tuple(SPLITS)  # the papers' seven, whose plain mean is their average
+CPU_BATCH = 16  # replaces "auto" on a CPU, where lm-eval's search for the largest batch takes long and ends in swapping
+AVERAGED = tuple(SPLITS)  # the papers' seven tasks
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that have been found and whose rows have been read.
+    """Tasks whose rows have been read.
 
     Attributes:
-        protocol: for the record.
+        protocol: recorded with the run.
     """
 
     names: list[str]
@@ -45,12 +45,12 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """What was measured, in %, by task; ``average`` is the mean of the papers' seven, where all were measured.
+    """Accuracies in %, by task; ``average`` is the mean of the papers' seven, if all seven were measured.
 
     Attributes:
-        values: acc_norm where the task has it, else acc, else what the task has first.
-        standard_errors: of the same, as lm-eval states them; of the average, of seven independent sets.
-        protocol: for the record: which metric, how many questions, the tasks' versions.
+        values: acc_norm if the task has it, else acc, else the task's first metric.
+        standard_errors: as lm-eval reports them; that of the average treats the seven sets as independent.
+        protocol: recorded with the run: metric, number of questions and version of each task.
     """
 
     values: dict[str, float]
@@ -63,13 +63,13 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
     """Find the tasks and read their rows, before any long work starts.
 
     Raises:
-        RoseExpError: an unknown task, or rows that cannot be had.
+        RoseExpError: a task is unknown, or its rows are unavailable.
     """
     from datasets.exceptions import DatasetsError  # slow to import
     from jinja2 import UndefinedError
     from lm_eval.tasks import TaskManager
 
-    for noisy in ("lm_eval", "datasets"):  # they tell every step, and defaults that the stock tasks rely on
+    for noisy in ("lm_eval", "datasets"):  # they log every step, and the stock tasks' defaults
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
         own, protocol = _task_files(settings, Path(folder))
@@ -78,7 +78,7 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
             paths.append(str(Path(settings.include_path).expanduser()))
         log.info("reading the tasks %s", ", ".join(settings.tasks))
         manager = TaskManager(include_path=paths, include_defaults=False)
-        if not set(settings.tasks) <= set(manager.all_tasks):  # lm-eval's own are thousands of files to look through
+        if not set(settings.tasks) <= set(manager.all_tasks):  # finding lm-eval's own reads thousands of files
             manager = TaskManager(include_path=paths)
         for name in settings.tasks:
             if name not in manager.all_tasks:
@@ -88,8 +88,8 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
                 )
         try:
             for task in manager.load(list(settings.tasks))["tasks"].values():
-                task.build_all_requests(limit=1)  # rows of another schema are found here, not after hours of pruning
-        except (OSError, ValueError, RuntimeError, LookupError, DatasetsError, UndefinedError) as error:  # of hub, data, prompt
+                task.build_all_requests(limit=1)  # finds rows with another schema now, not after hours of pruning
+        except (OSError, ValueError, RuntimeError, LookupError, DatasetsError, UndefinedError) as error:  # hub, data or prompt
             reason = " ".join(str(error).split())[:300]
             raise RoseExpError(
                 f"evaluation.zero_shot: cannot read the rows of {', '.join(settings.tasks)}: {reason}; the papers' seven "
@@ -99,13 +99,13 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
 
 
 def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Write a task file for each stock task that shall read its rows elsewhere; their names, and what the rows are."""
+    """Write a task file for each stock task whose rows come from elsewhere; return their names and what the rows are."""
     if settings.data_dir is None and settings.data == "hub":
         return [], {"source": "hub"}
     protocol = {}
     for task in settings.tasks:
         if task not in SPLITS:
-            continue  # any other is read as its own file says
+            continue  # other tasks read the source that their own file names
         if settings.data_dir is not None:
             rows = local_file(Path(settings.data_dir).expanduser(), task)
         else:
@@ -126,7 +126,7 @@ def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], di
 
 
 def _stock_file(task: str) -> Path:
-    """The file of lm-eval's own that defines a task."""
+    """Return lm-eval's own file that defines a task."""
     import lm_eval
 
     folder = Path(lm_eval.__file__).parent / "tasks"
@@ -136,31 +136,32 @@ def _stock_file(task: str) -> Path:
 
 
 def measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, settings: ZeroShotSettings, folder: Path
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Tasks,
+    settings: ZeroShotSettings,
+    folder: Path,
+    bos: Bos = "tokenizer",
 ) -> Accuracies:
-    """Run the tasks on ``model`` and keep lm-eval's own file of results in ``folder``.
+    """Run the tasks on ``model``, and write lm-eval's own file of results to ``folder``.
 
     Args:
         model: a causal language model, on the device to run on.
-        tokenizer: its own; it is left as it is.
+        tokenizer: the model's tokenizer; it is not modified.
+        bos: where a BOS token stands, see :data:`rose_exp.text_settings.Bos`.
 
     Raises:
-        RoseExpError: lm-eval cannot keep its results.
+        RoseExpError: lm-eval cannot write its results.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate  # slow to import, like the two below
     from lm_eval.loggers import EvaluationTracker
-    from lm_eval.models.huggingface import HFLM
 
-    class Quiet(HFLM):
-        """No bar in a pipe."""
-
-        def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
-            return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+    from .lm_eval_model import PrunedLM
 
     batch = settings.batch
     if batch == "auto" and next(model.parameters()).device.type == "cpu":
         batch = CPU_BATCH
-    own = Quiet(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
+    own = PrunedLM(model, copy.deepcopy(tokenizer), batch, bos)
     tracker = EvaluationTracker(output_path=str(folder / "results.json"))
     results = simple_evaluate(
         model=own,
@@ -175,7 +176,7 @@ def measure(
     tracker.save_results_aggregated(results)
     files = sorted(folder.glob("results_*.json"))
     if not files:
-        raise RoseExpError(f"evaluation.zero_shot: lm-eval could not keep its results in {folder}")
+        raise RoseExpError(f"evaluation.zero_shot: lm-eval cannot write its results to {folder}")
     return _accuracies(results, batch, files[-1].name)
 
 
@@ -184,7 +185,7 @@ def _accuracies(results: Mapping[str, Any], batch: int | str, file: str) -> Accu
     for task, found in results["results"].items():
         metric = _metric(found)
         if metric is None:
-            continue  # a group without an aggregate of its own
+            continue  # a group without an aggregate
         values[task] = 100 * found[metric]
         error = found.get(metric.replace(",", "_stderr,", 1))
         if isinstance(error, (int, float)):
@@ -198,13 +199,13 @@ def _accuracies(results: Mapping[str, Any], batch: int | str, file: str) -> Accu
         }
     if set(AVERAGED) <= set(values):
         values["average"] = sum(values[task] for task in AVERAGED) / len(AVERAGED)
-    if set(AVERAGED) <= set(errors):  # a single question has none
+    if set(AVERAGED) <= set(errors):  # a single question has no standard error
         errors["average"] = math.sqrt(sum(errors[task] ** 2 for task in AVERAGED)) / len(AVERAGED)
     return Accuracies(values, errors, {"tasks": protocol, "batch": batch, "results": file})
 
 
 def _metric(found: Mapping[str, Any]) -> str | None:
-    """acc_norm where the task has it, else acc, else the first number."""
+    """Return acc_norm if the task has it, else acc, else the first number."""
     numbers = [name for name, value in found.items() if isinstance(value, (int, float)) and "_stderr" not in name]
     numbers = [name for name in numbers if "," in name]
     for wanted in ("acc_norm", "acc"):

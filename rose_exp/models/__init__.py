@@ -1,5 +1,6 @@
 """Loading and saving models, and where a model keeps its prunable layers."""
 
+from .bos import needs_bos, resolve_bos
 from .experts import one_by_one, projections
 from .loading import LoadedModel, load_model, load_tokenizer
 from .narrowing import check_removable, remove_masked
@@ -25,10 +26,12 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_shape",
+    "needs_bos",
     "one_by_one",
     "open_model",
     "projections",
     "remove_masked",
+    "resolve_bos",
     "save_model",
     "save_streamed",
     "shape_of",

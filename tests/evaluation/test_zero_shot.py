@@ -32,6 +32,19 @@ def shared():
     return SHARED
 
 
+def own_task(folder) -> str:
+    """Write a task of three questions; return its folder."""
+    (folder / "tasks").mkdir()
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"Once upon a {i}", "a": "time"}) + "\n" for i in range(3)))
+    (folder / "tasks/own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_target: 0\ndoc_to_choice: ['{{a}}', 'zzz']\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    return str(folder / "tasks")
+
+
 def run(stories, folder, **settings) -> Accuracies:
     wanted = ZeroShotSettings(limit=QUESTIONS, **settings)
     with prepared(wanted) as tasks:
@@ -45,9 +58,10 @@ def seven(stories, shared, tmp_path_factory):
 
 
 def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
-    """Of ``continuation`` after ``context``, tokenised together as lm-eval does."""
-    before = tokenizer(context, add_special_tokens=False).input_ids
-    both = tokenizer(context + continuation, add_special_tokens=False).input_ids
+    """Score ``continuation`` after ``context``, tokenized together as lm-eval does, with the tokenizer's BOS."""
+    before = tokenizer(context).input_ids
+    both = tokenizer(context + continuation).input_ids
+    assert both[0] == tokenizer.bos_token_id
     with torch.no_grad():
         scores = model(torch.tensor([both])).logits[0].float().log_softmax(dim=-1)
     return sum(float(scores[i - 1, both[i]]) for i in range(len(before), len(both)))
@@ -145,18 +159,30 @@ def test_the_wheel_holds_the_same_rows(task, shared, tmp_path):
     assert len(rows) == (10042 if task == "hellaswag" else len(expected))  # of which the folder has the first 1000
 
 
-def test_tasks_of_ones_own(stories, tmp_path):
-    (tmp_path / "tasks").mkdir()
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"q": f"Once upon a {i}", "a": "time"}) + "\n" for i in range(3)))
-    (tmp_path / "tasks/own.yaml").write_text(
-        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_target: 0\ndoc_to_choice: ['{{a}}', 'zzz']\n"
-        "metric_list: [{metric: acc}]\n"
-    )
-    found = run(stories, tmp_path, tasks=["own"], include_path=str(tmp_path / "tasks"))
+def test_custom_tasks(stories, tmp_path):
+    found = run(stories, tmp_path, tasks=["own"], include_path=own_task(tmp_path))
     assert set(found.values) == {"own"}
     assert found.protocol["tasks"]["own"]["questions"] == 3
+
+
+@pytest.mark.parametrize(("bos", "starts"), [("tokenizer", True), ("windows", True), ("none", False)])
+def test_requests_start_with_bos_as_the_settings_say(stories, bos, starts, tmp_path, monkeypatch):
+    from rose_exp.evaluation.lm_eval_model import PrunedLM
+
+    contexts = []
+    score = PrunedLM._loglikelihood_tokens
+
+    def spy(self, requests, **options):
+        contexts.extend(context for _, context, _ in requests)
+        return score(self, requests, **options)
+
+    monkeypatch.setattr(PrunedLM, "_loglikelihood_tokens", spy)
+    wanted = ZeroShotSettings(tasks=["own"], include_path=own_task(tmp_path))
+    with prepared(wanted) as tasks:
+        measure(*stories, tasks, wanted, tmp_path, bos)
+    start = stories[1].bos_token_id
+    assert len(contexts) == 6
+    assert all((context[0] == start) == starts and start not in context[1:] for context in contexts)
 
 
 @pytest.mark.parametrize(
