@@ -231,7 +231,7 @@ class _Run:
             )
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
         found = [event for report in reports for event in events(report, settings.engine.damping)]
-        record.pruned([report.as_dict() for report in reports], found)
+        record.pruned([report.as_dict() for report in reports], found, settings.reorder.build() is not None)
 
     def measure(self) -> None:
         """Sparsity, then perplexity on every set, then zero-shot accuracy."""

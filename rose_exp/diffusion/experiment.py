@@ -161,7 +161,7 @@ class DiffusionRun:
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in walk.seconds.items()}
         record.data["packages"] = [vars(package) for package in walk.facts]
         found = [event for report in reports for event in events(report, settings.engine.damping)]
-        record.pruned([report.as_dict() for report in reports], found)
+        record.pruned([report.as_dict() for report in reports], found, settings.reorder.build() is not None)
 
     def _render(self, what: str, on_batch: OnBatch | None) -> Rendering:
         prompts = self.evaluated.texts

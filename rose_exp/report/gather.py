@@ -10,12 +10,14 @@ from typing import Any
 
 from ..dotted import flat, without
 from ..errors import RoseExpError
+from ..tracking.record import REORDERED
 from .cells import Cell, mark_best, paired_difference
 from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense, variant
 from .published import find
 
 ALL = "all"  # the only column of tasks' tables, and where a dense model stands
 MINUTES = "minutes.pruning"
+DESCRIPTIVE = (MINUTES, REORDERED)  # metrics without differences to a baseline
 JUDGED = ("perplexity.", "zero_shot", "images.", MINUTES)  # metrics of which there is a best
 HIGHER = ("zero_shot", "images.psnr", "images.ssim", "images.clip_score", "images.image_reward", "images.speedup")  # is better
 BASELINE = "SparseGPT"
@@ -110,7 +112,7 @@ def gather(
     order = {name: i for i, name in enumerate(dict.fromkeys(rows))}
     for table in tables:
         table.cells = dict(sorted(table.cells.items(), key=lambda item: (item[0] != "Dense", order[item[0]])))
-    tables.sort(key=lambda table: (table.model, table.metric == MINUTES, table.metric))
+    tables.sort(key=lambda table: (table.model, table.metric in DESCRIPTIVE, table.metric))
     return Report(tables, _letters(tables), left_out, baseline, allowed, len({record.get("run_id") for record in runs}))
 
 
@@ -182,7 +184,7 @@ def _finish(table: Table, baseline: str) -> None:
         pruned = {row: cells[column] for row, cells in table.cells.items() if column in cells and row != "Dense"}
         if table.metric.startswith(JUDGED):
             mark_best(pruned, table.lower_is_better)
-        if baseline in pruned and table.metric != MINUTES:
+        if baseline in pruned and table.metric not in DESCRIPTIVE:
             for row, cell in pruned.items():
                 if row != baseline:
                     cell.difference = paired_difference(cell, pruned[baseline])

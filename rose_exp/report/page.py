@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from .conditions import SPARSITY, column_of
 from .figures import COLOURS, DPI, FOLDER, MARKERS, SHEET, STUDIES
-from .gather import MINUTES, Report, Table
+from .gather import DESCRIPTIVE, Report, Table
 from .text import NOTHING, blocks, caption, notes
 
 
@@ -73,8 +73,8 @@ def _shown(report: Report, table: Table) -> dict[str, Any]:
 
 
 def _figures(report: Report, table: Table) -> list[Figure]:
-    """The values of a table over its columns, and the differences to the baseline with their intervals."""
-    if table.metric in ("zero_shot", MINUTES):
+    """Draw the values of a table over its columns, and the differences to the baseline with their intervals."""
+    if table.metric in ("zero_shot", *DESCRIPTIVE):
         return []
     figures = [values_figure(table)] if len(table.names) > 1 else []
     if any(cell.difference and cell.difference.low is not None for row in table.cells.values() for cell in row.values()):

@@ -1,4 +1,4 @@
-"""Records in a plain table."""
+"""Run records as a plain table."""
 
 from __future__ import annotations
 
@@ -6,34 +6,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..tracking.record import FILE_NAME, read_record
+from ..tracking.record import FILE_NAME, REORDERED, read_record
 
 ZERO_SHOT = "zero_shot."
 IMAGES = "images."
+UNMEASURED = ("sparsity", REORDERED)  # metrics with a column of their own
 
 
 def collect_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The run records below ``folder``, in the order in which the runs were started.
+    """Return the run records below ``folder``, in the order in which the runs started.
 
     Raises:
-        RoseExpError: a record that cannot be read.
+        RoseExpError: a record is unreadable.
     """
     records = [(path, read_record(path)) for path in folder.rglob(FILE_NAME)]
     return sorted(records, key=lambda item: (item[1].get("started", ""), str(item[0])))
 
 
 def format_table(records: Sequence[dict[str, Any]]) -> str:
-    """A table in plain text: of several models the model, method, pattern, sparsity reached, every metric, seconds."""
-    measured = list(dict.fromkeys(name for record in records for name in record["metrics"] if name != "sparsity"))
+    """Return a plain text table of the method, pattern, measured sparsity, metrics and seconds of each run.
+
+    Records of several models add a column with the model. Records with an ordering add ``reordered``: the number of layers that
+    it reordered, out of all pruned layers.
+    """
+    measured = list(dict.fromkeys(name for record in records for name in record["metrics"] if name not in UNMEASURED))
+    ordered = any(REORDERED in record["metrics"] for record in records)
     shown = [f"{name.removeprefix(ZERO_SHOT)} %" if name.startswith(ZERO_SHOT) else name for name in measured]
-    header = ["method", "pattern", "sparsity", *shown, "seconds"]
-    rows = [_row(record, measured) for record in records]
+    header = ["method", "pattern", "sparsity", *(["reordered"] if ordered else []), *shown, "seconds"]
+    rows = [_row(record, measured, ordered) for record in records]
     models = [record["config"].get("model") for record in records]
     if any(model != models[0] for model in models):
         header.insert(0, "model")
         for row, record in zip(rows, records, strict=True):
-            row.insert(0, record["protocol"].get("model", {}).get("name", "-"))  # none where it failed before it was read
-    left = header.index("sparsity")  # columns of words
+            row.insert(0, record["protocol"].get("model", {}).get("name", "-"))  # a run may fail before the model loads
+    left = header.index("sparsity")  # the columns before it hold words
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -44,20 +50,21 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _row(record: dict[str, Any], measured: Sequence[str]) -> list[str]:
+def _row(record: dict[str, Any], measured: Sequence[str], ordered: bool) -> list[str]:
     metrics, config = record["metrics"], record["config"]
     sparsity = config["sparsity"]
     dense = config["method"]["name"] == "dense"
     pattern = "-" if dense else sparsity["pattern"]
     if record["status"] != "finished":
-        return [record["label"], pattern, record["status"], *("" for _ in measured), ""]
+        return [record["label"], pattern, record["status"], *([""] if ordered else []), *("" for _ in measured), ""]
     reached = f"{metrics['sparsity']:.4f}"
     values = [number(name, metrics[name]) if name in metrics else "" for name in measured]
     stages = [s for name, s in record["seconds"].items() if "." not in name]  # pruning.solving is a part of pruning
-    return [record["label"], pattern, reached, *values, f"{sum(stages):.0f}"]
+    moved = f"{metrics[REORDERED]}/{len(record['layers'])}" if REORDERED in metrics else ""
+    return [record["label"], pattern, reached, *([moved] if ordered else []), *values, f"{sum(stages):.0f}"]
 
 
 def number(metric: str, value: float) -> str:
     if metric.startswith(IMAGES):
-        return f"{value:.4g}"  # of any size
+        return f"{value:.4g}"  # magnitudes vary
     return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.3g}"

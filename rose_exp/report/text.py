@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..tracking.record import REORDERED
 from .cells import Cell, Difference
-from .gather import MINUTES, Report, Table
+from .gather import DESCRIPTIVE, Report, Table
 from .published import POINTS, Published
 
 NOTHING = "–"
@@ -28,7 +29,7 @@ def number(value: float) -> str:
 
 
 def spread(cell: Cell) -> str:
-    """Mean ± standard deviation over the seeds, or a single value."""
+    """Format the mean ± standard deviation over the seeds, or a single value."""
     if cell.deviation is None:
         return number(cell.mean)
     if abs(cell.mean) < 0.1:
@@ -39,15 +40,22 @@ def spread(cell: Cell) -> str:
     )
 
 
+def reordered(cell: Cell) -> str:
+    """Format the number of reordered layers, out of all pruned layers."""
+    layers = {len(record["layers"]) for record in cell.runs.values()}
+    count = f"{cell.mean:g}" if not cell.deviation else spread(cell)
+    return f"{count} of {' or '.join(map(str, sorted(layers)))}"
+
+
 def difference(found: Difference) -> str:
-    """Mean with its confidence interval, and relative to the baseline."""
+    """Format the mean with its confidence interval, and relative to the baseline."""
     digits = ".2g" if 0 < abs(found.mean) < 0.1 else ".2f"
     interval = f" [{found.low:+{digits}}, {found.high:+{digits}}]" if found.low is not None else ""
     return f"{found.mean:+{digits}}{interval} ({found.relative:+.1%})"
 
 
 def beside(found: Published, points: bool) -> str:
-    """A published value, what ours deviates by, and whether that is within tolerance."""
+    """Format a published value, our deviation from it, and whether that is within tolerance."""
     away = f"{found.deviation:+.2f}" if points else f"{found.deviation:+.1%}"
     judged = {True: "within", False: "outside", None: "not judged"}[found.within]
     mark = "" if found.trust == "primary" else f", {found.trust}"
@@ -55,24 +63,27 @@ def beside(found: Published, points: bool) -> str:
 
 
 def caption(table: Table) -> str:
-    """The protocol in words."""
+    """Return the protocol in words."""
     known = table.conditions
     parts = []
     if "protocol.calibration.windows" in known or (
         "calibration.samples" in known and known.get("calibration.draw") != "prompts"
     ):
         samples, window = known.get("calibration.samples", "varying"), known.get("calibration.window", "varying")
-        parts.append(f"calibrated on {samples} windows of {window} tokens, cut as {known.get('protocol.calibration.cut')}")
+        cut = known.get("protocol.calibration.cut")
+        parts.append(f"calibrated on {samples} windows of {window} tokens{_bos(known, 'calibration')}, cut as {cut}")
         parts.append(f"blocks of {known.get('engine.block_size', 'varying')}, damping {known.get('engine.damping', 'varying')}")
     if known.get("protocol.calibration.prompts") or "protocol.images.prompts" in known:
         parts.append(_sampling(known))
     if "protocol.evaluation.windows" in known:
         parts.append(
             f"measured on {known['protocol.evaluation.windows']} windows of {known['protocol.evaluation.window']} tokens"
+            f"{_bos(known, 'evaluation')}"
         )
     if table.metric == "zero_shot":
         limit = known.get("protocol.zero_shot.limit")
         parts.append("accuracy in %, " + (f"the first {limit} questions of each task" if limit else "all questions"))
+        parts[-1] += _bos(known, "zero_shot")
     seeds = ", ".join(map(str, table.seeds))
     parts.append(f"seeds {seeds}" if seeds else "no seed")
     if len(table.seeds) > 1:
@@ -82,8 +93,13 @@ def caption(table: Table) -> str:
     return "; ".join(parts)
 
 
+def _bos(known: Mapping[str, Any], part: str) -> str:
+    """Return where BOS stands in a part of the protocol, unless the tokenizer decides."""
+    return {"windows": ", each after BOS", "none": " without BOS"}.get(known.get(f"protocol.{part}.bos"), "")
+
+
 def _sampling(known: Mapping[str, Any]) -> str:
-    """How a diffusion model was run."""
+    """Return how a diffusion model ran."""
     told = {name: known.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
     parts = [f"{told['steps']} steps, guidance {told['guidance']}"]
     if "calibration.samples" in known:
@@ -98,16 +114,16 @@ def _sampling(known: Mapping[str, Any]) -> str:
 
 
 def _revision(known: Mapping[str, Any]) -> str:
-    """Short enough for a caption; the records have it whole."""
+    """Return the revision, shortened for a caption."""
     commit, sign, changes = (known.get("protocol.revision") or "no revision known").partition("+")
     return f"revision {commit[:10]}{sign}{changes}" if " " not in commit else commit
 
 
 def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str]]]:
-    """What is shown of a table, each with its heading: values, and differences and published values where there are any."""
+    """Return the parts of a table, each with its heading: values, and differences and published values if there are any."""
     cells = [cell for row in table.cells.values() for cell in row.values()]
     points = table.metric.startswith(POINTS)
-    shown: list[tuple[str, Callable[[Cell], str]]] = [("", spread)]
+    shown: list[tuple[str, Callable[[Cell], str]]] = [("", values_of(table))]
     if any(cell.difference for cell in cells):
         several = any(cell.difference and cell.difference.low is not None for cell in cells)
         heading = f"Difference to {report.baseline}, paired by seed" + (", with 95 % confidence interval" if several else "")
@@ -117,22 +133,44 @@ def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str
     return shown
 
 
+def values_of(table: Table) -> Callable[[Cell], str]:
+    """Return the function that formats the values of a table."""
+    return reordered if table.metric == REORDERED else spread
+
+
 def notes(table: Table) -> list[str]:
-    """Sources of the published values, why some are not judged, and what went other than usual in the runs."""
+    """Return the sources of published values, why some are not judged, rows without a reordered layer, and warnings."""
     found = [cell.published for row in table.cells.values() for cell in row.values() if cell.published]
     lines = dict.fromkeys(f"published: {p.source} ({p.trust})" for p in found)
     lines |= dict.fromkeys(f"not judged: {p.why_not}" for p in found if p.why_not)
-    return [*lines, *(line for name, row in table.cells.items() for line in _events(name, row.values()))]
+    for name, row in table.cells.items():
+        runs = {record["run_id"]: record for cell in row.values() for record in cell.runs.values()}
+        lines |= dict.fromkeys([*_not_reordered(name, runs), *_events(name, runs)])
+    return list(lines)
 
 
-def _events(name: str, cells: Iterable[Cell]) -> list[str]:
-    """How many layers of a row's runs had events of each kind; their records name them."""
-    runs = {record["run_id"]: record for cell in cells for record in cell.runs.values()}
-    kinds = Counter(event["kind"] for record in runs.values() for event in record.get("events", []))
-    if not kinds:
+def _not_reordered(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say which runs of a row equal runs without an ordering."""
+    equal = sorted(run for run, record in runs.items() if record["metrics"].get(REORDERED) == 0)
+    if not equal:
         return []
-    told = ", ".join(f"{kind.replace('_', ' ')} in {count} layer(s)" for kind, count in kinds.items())
-    return [f"{name}: {told} of {len(runs)} runs (events in {', '.join(sorted(runs)[:3])}{' …' if len(runs) > 3 else ''})"]
+    return [
+        f"{name}: no layer reordered in {len(equal)} of {len(runs)} runs ({_some(equal)}), which equal runs without an ordering"
+    ]
+
+
+def _some(runs: Sequence[str]) -> str:
+    return ", ".join(runs[:3]) + (" …" if len(runs) > 3 else "")
+
+
+def _events(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Count the warnings of each kind in a row's runs: those of layers by layer, those of a whole run by run."""
+    found = [(run, event) for run, record in runs.items() for event in record.get("events", [])]
+    layers = Counter(event["kind"] for _, event in found if event["layer"] is not None)
+    whole = Counter(kind for _, kind in {(run, event["kind"]) for run, event in found if event["layer"] is None})
+    parts = [f"{kind.replace('_', ' ')} in {n} layer(s)" for kind, n in layers.items()]
+    parts += [f"{kind.replace('_', ' ')} in {n} run(s)" for kind, n in sorted(whole.items())]
+    return [f"{name}: {', '.join(parts)} of {len(runs)} runs (events in {_some(sorted(runs))})"] if parts else []
 
 
 def markdown(report: Report) -> str:
@@ -177,7 +215,7 @@ def _line(cells: list[str]) -> str:
 
 
 def comma_separated(report: Report) -> str:
-    """A line for every cell."""
+    """Return one line per cell."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(FIELDS)
@@ -194,19 +232,20 @@ def comma_separated(report: Report) -> str:
 
 
 def latex(report: Report) -> str:
-    """A ``table`` with booktabs rules for every table; needs ``\\usepackage{booktabs}``."""
+    """Return a ``table`` environment with booktabs rules for each table; needs ``\\usepackage{booktabs}``."""
     return "\n".join(_latex_table(table) for table in report.tables)
 
 
 def _latex_table(table: Table) -> str:
-    rows = _rows(table, spread, bold=(r"\textbf{", "}"))
+    rows = _rows(table, values_of(table), bold=(r"\textbf{", "}"))
     body = [" & ".join(_escape(cell) for cell in row) + r" \\" for row in rows]
-    arrow = r"$\downarrow$" if table.lower_is_better else r"$\uparrow$"
+    arrow = r" $\downarrow$" if table.lower_is_better else r" $\uparrow$"
+    arrow = "" if table.metric in DESCRIPTIVE else arrow
     return "\n".join(
         [
             r"\begin{table}[t]",
             r"  \centering",
-            rf"  \caption{{{_escape(table.title())} {'' if table.metric == MINUTES else arrow}. {_escape(caption(table))}.}}",
+            rf"  \caption{{{_escape(table.title())}{arrow}. {_escape(caption(table))}.}}",
             rf"  \begin{{tabular}}{{l{'r' * len(table.names)}}}",
             r"    \toprule",
             "    " + " & ".join(["", *map(_escape, table.names)]) + r" \\",

@@ -1,4 +1,4 @@
-"""The run record, ``run.json``: everything needed to trust and repeat a number."""
+"""The run record, ``run.json``: everything needed to trust and reproduce a number."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from ..secrets import redacted
 log = logging.getLogger(__name__)
 
 FILE_NAME = "run.json"
+REORDERED = "reordered_layers"  # metric: number of layers that an ordering reordered
 LIBRARIES = ("rose_exp", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "lm-eval")
 
 
 class RunRecord:
-    """``run.json`` of one run, on disk from the start and rewritten whole at each step.
+    """``run.json`` of one run, written at the start and rewritten at each step.
 
     Fields: ``status`` (running, finished, failed, interrupted), ``run_id``, ``label``, ``config``, ``metrics``,
     ``standard_errors``, ``layers``, ``events``, ``protocol``, ``seconds`` by stage, ``estimate`` and ``peak_memory_bytes``,
     ``error``, ``started`` and ``ended``.
 
     Args:
-        kept: whether anything is written: of several processes at one run, the first one writes.
+        kept: whether anything is written; of several processes that share a run, the first one writes.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], label: str, run_id: str, kept: bool = True):
@@ -64,10 +65,10 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        """Write the file, whole or not at all.
+        """Write the file atomically.
 
         Raises:
-            RoseExpError: the disk refuses.
+            RoseExpError: the file cannot be written.
         """
         self.data["peak_memory_bytes"] = peak_memory()
         if not self.kept:
@@ -75,18 +76,32 @@ class RunRecord:
         write_atomically(self.path, redacted(json.dumps(self.data, indent=1, allow_nan=True)) + "\n")
 
     def measured(self, name: str, value: float, standard_error: float | None = None) -> None:
-        """Keep a metric, and where it is known its standard error under the same name."""
+        """Record a metric, and its standard error under the same name if it is known."""
         self.data["metrics"][name] = value
         if standard_error is not None:
             self.data["standard_errors"][name] = standard_error
 
-    def pruned(self, layers: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> None:
-        """Keep reports of layers and what went other than usual in them, and tell of the latter, a line a kind."""
+    def pruned(self, layers: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], ordered: bool = False) -> None:
+        """Record the reports of layers and their warnings, and log one line per kind of warning.
+
+        Args:
+            ordered: whether the run has an ordering; records and logs how many layers it reordered.
+        """
         self.data["layers"], self.data["events"] = list(layers), list(events)
         for kind in dict.fromkeys(event["kind"] for event in events):
             found = [event for event in events if event["kind"] == kind]
             log.warning("%s in %d layers, such as %s: %s", kind, len(found), found[0]["layer"], found[0]["detail"])
+        if ordered:
+            self._reordered(sum(bool(layer["reordered"]) for layer in layers), len(layers))
         self.write()
+
+    def _reordered(self, count: int, layers: int) -> None:
+        self.data["metrics"][REORDERED] = count
+        label = self.data["label"]
+        if count:
+            log.info("%s: %d of %d layers reordered", label, count, layers)
+        else:
+            log.warning("%s: 0 of %d layers reordered; the result equals that of reorder=none", label, layers)
 
     def finish(self) -> None:
         self.data |= {"status": "finished", "ended": now()}

@@ -63,8 +63,22 @@ BASE: dict[str, Any] = {
 METHODS = {"Dense": "dense", "SparseGPT": "sparsegpt", "ROSE": "sparsegpt", "Wanda": "wanda", "DSnoT": "dsnot"}
 
 
-def record(label: str, perplexity: float, seed: int = 0, *, ratio: float = 0.7, pattern: str | None = None, **changes) -> dict:
-    """A finished run. ``changes`` are dotted names with ``__`` for the dot, such as ``config__engine__damping=0.1``."""
+def record(
+    label: str,
+    perplexity: float,
+    seed: int = 0,
+    *,
+    ratio: float = 0.7,
+    pattern: str | None = None,
+    reordered: int | None = None,
+    **changes,
+) -> dict:
+    """Return the record of a finished run.
+
+    Args:
+        reordered: number of layers, of 168, that an ordering reordered; None: the record has no such metric.
+        changes: dotted names with ``__`` for the dot, such as ``config__engine__damping=0.1``.
+    """
     made = copy.deepcopy(BASE)
     config, protocol = made["config"], made["protocol"]
     made["label"] = label
@@ -79,6 +93,9 @@ def record(label: str, perplexity: float, seed: int = 0, *, ratio: float = 0.7, 
         del made["seconds"]["pruning"]
     made["metrics"]["perplexity.wikitext2"] = perplexity
     made["run_id"] = f"{label} {ratio} {pattern} {seed} {sorted(changes.items())}"
+    if reordered is not None:
+        made["metrics"]["reordered_layers"] = reordered
+        made["layers"] = [{"name": f"layer {i}", "reordered": i < reordered} for i in range(168)]
     for name, value in changes.items():
         *path, last = name.split("__")
         place = made

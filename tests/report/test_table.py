@@ -31,3 +31,18 @@ def test_metrics_of_images_keep_their_digits():
     run = record("SparseGPT", 27.68)
     run["metrics"]["images.latent_mse"] = 0.00123456
     assert rows([run])[2][-2] == "0.001235"
+
+
+def test_runs_with_an_ordering_show_how_many_layers_it_reordered():
+    dense, failed = record("Dense", 5.47), record("ROSE", 9.0, reordered=4) | {"status": "failed", "metrics": {}}
+    text = format_table([dense, record("SparseGPT", 27.68), record("ROSE", 26.38, reordered=4), failed])
+    found = [line.split() for line in text.splitlines()]
+    assert found[0] == ["method", "pattern", "sparsity", "reordered", "perplexity.wikitext2", "seconds"]
+    assert found[2] == ["Dense", "-", "0.5000", "5.47", "6"]
+    assert found[3] == ["SparseGPT", "unstructured", "0.5000", "27.68", "96"]
+    assert found[4] == ["ROSE", "unstructured", "0.5000", "4/168", "26.38", "96"]
+    assert found[5] == ["ROSE", "unstructured", "failed"]
+    ends = {
+        line.index(value) + len(value) for line, value in zip(text.splitlines()[2:5], ("5.47", "27.68", "26.38"), strict=True)
+    }
+    assert len(ends) == 1

@@ -43,9 +43,75 @@ def test_events_of_the_runs_are_told():
     one, two = record("SparseGPT", 27.0, 0), record("SparseGPT", 28.0, 1)
     event = {"kind": "dead_columns", "layer": "a", "detail": "3 of 8 inputs never fired"}
     one["events"], two["events"] = [event, event | {"layer": "b"}], [event | {"kind": "damping_raised"}]
+    unused = {"kind": "unused_tensors", "layer": None, "detail": "lm_head.bias"}
+    one["events"] += [unused, unused]
     text = markdown(gather([one, two, record("ROSE", 26.0)]))
-    assert "* SparseGPT: dead columns in 2 layer(s), damping raised in 1 layer(s) of 2 runs (events in " in text
+    counts = "dead columns in 2 layer(s), damping raised in 1 layer(s), unused tensors in 1 run(s)"
+    assert f"* SparseGPT: {counts} of 2 runs (events in " in text
     assert "* ROSE" not in text
+
+
+@pytest.fixture
+def ordered():
+    """Runs of two seeds, with a baseline that has an ordering, too."""
+    values = {"SparseGPT": (None, None), "ROSE": (4, 6)}
+    records = [record(name, 27.0 + s, s, reordered=counts[s]) for name, counts in values.items() for s in (0, 1)]
+    other = {"config__reorder__blocks": "descending", "config__reorder__threshold": 0.9}
+    records += [record("ROSE", 28.0 + s, s, reordered=0, **other) for s in (0, 1)]
+    return records
+
+
+@pytest.mark.parametrize("baseline", ["SparseGPT", "ROSE (threshold=0.5)"])
+def test_reordered_layers_have_a_table_without_differences_and_best_marks(ordered, baseline):
+    report = gather([*ordered, record("Dense", 5.47)], baseline=baseline)
+    perplexities, _, counts = report.tables
+    assert [table.metric for table in report.tables] == ["perplexity.wikitext2", "minutes.pruning", "reordered_layers"]
+    assert any(cell.difference for row in perplexities.cells.values() for cell in row.values())
+    assert any(cell.best for row in perplexities.cells.values() for cell in row.values())
+    assert not any(cell.difference or cell.best for row in counts.cells.values() for cell in row.values())
+    assert list(counts.cells) == ["ROSE (threshold=0.5)", "ROSE (threshold=0.9)"]
+    text = markdown(report)
+    table = text.partition("reordered_layers")[2].partition("\n## ")[0]
+    assert "| ROSE (threshold=0.5) | 5.00 ± 1.41 of 168 |" in table
+    assert "| ROSE (threshold=0.9) | 0 of 168 |" in table
+    assert "Difference" not in table
+    assert "**" not in table
+    page = web_page(report)
+    assert "5.00 ± 1.41 of 168" in page
+    assert r"ROSE (threshold=0.5) & 5.00 $\pm$ 1.41 of 168 \\" in latex(report)
+    assert "reordered\\_layers. " in latex(report)  # without an arrow
+    rows = [row for row in csv.DictReader(io.StringIO(comma_separated(report))) if row["metric"] == "reordered_layers"]
+    assert [(row["mean"], row["best"], row["difference"]) for row in rows] == [("5.0", "False", ""), ("0.0", "False", "")]
+
+
+def test_rows_without_a_reordered_layer_are_noted(ordered):
+    report = gather(ordered)
+    note = "ROSE (threshold=0.9): no layer reordered in 2 of 2 runs ("
+    assert sum(line.startswith(f"* {note}") for line in markdown(report).splitlines()) == len(report.tables)
+    assert "which equal runs without an ordering" in web_page(report)
+    assert "no layer reordered" not in markdown(gather([record("ROSE", 26.0, reordered=1), record("SparseGPT", 27.0)]))
+
+
+def test_pairs_do_not_depend_on_the_count_of_reordered_layers():
+    """An old record has no count: its perplexity is paired all the same."""
+    old = [record(name, v + s, s) for name, v in (("SparseGPT", 27.0), ("ROSE", 26.0)) for s in (0, 1)]
+    new = [record("SparseGPT", 29.0, 2), record("ROSE", 28.0, 2, reordered=4)]
+    report = gather([*old, *new])
+    cell = report.tables[0].cells["ROSE"]["0.7"]
+    assert sorted(cell.values) == [0, 1, 2]
+    assert cell.difference.pairs == 3
+
+
+def test_the_caption_says_where_bos_stands():
+    bos = {"protocol__calibration__bos": "windows", "protocol__evaluation__wikitext2__bos": "windows"}
+    text = markdown(gather([record("ROSE", 26.0, **bos)]))
+    assert "on 128 windows of 2048 tokens, each after BOS, cut as documents" in text
+    assert "measured on 166 windows of 2048 tokens, each after BOS;" in text
+    none = dict.fromkeys(bos, "none")
+    assert "calibrated on 128 windows of 2048 tokens without BOS, cut" in markdown(gather([record("ROSE", 26.0, **none)]))
+    own = dict.fromkeys(bos, "tokenizer")
+    assert "BOS" not in markdown(gather([record("ROSE", 26.0, **own)]))
+    assert "(protocol A)" in markdown(gather([record("ROSE", 26.0, **own), record("ROSE", 27.0, **bos)]))
 
 
 def test_protocols_that_differ_are_told():

@@ -1,10 +1,35 @@
-"""What a record says of the machine."""
+"""What a record says of the machine, and of an ordering."""
 
 from __future__ import annotations
 
+import logging
+
+import pytest
 import torch
 
+from rose_exp.tracking import RunRecord
 from rose_exp.tracking.record import device_name
+
+
+@pytest.mark.parametrize(
+    ("moved", "level", "line"),
+    [
+        ([True, False, True], logging.INFO, "ROSE: 2 of 3 layers reordered"),
+        ([False, False], logging.WARNING, "ROSE: 0 of 2 layers reordered; the result equals that of reorder=none"),
+    ],
+)
+def test_reordered_layers_are_counted_and_logged(moved, level, line, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    layers = [{"name": f"layer {i}", "reordered": flag} for i, flag in enumerate(moved)]
+    record = RunRecord(tmp_path, {}, "ROSE", "0")
+    record.pruned(layers, [], ordered=True)
+    assert record.data["metrics"] == {"reordered_layers": sum(moved)}
+    assert [(found.levelno, found.message) for found in caplog.records] == [(level, line)]
+    caplog.clear()
+    other = RunRecord(tmp_path / "other", {}, "SparseGPT", "1")
+    other.pruned(layers, [])
+    assert other.data["metrics"] == {}
+    assert not caplog.records
 
 
 def test_a_gpu_is_called_by_its_name_and_not_by_its_number(monkeypatch):
