@@ -21,6 +21,19 @@ CONFIGS = {
     "qwen3": ("Qwen3Config", WIDE_HEADS),
     "gemma2": ("Gemma2Config", LOCAL),
     "gemma3": ("Gemma3TextConfig", LOCAL | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma4": (  # blocks get embeddings of their own for the tokens, and the last ones the keys and values of earlier ones
+        "Gemma4TextConfig",
+        LOCAL
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 12,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "global_head_dim": 8,
+            "num_global_key_value_heads": 2,
+        },
+    ),
     "opt": ("OPTConfig", SIZES | {"ffn_dim": 52, "word_embed_proj_dim": 36, "max_position_embeddings": POSITIONS}),
     "gpt2": ("GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 36, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS}),
     "gpt_neox": ("GPTNeoXConfig", LLAMA_LIKE | {"num_attention_heads": 3}),
@@ -38,6 +51,7 @@ MIXTURES = {
     "olmoe": ("OlmoeConfig", EXPERTS | {"num_experts": 4}),
 }
 CONFIGS |= MIXTURES
+CONFIGS = {family: config for family, config in CONFIGS.items() if hasattr(transformers, config[0])}  # older versions lack some
 
 SHARED_INPUTS = {  # the layers of the first block, those fed by the same tensor together, in the order of their calls
     "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
