@@ -1,6 +1,6 @@
-"""The seven zero-shot sets where no hub is reached: as local files, or out of a wheel of the package index.
+"""The rows of the papers' seven zero-shot tasks without a hub: local files, or a wheel from the package index.
 
-Both ways a stock task of lm-eval is given other places to read its rows from, and nothing else of it changes.
+Only the place from which a stock task of lm-eval reads its rows changes, nothing else of the task.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import RoseExpError
 from ..wheels import WHEELS, fetch, file_sha256
 
-SPLITS = {  # of each task, the split that lm-eval measures on
+SPLITS = {  # the split on which lm-eval evaluates each task
     "winogrande": "validation",
     "boolq": "validation",
     "piqa": "validation",
@@ -28,10 +28,10 @@ SPLITS = {  # of each task, the split that lm-eval measures on
 
 @dataclass(frozen=True)
 class ZeroShotFile:
-    """The rows of one task, one JSON object a line, in the schema of the hub's own data set.
+    """The rows of one task, one JSON object per line, in the schema of the hub's data set.
 
     Attributes:
-        protocol: for the record: where the rows are from, how many there are, and their SHA-256.
+        protocol: recorded with the run: source, number and SHA-256 of the rows.
     """
 
     path: Path
@@ -39,10 +39,10 @@ class ZeroShotFile:
 
 
 def local_file(folder: Path, task: str) -> ZeroShotFile:
-    """The rows of ``task`` in ``folder``: the one file called TASK…SPLIT….jsonl, such as ``arc_easy_test.jsonl``.
+    """Return the rows of ``task`` in ``folder``, from its one file TASK…SPLIT….jsonl, such as ``arc_easy_test.jsonl``.
 
     Raises:
-        RoseExpError: no such file, or several.
+        RoseExpError: ``folder`` holds no such file, or several.
     """
     pattern = f"{task}*{SPLITS[task]}*.jsonl"
     found = sorted(folder.glob(pattern))
@@ -53,10 +53,10 @@ def local_file(folder: Path, task: str) -> ZeroShotFile:
 
 
 def embedded_file(folder: Path, task: str) -> ZeroShotFile:
-    """The rows of ``task`` out of the wheel, which is fetched if the cache has not got it, written to ``folder``.
+    """Write the rows of ``task`` to ``folder``, from the wheel, which is downloaded unless it is in the cache.
 
     Raises:
-        RoseExpError: the wheel cannot be had.
+        RoseExpError: the wheel is unavailable.
     """
     name = f"{task}_{SPLITS[task]}"
     source = fetch(name)
@@ -80,7 +80,7 @@ def _from_arrow(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _documents(path: Path) -> Iterator[dict[str, Any]]:
-    """The questions of a file of requests, which has a line for every answer of each, and some questions twice."""
+    """Yield each question of a file of requests once; the file has one line per answer, and repeats some questions."""
     seen = set()
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
@@ -106,7 +106,7 @@ def _openbookqa(documents: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def _choices(document: dict[str, Any]) -> dict[str, Any]:
-    labels = [chr(ord("A") + i) for i in range(len(document["choices"]))]  # a few of the hub's rows have digits: never shown
+    labels = [chr(ord("A") + i) for i in range(len(document["choices"]))]  # a few of the hub's rows have digits; unused
     return {"choices": {"text": document["choices"], "label": labels}, "answerKey": labels[document["gold"]]}
 
 

@@ -129,10 +129,10 @@ class Stopwatch:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """One ``run.json``.
+    """Read a ``run.json``.
 
     Raises:
-        RoseExpError: it cannot be read, or is none.
+        RoseExpError: the file is unreadable, or not a run record.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware and revision that a number may depend on."""
+    """Return the versions, hardware and revision that a number may depend on."""
     return {
         "versions": versions(),
         "revision": _git_revision(),
@@ -156,7 +156,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of this package, of the libraries that a number may depend on, and of Python."""
+    """Return the versions of this package, of the libraries that a number may depend on, and of Python."""
     return library_versions(LIBRARIES) | {"python": platform.python_version()}
 
 
@@ -165,10 +165,10 @@ def library_versions(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that at no moment a part of it stands there.
+    """Write ``text`` to ``path`` atomically.
 
     Raises:
-        RoseExpError: the disk refuses.
+        RoseExpError: the file cannot be written.
     """
     scratch = None
     try:
@@ -185,7 +185,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def now() -> str:
-    """The time as records tell it."""
+    """Return the current time in the format of the records."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -197,7 +197,7 @@ def _version(name: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Commit of the checkout that this package runs from, with '+changes' where files differ from it; None if no checkout."""
+    """Return the commit of the checkout that this package runs from, with '+changes' if files differ; None if no checkout."""
     folder = Path(__file__).resolve().parent
     try:
         commit = _git(folder, "rev-parse", "HEAD")
@@ -213,7 +213,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes, by its type and name; which of several equal ones it was has no effect."""
+    """Return the type and name of a device, without its index."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {platform.processor() or platform.machine()}"
@@ -229,7 +229,7 @@ def _reset_peak_memory() -> None:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Peak resident memory of this process and peak allocation on the CUDA device, bytes."""
+    """Return the peak resident memory of this process and the peak allocation on the CUDA device, in bytes."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     status = Path("/proc/self/status")
     if status.exists():

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+import rose_exp
 from rose_exp.tracking import RunRecord
 from rose_exp.tracking.record import device_name
 
@@ -30,6 +31,17 @@ def test_reordered_layers_are_counted_and_logged(moved, level, line, tmp_path, c
     other.pruned(layers, [])
     assert other.data["metrics"] == {}
     assert not caplog.records
+
+
+def test_a_run_that_reorders_no_layer_equals_one_without_an_ordering(small, tmp_path):
+    def run(*overrides):
+        return rose_exp.run([*small, "sparsity.ratio=0.68", "figures.draw=false", *overrides], tmp_path)["metrics"]
+
+    without, rose = run("method=sparsegpt"), run("method=rose")
+    assert rose == without | {"reordered_layers": 0}
+    always = run("method=rose", "reorder.threshold=null")
+    assert always["reordered_layers"] == 35
+    assert always["perplexity.local"] != rose["perplexity.local"]
 
 
 def test_a_gpu_is_called_by_its_name_and_not_by_its_number(monkeypatch):

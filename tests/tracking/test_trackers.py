@@ -53,6 +53,7 @@ def test_an_offline_run_carries_everything(config, tmp_path):
     assert {"layer/relative_range", "layer/reordered", "layer/damping", "layer/seconds"} <= set(steps[0])
     assert found.summary["perplexity.local"] == record["metrics"]["perplexity.local"]
     assert found.summary["sparsity"] == record["metrics"]["sparsity"]
+    assert found.summary["reordered_layers"] == record["metrics"]["reordered_layers"]
     assert found.summary["layers/nrows"] == LAYERS
     assert found.summary["figures/layers/_type"] == "image-file"
     assert {artifact.type for artifact in found.artifacts} >= {"run-record", "model"}
@@ -123,7 +124,7 @@ def test_a_tracker_that_breaks_does_not_break_the_run(broken, config, tmp_path, 
     assert "tracking with wandb failed, the run goes on without it" in caplog.text
 
 
-def test_csv_tells_the_same(config, tmp_path):
+def test_csv_has_the_same_values(config, tmp_path):
     config = config("tracking=csv")
     record = run_experiment(read_settings(config), config, tmp_path)
     with (tmp_path / "layers.csv").open() as file:
@@ -131,9 +132,10 @@ def test_csv_tells_the_same(config, tmp_path):
     assert [(row["name"], float(row["error"])) for row in rows] == [(x["name"], x["error"]) for x in record["layers"]]
     with (tmp_path / "metrics.csv").open() as file:
         assert {row["metric"]: float(row["value"]) for row in csv.DictReader(file)} == record["metrics"]
+    assert "reordered_layers" in record["metrics"]
 
 
-def test_tensorboard_tells_the_same(config, tmp_path):
+def test_tensorboard_has_the_same_values(config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = config("tracking=tensorboard")
@@ -144,6 +146,7 @@ def test_tensorboard_tells_the_same(config, tmp_path):
     assert errors == pytest.approx([layer["error"] for layer in record["layers"]])
     assert events.Tags()["images"] == ["figures/layers"]
     assert events.Scalars("perplexity.local")[0].value == pytest.approx(record["metrics"]["perplexity.local"])
+    assert events.Scalars("reordered_layers")[0].value == record["metrics"]["reordered_layers"]
 
 
 def test_disabled_and_none_leave_nothing(config, tmp_path):
