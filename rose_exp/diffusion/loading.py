@@ -15,6 +15,7 @@ from ..errors import RoseExpError, suggest
 from ..fingerprint import folder_sha256
 from ..models.saving import whole_or_not
 from ..settings import ModelSettings
+from .components import read_components
 from .sampling import PARTS, denoiser_name
 from .small import small_pipeline
 
@@ -62,14 +63,17 @@ def _read(settings: ModelSettings) -> tuple[Any, dict[str, Any]]:
     options = {"use_safetensors": True, "dtype": dtype}
     try:
         if path.exists():
-            return DiffusionPipeline.from_pretrained(path, **options), {"source": str(path), "sha256": folder_sha256(path)}
-        folder = Path(DiffusionPipeline.download(settings.path, revision=settings.revision, use_safetensors=True))
-        pipeline = DiffusionPipeline.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+            folder, facts = path, {"source": str(path), "sha256": folder_sha256(path)}
+        else:
+            folder = Path(DiffusionPipeline.download(settings.path, revision=settings.revision, use_safetensors=True))
+            facts = {"source": settings.path, "revision": folder.name}  # the hub's cache calls a folder by its commit
+        components, unused = read_components(folder, PARTS, options)
+        pipeline = DiffusionPipeline.from_pretrained(folder, **components, **options)
+    except (OSError, KeyError, TypeError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         hint = "" if path.exists() else " (no such folder here, and not to be had from the hub)"
         reason = " ".join(str(error).split())[:400]
         raise RoseExpError(f"model.path: cannot load the pipeline {settings.path!r}{hint}: {reason}") from error
-    return pipeline, {"source": settings.path, "revision": folder.name}  # the hub's cache calls a folder by its commit
+    return pipeline, facts | ({"unused_weights": unused} if unused else {})
 
 
 def _scheduler(name: str) -> Any:

@@ -2,11 +2,12 @@
 
 from .bos import needs_bos, resolve_bos
 from .experts import one_by_one, projections
-from .loading import LoadedModel, load_model, load_tokenizer
+from .loading import LoadedModel, load_tokenizer
+from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
 from .saving import save_model, save_streamed, sparsity_description
 from .shapes import ModelShape, model_shape, shape_of
-from .streaming import StreamedModel, let_go, open_model
+from .streaming import StreamedModel, let_go, load_model, open_model
 from .structure import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 from .structures import Structure, find_structures
 
@@ -29,6 +30,8 @@ __all__ = [
     "needs_bos",
     "one_by_one",
     "open_model",
+    "own_memory",
+    "own_weights",
     "projections",
     "remove_masked",
     "resolve_bos",
@@ -36,4 +39,5 @@ __all__ = [
     "save_streamed",
     "shape_of",
     "sparsity_description",
+    "tie_again",
 ]

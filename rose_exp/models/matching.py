@@ -281,6 +281,16 @@ def _own(model: nn.Module, name: str, where: str) -> None:
         held[own] = owned
 
 
+def own_weights(model: nn.Module, where: str) -> None:
+    """Give every tensor of a model memory of its own, and check it.
+
+    Raises:
+        RoseExpError: one holds NaN or infinity; the message names it.
+    """
+    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+        _own(model, name, where)
+
+
 def own_memory(value: Tensor) -> Tensor:
     """``value``, or a copy of it where it is a part of something larger, such as a file, or does not start on a cache line."""
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()

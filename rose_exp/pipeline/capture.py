@@ -77,9 +77,7 @@ class BlockCall:
         return [(id(held), tuple(map(id, _values(held)))) for held in _containers((self.args, self.kwargs))]
 
 
-def on_device(
-    calls: list[BlockCall], device: torch.device | str, moved: dict[int, Any] | None = None
-) -> list[BlockCall]:
+def on_device(calls: list[BlockCall], device: torch.device | str, moved: dict[int, Any] | None = None) -> list[BlockCall]:
     """The same calls with every tensor on ``device``; a tensor or container that several blocks share stays shared.
 
     Args:

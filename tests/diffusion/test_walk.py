@@ -28,8 +28,7 @@ def test_moments_are_weighted_by_step_and_count_both_halves_of_guidance():
     with torch.no_grad():
         found = of._moments([(name,)], "collecting")[name]
     hook.remove()
-    batches = -(-len(PROMPTS) // 2)
-    assert len(seen) == batches * STEPS
+    assert len(seen) == len(PROMPTS) * STEPS  # on a CPU one image at a time
     expected = InputMoments(found.columns)
     for call, inputs in enumerate(seen):
         expected.update(inputs, weight=step_weights(STEPS)[call % STEPS])
@@ -37,6 +36,19 @@ def test_moments_are_weighted_by_step_and_count_both_halves_of_guidance():
     assert found.weight == pytest.approx(expected.weight)
     text = seen[0].shape[1]
     assert found.tokens == 2 * len(PROMPTS) * STEPS * text  # with and without the prompt
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd"])
+def test_the_batch_changes_no_bit(name):
+    found = []
+    for batch in (1, 2, 3):
+        of = walk(name, count=2)
+        of.sampler.batch = batch
+        of.prune()
+        found.append(({name: layer.weight.clone() for name, layer in of.layers.items()}, images(of.sampler, 3)))
+    for weights, pictures in found[1:]:
+        assert torch.equal(pictures, found[0][1])
+        assert all(torch.equal(weight, found[0][0][name]) for name, weight in weights.items())
 
 
 def test_the_first_package_is_pruned_from_the_dense_models_moments():
@@ -71,7 +83,7 @@ def test_every_layer_is_pruned_and_reported(name):
     assert len(of.facts) == 2
     for fact, package in zip(of.facts, of.packages, strict=True):
         columns = [of.layers[group[0]].columns for unit in package for group in unit.groups]
-        assert fact.moments_bytes == sum(4 * n * n for n in columns)  # one Hessian for layers with the same input
+        assert fact.moments_bytes == sum(8 * n * n for n in columns)  # one float64 sum for layers with the same input
         assert fact.calibrating > 0
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint fills its model completely, and in the same way from memory and from disk, or is refused by the names of tensors."""
+"""A checkpoint fills its model completely, in the same way from memory and from disk, or is refused by the names of tensors."""
 
 from __future__ import annotations
 
