@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .calibration import Windows, contiguous_windows, draw_windows, load_text
-from .engine import Structured
+from .effects import settings_of
 from .engine.kernels import resolve
 from .errors import RoseExpError
 from .pipeline import PruningPlan
@@ -112,10 +112,12 @@ def pruning_plan(settings: Settings) -> PruningPlan:
 
 
 def first_key(settings: Settings, protocol: Mapping[str, Any]) -> str:
-    """All that the moments of the first block hang on: what was run on which inputs, how, and on what."""
+    """Return a key that differs for runs whose moments of the first block can differ.
+
+    It holds the settings that can change them, and what the protocol knows of the model, the calibration windows and the device.
+    """
     evaluated = ("evaluation", "zero_shot", "speed", "seed")
     facts = {name: value for name, value in protocol.items() if name not in evaluated}
-    engine, pipeline = settings.engine.precision, settings.pipeline.model_dump(mode="json")
-    sparsity = settings.sparsity.build()
-    structured = str(sparsity) if isinstance(sparsity, Structured) else None  # it asks for the inputs of other layers
-    return json.dumps([facts, engine, structured, pipeline, settings.model.model_dump(mode="json")], sort_keys=True)
+    config = settings.model_dump(mode="json")
+    own = {setting.name: setting.value for setting in settings_of(config) if setting.effect.moments}
+    return json.dumps([facts, own], sort_keys=True)

@@ -178,29 +178,33 @@ class Settings(Section):
 
     @property
     def label(self) -> str:
-        """The method as the literature calls it; any ordering that is not ROSE's, and what comes on top, is spelt out."""
+        """The method as the literature calls it, followed by its ordering, unless it is ROSE's, and by the options that act."""
+        from .effects import acting, effective  # which read these settings
+
         if not self.pruned:
             return "Dense"
-        refine, target, allocation = self.refine.build(), self.target.build(), self.allocation.build()
-        permuted = self.engine.permute and self.sparsity.pattern != "unstructured"
-        return (
-            self._method_label
-            + (f" + {allocation.rule} {allocation.spread:g}" if allocation else "")
-            + (f"/{allocation.outlier:g}" if allocation and allocation.rule == "owl" and allocation.outlier != 5 else "")
-            + (" + permuted" if permuted else "")
-            + (f" + target {target.strength:g}/{target.residual:g}" if target else "")
-            + (f" + masks again {refine.mask_iterations}" if refine.mask_iterations else "")
-            + (f" + refine {refine.steps}" if refine.steps else "")
-        )
+        config = self.model_dump(mode="json")
+        parts, values, refine = acting(config), effective(config), self.refine
+        label = self._method_label("order" in parts)
+        if "allocation" in parts:
+            outlier = values.get("allocation.outlier", 5)  # 5: the default of OWL's authors
+            label += f" + {self.allocation.rule} {self.allocation.spread:g}" + (f"/{outlier:g}" if outlier != 5 else "")
+        if "permutation" in parts:
+            label += " + permuted"
+        if "target" in parts:
+            label += f" + target {self.target.strength:g}/{self.target.residual:g}"
+        if "refinement" in parts:
+            label += f" + masks again {refine.mask_iterations}" if refine.mask_iterations else ""
+            label += f" + refine {refine.steps}" if refine.steps else ""
+        return label
 
-    @property
-    def _method_label(self) -> str:
+    def _method_label(self, ordered: bool) -> str:
         label = METHODS[self.method.name].__name__
         diffusion = self.model.kind == "diffusion" and self.method.name == "sparsegpt"
         label = "OBS-Diff" if diffusion else label
-        ordering = self.reorder.build()
-        if ordering is None:
+        if not ordered:
             return label
+        ordering = self.reorder.build()
         if self.method.name == "sparsegpt" and ordering == Ordering.rose():
             return "OBS-Diff in ROSE's order" if diffusion else "ROSE"
         always = "always" if ordering.threshold is None else f"over {ordering.threshold:g}"

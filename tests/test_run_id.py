@@ -39,12 +39,16 @@ def identity(*overrides: str, folder=None) -> str:
         "model.dtype=bfloat16",
         "allocation=owl",
         "refine=masks",
-        "refine.relaxation=1.5",
         "target=half",
     ],
 )
 def test_what_can_change_a_number_makes_another_run(override):
     assert identity(override) != identity()
+
+
+def test_options_count_where_they_act():
+    assert identity("refine=masks", "refine.relaxation=1.5") != identity("refine=masks")
+    assert identity("refine=least_squares", "refine.relaxation=1.5") == identity("refine=least_squares")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..dotted import flat
+from ..effects import flat
 from ..errors import RoseExpError
 from ..ranks import Ranks
 from .activations import Activations

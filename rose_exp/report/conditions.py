@@ -1,46 +1,32 @@
-"""What two numbers must share to stand in one table: everything that they hang on but what the table is about."""
+"""What numbers must share to stand in one table: everything they depend on except what the table compares.
+
+Which settings a number depends on is decided by :mod:`rose_exp.effects`. The record's protocol adds what settings do not say:
+fingerprints of texts and weights, versions and hardware.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..dotted import flat, without
+from ..effects import Setting, complete, flat, settings_of, within, without
 
-ROWS = (
-    "method",
-    "reorder",
-    "refine",
-    "target",
-    "allocation",
-    "engine.permute",
-    "sparsity.saliency",
-    "sparsity.at_once",
-    "seed",
-)  # what tables compare, or average over
-WITHOUT_EFFECT = ("device", "tracking", "figures", "save", "tags", "plan", "rerun", "pipeline.activations", "evaluation")
 OF_SEED = (
     "protocol.seed",
     "protocol.calibration.seed",
     "protocol.calibration.tokens_sha256",
     "protocol.calibration.noise_sha256",
 )
-OF_PRUNED = (
-    "sparsity",
-    "calibration",
-    "engine",
-    "pipeline",
-    "protocol.calibration",
-    "protocol.backend",
-    "diffusion.packages",
-    "diffusion.weighting",
-    "diffusion.alpha_min",
-    "diffusion.alpha_max",
-)  # of no meaning for a dense model
-PLACES = ("path", "embedded", "source")  # of what has a fingerprint of its own beside it
-FOLLOWING = {  # what a setting brings with it in the protocol
+FACTS_OF = {  # facts of the protocol that mean something only if a setting acts
+    "protocol.calibration": "calibration",
+    "protocol.backend": "engine.backend",
+    "protocol.images.clip": "evaluation.images.clip",
+    "protocol.images.reference": "evaluation.images.reference",
+}
+FOLLOWING = {  # facts of the protocol that change with a setting
     "calibration.samples": ("protocol.calibration.windows",),
     "calibration.window": ("protocol.calibration.window",),
+    "engine.backend": ("protocol.backend",),
     "model": ("protocol.model",),
 }
 SPARSITY = "sparsity"
@@ -48,85 +34,76 @@ EVALUATED = ("evaluation", "images", "zero_shot", "speed")  # parts of the proto
 
 
 def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str, Any]:
-    """Everything that a metric of a run hangs on but what rows stand for, the seed and the setting ``columns``."""
-    config = {name: value for name, value in record["config"].items() if name != "hydra"}
-    protocol = {name: value for name, value in record["protocol"].items() if name not in EVALUATED}
-    found = flat(config) | flat(protocol, "protocol.")
+    """Return everything that a metric of a run depends on except what rows compare, the seed and the setting ``columns``."""
+    settings = settings_of(record["config"], metric, assumed=columns)
+    facts = {name: value for name, value in _facts(record["protocol"], metric).items() if _meant(name, settings)}
+    kept = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
+    sources = [name for name in facts if name.endswith(".source") and f"{name.rpartition('.')[0]}.sha256" in facts]
+    return without(kept | facts, [*sources, *OF_SEED, columns, *FOLLOWING.get(columns, ())])
+
+
+def _facts(protocol: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """What the protocol says about a metric, by dotted name."""
+    found = flat({name: value for name, value in protocol.items() if name not in EVALUATED}, "protocol.")
     kind, _, name = metric.partition(".")
+    own: Mapping[str, Any] = protocol.get(kind) or {}
     if kind == "perplexity":
-        own = {"evaluation": record["protocol"]["evaluation"][name], "batch": config["evaluation"].get("batch")}
-        found |= flat(own, "protocol.")
-    elif kind == "images":
-        found |= flat(record["protocol"]["images"], "protocol.images.")
-    elif kind == "zero_shot":
-        found |= _zero_shot(record["protocol"].get("zero_shot", {}))
-    else:
-        found |= flat(record["protocol"].get("speed") or {}, "protocol.speed.")
-    left_out = [*ROWS, *WITHOUT_EFFECT, *OF_SEED, columns, *FOLLOWING.get(columns, ())]
-    if is_dense(record):
-        left_out += OF_PRUNED
-    kept = without(found, left_out)
-    return {name: value for name, value in kept.items() if not _place(name, kept)}
+        kind, own = "evaluation", protocol["evaluation"][name]
+    if kind == "zero_shot":
+        own = {name: value for name, value in own.items() if name != "results"}  # the name of a file
+    return found | (flat(own, f"protocol.{kind}.") if kind in EVALUATED else {})
 
 
-def _zero_shot(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """How tasks were asked; the name of the file of results and the folder of the rows say nothing of it."""
-    return flat({name: value for name, value in protocol.items() if name != "results"}, "protocol.zero_shot.")
+def _meant(fact: str, settings: Sequence[Setting]) -> bool:
+    """Whether a fact of the protocol belongs to settings that act, or to no setting."""
+    of = [setting for group, setting in FACTS_OF.items() if within(fact, group)]
+    return all(any(within(setting.name, name) for setting in settings) for name in of)
 
 
-def _place(name: str, among: Mapping[str, Any]) -> bool:
-    """Whether this says where something lies whose fingerprint stands beside it."""
-    parent, _, last = name.rpartition(".")
-    if last not in PLACES:
-        return False
-    return f"{parent}.sha256" in among or f"protocol.{parent}.sha256" in among
+def _recorded(setting: Setting, facts: Mapping[str, Any]) -> bool:
+    """Whether the protocol has the fingerprint of what a setting selects."""
+    place = setting.effect.recorded_as
+    return place is not None and any(within(name, place) and value not in (None, {}) for name, value in facts.items())
 
 
 def variant(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table's row stands for: the method and all that is done beside it, as far as it has an effect."""
-    config = record["config"]
-    reorder, refine, target, allocation = (config.get(name, {}) for name in ("reorder", "refine", "target", "allocation"))
-    permuted = config["engine"].get("permute", False) and config["sparsity"]["pattern"] != "unstructured"
-    acts = {
-        "reorder": {reorder["columns"], reorder["blocks"]} != {"none"},
-        "refine": bool(refine.get("steps") or refine.get("mask_iterations")),
-        "target": bool(target.get("strength") or target.get("residual")),
-        "allocation": allocation.get("rule", "uniform") != "uniform",
-    }
-    kept = {name: config[name] if acting else "none" for name, acting in acts.items()}
-    sparsity = config["sparsity"]
-    structured = sparsity["pattern"] == "structured" and config["method"]["name"] == "sparsegpt"
-    how = {name: sparsity[name] if structured else "none" for name in ("saliency", "at_once")}
-    own = {"engine": {"permute": permuted}, "structured": how, "kind": config["model"].get("kind", "language")}
-    return flat({"method": config["method"]} | kept | own)
+    """Return what a table's row stands for: the method and its options, as far as they act, by dotted name."""
+    found = {s.name: s.value for s in settings_of(record["config"]) if s.effect.role == "row"}
+    return found | {"model.kind": complete(record["config"])["model.kind"]}
 
 
 def is_dense(record: Mapping[str, Any]) -> bool:
+    """Return whether the run measured a dense model."""
     return record["config"]["method"]["name"] == "dense"
 
 
 def agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two sets of conditions have equal values for all that both know."""
+    """Return whether two sets of conditions have equal values for every name that is in both."""
     return all(second[name] == value for name, value in first.items() if name in second)
 
 
 def differing(several: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Names that have not the same value everywhere, with the value in each; ``None`` where one has none."""
+    """Return the names whose values are not all equal, with each value; ``None`` for a set without the name."""
     names: Iterable[str] = dict.fromkeys(name for conditions in several for name in conditions)
     values = {name: [conditions.get(name) for conditions in several] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
 def column_of(record: Mapping[str, Any], columns: str) -> str:
-    """The column that a run belongs to: its value of a setting, or its sparsity."""
-    config = record["config"]
+    """Return the column that a run belongs to: the value of a setting, or the sparsity."""
+    values = complete(record["config"])
     if columns == SPARSITY:
-        sparsity = config["sparsity"]
-        if sparsity["pattern"] == "structured":
-            kinds = [kind for kind in ("heads", "neurons") if sparsity.get(kind, True)]
-            return f"structured {kinds[0] + ' ' if len(kinds) == 1 else ''}{sparsity['ratio']:g}"
-        return sparsity["pattern"] if sparsity["ratio"] is None or ":" in sparsity["pattern"] else f"{sparsity['ratio']:g}"
-    value: Any = config
-    for part in columns.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return str(value)
+        pattern = values["sparsity.pattern"]
+        if pattern == "structured":
+            kinds = [kind for kind in ("heads", "neurons") if values[f"sparsity.{kind}"]]
+            return f"structured {kinds[0] + ' ' if len(kinds) == 1 else ''}{_short(values['sparsity.ratio'])}"
+        return pattern if values.get("sparsity.ratio") is None or ":" in pattern else _short(values["sparsity.ratio"])
+    if columns in values:
+        return str(values[columns])
+    below = {name.removeprefix(f"{columns}."): value for name, value in values.items() if within(name, columns)}
+    return ", ".join(f"{name}={value}" for name, value in below.items()) or "None"
+
+
+def _short(number: float) -> str:
+    """A number in six digits, or in as many as tell it from every other."""
+    return text if float(text := f"{number:g}") == number else repr(number)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dotted import flat, without
+from ..effects import flat, without
 from ..errors import RoseExpError
 from ..tracking.record import REORDERED
 from .cells import Cell, mark_best, paired_difference

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..effects import acting, effective
 from ..models import ModelShape
 from ..settings import Settings
 
@@ -30,7 +31,7 @@ class Work:
         if settings.pruned:
             tokens = settings.calibration.samples * settings.calibration.window
             layers = [(rows, columns, tokens) for rows, columns in shape.layers]
-            operations |= _pruning(settings.model_dump(), layers)
+            operations |= _pruning(settings.model_dump(mode="json"), layers)
         if settings.evaluation.perplexity:
             at_most = settings.evaluation.at_most
             counts = [
@@ -51,16 +52,18 @@ class Work:
 
 
 def _pruning(config: Mapping[str, Any], layers: Sequence[tuple[int, int, int]]) -> dict[str, float]:
-    """Of layers of (rows, columns, tokens). What a method does is reckoned by its largest products; rates absorb the rest, each
-    of one method refined in one way."""
-    refine, target, allocation = (config.get(name, {}) for name in ("refine", "target", "allocation"))  # old records lack them
-    products = refine.get("steps", 0) + refine.get("mask_iterations", 0)
-    streams = 2 if target.get("strength") or target.get("residual") else 1
+    """Return the operations of pruning layers of (rows, columns, tokens), by stage.
+
+    The largest products of a method stand for it. Each way of solving has a rate of its own, which absorbs the rest.
+    """
+    parts, values = acting(config), effective(config)
+    products = values["refine.steps"] + values["refine.mask_iterations"] if "refinement" in parts else 0
+    streams = 2 if "target" in parts else 1
     solving = f"pruning.solving {config['method']['name']}" + (f" refined {products}" if products else "")
-    if config["engine"].get("permute") and config["sparsity"]["pattern"] != "unstructured":
+    if "permutation" in parts:
         solving += " permuted"  # with a rate of its own: assigning channels is no product
     found = dict.fromkeys(("pruning.calibrating", "pruning.moments", solving, "pruning.advancing"), 0.0)
-    if allocation.get("rule", "uniform") != "uniform":
+    if "allocation" in parts:
         found["pruning.surveying"] = 2.0 * sum(rows * columns * tokens for rows, columns, tokens in layers)
     for rows, columns, tokens in layers:
         found["pruning.calibrating"] += 2 * rows * columns * tokens * streams

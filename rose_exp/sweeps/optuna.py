@@ -21,9 +21,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from ..dotted import flat, without
+from ..effects import flat, without, without_effect
 from ..errors import RoseExpError
-from ..run_id import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -163,12 +162,11 @@ class OptunaSweeper(Sweeper):
         return study
 
     def _fingerprint(self, fixed: Sequence[str], space: Mapping[str, BaseDistribution]) -> str:
-        """Of all settings that the trials share, as resolved, and of what is searched."""
-        shared = without(flat(OmegaConf.to_container(self.config, resolve=False)), ("hydra", *WITHOUT_EFFECT))
-        told = without(
-            {text.partition("=")[0].lstrip("+").replace("/", "."): text for text in fixed}, ("hydra", *WITHOUT_EFFECT)
-        )
-        facts = [shared, sorted(told.values()), {name: repr(d) for name, d in space.items()}, self.metric, self.direction]
+        """Return a hash of the settings that the trials share and of the search space."""
+        ignored = ("hydra", *without_effect())
+        shared = without(flat(OmegaConf.to_container(self.config, resolve=False)), ignored)
+        given = without({text.partition("=")[0].lstrip("+").replace("/", "."): text for text in fixed}, ignored)
+        facts = [shared, sorted(given.values()), {name: repr(d) for name, d in space.items()}, self.metric, self.direction]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

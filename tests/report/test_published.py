@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rose_exp.dotted import flat
+from rose_exp.effects import flat
 from rose_exp.report.gather import gather
 from rose_exp.report.published import find, papers
 
