@@ -57,7 +57,8 @@ def _listed(folder: Path) -> dict[str, type]:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and all(entry)}
     except (OSError, ValueError, AttributeError) as error:
-        raise RoseExpError(f"model.path: cannot load the pipeline {str(folder)!r}: no readable model_index.json: {error}") from error
+        reason = f"no readable model_index.json: {error}"
+        raise RoseExpError(f"model.path: cannot load the pipeline {str(folder)!r}: {reason}") from error
     found = {}
     for name, (library, kind) in listed.items():
         try:

@@ -116,11 +116,14 @@ class DenoiserWalk:
         middle = time.perf_counter()
         reports: list[LayerReport] = []
         if isinstance(self.plan.sparsity, Structured):
+            for own in moments.values():
+                own.finish()
             for structure in self._structures(index):
                 reports += prune_structure(structure, moments, self.plan)
         else:
             for group in groups:
                 (own, *_) = [moments.pop(name) for name in group]
+                own.finish()
                 reports += self._solve([self.layers[name] for name in group], own)
                 del own  # its memory is the next group's
         peak = torch.cuda.max_memory_allocated() if cuda else None

@@ -110,6 +110,11 @@ class InputMoments:
         self._gram, self._sum = self._gram.to(device), self._sum.to(device)
         return self
 
+    def finish(self) -> None:
+        """Round the sums to ``dtype``, which halves the memory of float64 sums of float32 products. No update may follow."""
+        self._finish_piece()
+        self._gram = self.gram.to(self.dtype)
+
     def permuted(self, order: Tensor) -> InputMoments:
         """Those of the same inputs with their columns in another order (columns,) int64; a new object."""
         other = InputMoments(self.columns, device="meta", dtype=self.dtype, precision=self.precision)

@@ -101,6 +101,12 @@ class Drift:
         for pieces, _ in self._pieces.rest():
             self._add(*pieces)
 
+    def finish(self) -> None:
+        """Round the sums to ``dtype``. No update may follow."""
+        self._finish_piece()
+        self._gram = self._gram.to(self.dtype)
+        self._residual = None if self._residual is None else self._residual.to(self.dtype)
+
     @torch.no_grad()
     def leave_out(self, weight: Tensor) -> None:
         """Take W δ out of ``missing``, where the hidden states already contained the layer's own output: those lack W δ

@@ -11,19 +11,22 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RoseExpError
-from .checkpoint import INDEX
+from .checkpoint import INDEX, open_checkpoint
+from .matching import match
 from .streaming import StreamedModel
+from .structure import find_blocks
 
 
 def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, sparsity: Mapping[str, Any] | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, sparsity: Mapping[str, Any] | None = None
 ) -> Path:
     """Write safetensors, configuration and tokenizer to ``folder``, whole or not at all.
 
@@ -38,6 +41,7 @@ def save_model(
     with whole_or_not(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        _check_complete(model, scratch)
         _describe(scratch, sparsity)
     return folder
 
@@ -72,6 +76,7 @@ def save_streamed(
         if model.can_generate():
             model.generation_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        _check_complete(model, scratch, blocks.name)
         _describe(scratch, sparsity)
     return folder
 
@@ -122,6 +127,19 @@ def _as_in_files(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, tensors)
+
+
+def _check_complete(model: PreTrainedModel, folder: Path, blocks: str | None = None) -> None:
+    """Check that the files of a saved model fill the model that its saved configuration describes.
+
+    Raises:
+        RoseExpError: they do not; the message names the tensors.
+    """
+    config = type(model.config).from_pretrained(folder)
+    with torch.device("meta"):
+        empty = type(model)._from_config(config)
+    checkpoint = open_checkpoint(lambda name: path if (path := folder / name).exists() else None, "save")
+    match(empty, checkpoint, find_blocks(empty, blocks))
 
 
 def _describe(folder: Path, sparsity: Mapping[str, Any] | None) -> None:

@@ -245,6 +245,9 @@ class BlockWalk:
 
     def _prune_group(self, group: Sequence[LinearLayer], inputs: GroupInputs) -> list[LayerReport]:
         plan, moments = self.plan, inputs.moments
+        moments.finish()
+        if inputs.drift is not None:
+            inputs.drift.finish()
         if group[0].name in self.structures:
             return prune_structure(self.structures[group[0].name], {group[0].name: moments}, plan)
         starved = group[0].of_expert and moments.tokens < plan.expert_tokens
