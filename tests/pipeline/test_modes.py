@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import torch
 from rose_exp.batches import at_once
 from rose_exp.engine import METHODS, InputMoments, Ordering, Refine, SemiStructured, SparseGPT, Target, Unstructured, Wanda
 from rose_exp.engine.allocation import Allocation
+from rose_exp.engine.groups import Structured
 from rose_exp.engine.targets import Drift
 from rose_exp.errors import RoseExpError
 from rose_exp.evaluation import perplexity
-from rose_exp.models import find_blocks, load_model, open_model
+from rose_exp.models import all_linear_layers, find_blocks, load_model, one_by_one, open_model
 from rose_exp.pipeline import (
     InMemory,
     OnDisk,
@@ -44,6 +46,7 @@ PLANS = {
     "refined towards the dense model": ROSE | {"refine": Refine(4, mask_iterations=6), "target": Target()},
     "one group at a time": ROSE | {"true_sequential": True, "target": Target(residual=0.0)},
     "owl": ROSE | {"allocation": Allocation("owl", 0.08)},
+    "structured": {"method": SparseGPT(), "sparsity": Structured(0.3)},
     "permuted 2:4": ROSE | {"sparsity": SemiStructured(2, 4), "permute": True},
 }
 FAMILIES = [family for family in ("llama", "qwen3", "gemma3", "gemma4", "gpt2", "opt", "qwen3_moe") if family in CONFIGS]
@@ -136,9 +139,13 @@ def saved(folder: Path, family: str) -> ModelSettings:
     return ModelSettings(path=str(folder))
 
 
+KNOWN_HEADS = ("llama", "qwen3", "gemma3")  # families whose heads can be removed
 FEW = {(family, "refined towards the dense model") for family in FAMILIES} | {("gemma3", name) for name in PLANS}
 ALL = [
-    pytest.param(family, name, marks=() if (family, name) in FEW else pytest.mark.slow) for family in FAMILIES for name in PLANS
+    pytest.param(family, name, marks=() if (family, name) in FEW else pytest.mark.slow)
+    for family in FAMILIES
+    for name in PLANS
+    if name != "structured" or family in KNOWN_HEADS
 ]
 
 
@@ -159,6 +166,36 @@ def test_by_blocks_and_as_a_whole_every_family_is_the_same(family, tmp_path):
         found = answers_by_blocks(model, InMemory(find_blocks(model)), windows, "cpu", batch, "device", tmp_path, "test")
         whole.append(perplexity(model, windows, answers=lambda _, found=found: found).value)
     assert len(set(whole)) == 1
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_moments_of_every_family_are_those_of_the_whole_model(family, monkeypatch):
+    """With nothing pruned, the inputs of every layer are those that the model itself gives it."""
+    windows, whole, found = tokens(WINDOWS), {}, {}
+    model = build(family)
+    layers = all_linear_layers(find_blocks(model))
+    with ExitStack() as stack, torch.no_grad(), one_by_one(model):
+        for layer in layers:
+            whole[layer.name] = InputMoments(layer.columns)
+            hook = lambda _m, args, to=whole[layer.name]: to.update(args[0])  # noqa: E731
+            stack.callback(layer.module.register_forward_pre_hook(hook).remove)
+        for window in windows.split(1):
+            model(input_ids=window, use_cache=False)
+
+    def solve(_plan, group, moments, *arguments):
+        found.update({layer.name: moments.hessian() for layer in group})
+        return real(_plan, group, moments, *arguments)
+
+    real = PruningPlan.solve
+    monkeypatch.setattr(PruningPlan, "solve", solve)
+    for batch in (1, WINDOWS):
+        found.clear()
+        prune_model(model, windows, PruningPlan(method=Wanda(), sparsity=Unstructured(0.0), batch=batch))
+        reached = {name for name, moments in whole.items() if moments.tokens}
+        assert reached <= set(found)
+        for name in reached:
+            whole[name].finish()  # as before solving
+            assert torch.equal(found[name], whole[name].hessian()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
