@@ -19,7 +19,7 @@ from rose_exp.engine import Ordering, SparseGPT, Unstructured, prune_layers
 from rose_exp.errors import RoseExpError
 from rose_exp.interruption import Interrupted
 from rose_exp.models import open_model
-from rose_exp.pipeline import OnDisk, PassSeconds, PruningPlan, RunState, block, prune_model
+from rose_exp.pipeline import OnDisk, PassSeconds, PruningPlan, RunState, capture, prune_model
 from rose_exp.pipeline import plan as planning
 from rose_exp.settings import ModelSettings
 
@@ -113,24 +113,6 @@ def test_a_state_of_something_else_is_refused_with_the_difference(tmp_path):
         RunState(tmp_path, FINGERPRINT | {"code": "b"})
     with pytest.raises(RoseExpError, match=r"settings.seed: 0, now 1"):
         RunState(tmp_path, {"settings": {"seed": 1}, "code": "a"})
-
-
-def test_damage_is_told_and_nothing_is_changed(tmp_path):
-    prune(tmp_path)
-    file = tmp_path / "block-00001.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    with pytest.raises(RoseExpError, match=rf"block-00001.safetensors: expected {len(whole)} bytes.*got {len(whole) - 1}"):
-        RunState(tmp_path, FINGERPRINT)
-    file.unlink()
-    with pytest.raises(RoseExpError, match=r"block-00001.safetensors: expected .*, got none; delete"):
-        RunState(tmp_path, FINGERPRINT)
-    file.write_bytes(b"x" * len(whole))
-    with pytest.raises(RoseExpError, match="cannot read the run's state"):
-        RunState(tmp_path, FINGERPRINT).block(1)
-    (tmp_path / "state.json").write_text("{")
-    with pytest.raises(RoseExpError, match=r"state.json is damaged.*delete"):
-        RunState(tmp_path, FINGERPRINT)
 
 
 def test_a_disk_that_refuses_leaves_the_last_good_state(tmp_path):
@@ -228,6 +210,22 @@ def test_blocks_on_disk_end_as_blocks_in_memory(tmp_path):
                 assert torch.equal(value, expected[0][f"model.layers.{index}.{name}"]), name
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])  # schedulers send the last three
+def test_every_signal_that_announces_the_end_is_handled(name):
+    number = getattr(signal, name)
+    default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(number, default)
+    try:
+        with interruption.heeded():
+            assert signal.getsignal(number) is not default
+            signal.raise_signal(number)
+            with pytest.raises(Interrupted, match=name):
+                interruption.check()
+        assert signal.getsignal(number) is default
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_signal_is_noted_and_a_second_one_of_a_person_is_not_waited_for():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     try:
@@ -265,16 +263,15 @@ def test_numbers_that_overflow_stop_the_run_by_name():
         prune_model(model, tokens(), plan())
 
 
-def test_what_a_pruned_block_answers_is_looked_at(monkeypatch):
-    real = block.BlockWalk.run
-    calls = []
+def test_a_pruned_block_that_returns_infinity_stops_the_run(monkeypatch):
+    real, calls = capture.BlockCall.run, []
 
-    def run(self, hidden):
-        answer = real(self, hidden)  # stops inside while moments are collected
+    def run(self, block, hidden):
+        answer = real(self, block, hidden)  # does not return while moments are collected
         calls.append(1)
         return answer * float("inf")
 
-    monkeypatch.setattr(block.BlockWalk, "run", run)
+    monkeypatch.setattr(capture.BlockCall, "run", run)
     with pytest.raises(RoseExpError, match=r"model.layers.0: with its pruned weights it answers with NaN or infinity \(in"):
         prune_model(build("llama"), tokens(), plan())
-    assert len(calls) == 3  # batches
+    assert len(calls) == len(tokens())
