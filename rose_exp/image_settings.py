@@ -32,7 +32,7 @@ class DiffusionSettings(Section):
     height: Pixels | None = 512  # null: as the pipeline has it
     width: Pixels | None = 512
     text_length: Positive | None = None  # tokens of a T5 encoder; null: as the pipeline has it
-    batch: Positive = 4  # images at once; no result depends on it beyond rounding
+    batch: Positive = 4  # images at once on a GPU; a CPU makes one at a time
     scheduler: str | None = None  # a class of diffusers; null: the pipeline's own
     packages: Positive = 4  # of modules that are pruned together, one denoising of all prompts each
     weighting: Weighting = "log_decrease"  # how much each step counts in the Hessian

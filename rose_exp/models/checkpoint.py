@@ -98,7 +98,7 @@ class FilesCheckpoint(Checkpoint):
             raise RoseExpError(f"{self.where}: {index} is no index of shards: {error!r}") from error
 
     def _shard(self, find: Find, shard: str) -> Path:
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard.startswith("."):  # hidden files are in no fingerprint
             raise RoseExpError(f"{self.where}: expected names of files beside the index, got {shard!r}, which leads elsewhere")
         path = find(shard)
         if path is None:
