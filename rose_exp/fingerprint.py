@@ -9,9 +9,22 @@ from pathlib import Path
 
 from .wheels import cache_folder, file_sha256
 
-# what of this package makes a result
-DECIDING = ("engine", "models", "pipeline", "calibration", "diffusion", "experiment.py", "ranks.py")
+# the parts of this package that cannot change a result
+IRRELEVANT = ("tracking", "report", "app.py", "command.py", "entry.py", "__main__.py", "quiet.py")
+CODE = (".py", ".txt")  # modules and embedded prompts
 LARGE = 64 * 2**20  # bytes; the fingerprints of files from here on are kept, as reading them takes seconds
+BESIDE_GGUF = (  # files that transformers reads from the folder of a GGUF file
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
@@ -47,6 +60,15 @@ def folder_sha256(path: Path) -> str:
     return _of_files([f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)], path)
 
 
+def model_sha256(path: Path) -> str:
+    """One fingerprint over everything that transformers may read of a model: its folder, or a GGUF file and the files of a
+    tokenizer or configuration beside it."""
+    if not path.is_file():
+        return folder_sha256(path)
+    beside = [file for file in path.parent.iterdir() if file.name in BESIDE_GGUF and file.is_file()]
+    return _of_files([path, *beside], path.parent) if beside else content_sha256(path)
+
+
 def _of_files(files: list[Path], folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -54,12 +76,15 @@ def _of_files(files: list[Path], folder: Path) -> str:
     return digest.hexdigest()
 
 
-def code_sha256() -> str:
-    """One fingerprint over those source files of this package that a pruned weight hangs on."""
-    package = Path(__file__).parent
-    places = [package / name for name in DECIDING]
-    files = [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
-    return _of_files(files, package)
+def code_sha256(package: Path | None = None) -> str:
+    """Return one fingerprint of all source files of this package, except the parts that cannot change a result.
+
+    Args:
+        package: the folder of the package; None: the one that is running.
+    """
+    package = package or Path(__file__).parent
+    files = [file for file in package.rglob("*") if file.suffix in CODE and file.is_file()]
+    return _of_files([file for file in files if file.relative_to(package).parts[0] not in IRRELEVANT], package)
 
 
 def folder_bytes(folder: Path) -> int:
