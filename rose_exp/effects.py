@@ -59,7 +59,7 @@ class Effect:
         role: ``condition``: values stand in one table only if this setting is equal; ``row``: the rows of a table compare
             it; ``seed``: a table averages over it.
         place: results depend not on the place that the setting names but on what is there: ``text``, a text file; ``files``, a
-            file or folder; ``embedded``, an embedded file.
+            file or folder; ``model``, a model with the files beside it; ``embedded``, an embedded file.
         recorded_as: where a run record has the fingerprint of what the setting, with others, selects. Records with equal
             fingerprints are comparable, whatever the setting.
         moments: whether it can change the moments of the inputs of a language model's first block.
@@ -72,7 +72,7 @@ class Effect:
     metrics: tuple[str, ...] | None = None
     of_dense: tuple[str, ...] | None = None
     role: Literal["condition", "row", "seed"] = "condition"
-    place: Literal["text", "files", "embedded"] | None = None
+    place: Literal["text", "files", "model", "embedded"] | None = None
     recorded_as: str | None = None
     moments: bool = False
     ordered: bool = False
@@ -97,8 +97,8 @@ def _removes(pattern: str, kind: bool, method: str) -> bool:
     return pattern == "structured" and kind and method == "sparsegpt"
 
 
-# Whether an option acts must not differ between the rows of a table if the table requires the option to be equal: its rows would
-# have different conditions. So engine.damping counts for every method, though Wanda ignores it.
+# If a table requires an option to be equal, the option must act in all of its rows or in none: else they have different
+# conditions. So engine.damping counts for every method, though Wanda ignores it.
 PATTERN = "sparsity.pattern"
 GROUPS_OF_WEIGHTS = _when(PATTERN, holds=lambda pattern: ":" in pattern)  # N:M
 SHARES = _when(PATTERN, holds=lambda pattern: ":" not in pattern)
@@ -115,7 +115,10 @@ MASKS_CHOSEN = _when("refine.mask_iterations")
 REFINED = _when("refine.steps", "refine.mask_iterations", holds=lambda *counts: any(counts))
 WEIGHTED = _when("diffusion.weighting", holds=lambda weighting: weighting != "uniform")
 SAMPLED = _when("method.name", "evaluation.images", holds=lambda method, images: method != DENSE or images)
-MEASURED = _when("evaluation.perplexity", "evaluation.zero_shot.tasks", "evaluation.images", holds=lambda *sets: any(sets))
+MEASURED = _when(
+    *("model.kind", "evaluation.images", "evaluation.perplexity", "evaluation.zero_shot.tasks"),
+    holds=lambda kind, images, *sets: images if kind == "diffusion" else any(sets),
+)
 PERPLEXITY_MEASURED = _when("evaluation.perplexity")
 TASKS_MEASURED = _when("evaluation.zero_shot.tasks")
 ROWS_FROM_WHEEL_OR_HUB = _when(
@@ -161,11 +164,9 @@ SPARSITY_ALONE = ("sparsity",)  # a dense model's share of zeros among the layer
 
 EFFECTS: dict[str, Effect] = {
     "model.kind": Effect(EVERYTHING, moments=True),
-    "model.embedded": Effect(
-        LANGUAGE, MODEL_EMBEDDED, place="embedded", recorded_as="protocol.model.sha256", moments=True
-    ),
+    "model.embedded": Effect(LANGUAGE, MODEL_EMBEDDED, place="embedded", recorded_as="protocol.model.sha256", moments=True),
     "model.built": Effect(DIFFUSION),
-    "model.path": Effect(EVERYTHING, place="files", recorded_as="protocol.model.sha256", moments=True),
+    "model.path": Effect(EVERYTHING, place="model", recorded_as="protocol.model.sha256", moments=True),
     "model.revision": Effect(EVERYTHING, MODEL_ON_HUB, moments=True),
     "model.dtype": Effect(EVERYTHING, moments=True),
     "model.blocks": Effect(LANGUAGE, of_dense=SPARSITY_ALONE, moments=True),
@@ -411,8 +412,8 @@ def _settings(
 def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Setting]:
     """A setting, or where it is a mapping whose order does not count, the settings in it."""
     if isinstance(value, Mapping) and not effect.ordered:
-        for below, own in flat(value, f"{name}.").items():
-            yield Setting(below, _plain(own), effect, chosen)
+        for below, own in flat(_plain(value), f"{name}.").items():
+            yield Setting(below, own, effect, chosen)
         return
     if isinstance(value, Mapping):
         plain: Any = [[key, _plain(own)] for key, own in value.items()]
