@@ -26,9 +26,9 @@ from .interruption import EXIT_STATUS, Interrupted
 from .ranks import launched, process_group
 from .report import format_table
 from .report.terminal import show_config
-from .run_id import register_resolver
+from .run_id import register_resolver, run_id
 from .secrets import guard_logs, redacted
-from .settings import read_settings
+from .settings import Settings, read_settings
 from .sweeps.devices import claimed
 from .sweeps.optuna import register_sweeper
 from .sweeps.summary import format_outcomes, outcomes
@@ -40,25 +40,51 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SWEPT = "ROSE_EXP_SWEPT"  # environment of a sweep's jobs, wherever they run: the settings that they differ in
+SWEPT = "ROSE_EXP_SWEPT"  # environment variable with the settings in which the jobs of a sweep differ, for launchers' workers
 
-register_resolver()  # here, since a launcher's workers import this module and no other
+register_resolver()  # here, because launchers' workers import only this module
 register_sweeper()
 
 
+class _Checked:
+    """The run IDs of the command's jobs, which :func:`main` has checked.
+
+    Attributes:
+        run_ids: None if no run ID is known in advance: in a search, and in a launcher's worker.
+    """
+
+    def __init__(self):
+        self.run_ids: frozenset[str] | None = None
+
+    def check(self, settings: Settings) -> None:
+        """Raise RoseExpError if ``settings`` are not those of a checked job."""
+        own = run_id(settings)
+        if self.run_ids is not None and own not in self.run_ids:
+            raise RoseExpError(
+                f"expected one of the {len(self.run_ids)} runs of the checked command, got {own} ({settings.label}): the "
+                "configuration or a file that it names has changed since the check"
+            )
+
+
+_checked = _Checked()
+
+
 def main() -> None:
-    """Check the whole command first, so that no mistake is found after hours of work; then hand over to Hydra."""
+    """Check the whole command, so that no error shows up after hours of work. Then let Hydra run its jobs."""
     try:
         command = check_command(sys.argv[1:])
     except SettingsError as error:
         print(redacted(str(error)), file=sys.stderr)
+        sys.exit(2)
+    if problem := command.without_multirun():
+        print(redacted(problem), file=sys.stderr)
         sys.exit(2)
     if command.planned:
         from .sweeps.plan import format_plan  # slow to import
 
         print(format_plan(command.jobs[:1] if command.searched else command.jobs, command.sweep))
         if command.searched:
-            print("a search: each of its trials takes about as much as this one, at an end of what is searched")
+            print("a search: each trial takes about as much as this one, which is at one end of the search space")
         return
     if command.searched and launched()[1] > 1:
         print(
@@ -67,27 +93,31 @@ def main() -> None:
         )
         sys.exit(2)
     os.environ[SWEPT] = " ".join(sorted(command.swept))
+    _checked.run_ids = None if command.searched or not command.jobs else frozenset(job.run_id for job in command.jobs)
     if launched()[0]:
         _be_quiet()
     started = now()
     try:
-        with process_group(cpu="device=cpu" in sys.argv):
+        on_cpu = bool(command.jobs) and all(job.settings.device == "cpu" for job in command.jobs)
+        with process_group(on_cpu):
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
     except RoseExpError as error:
         print(redacted(str(error)), file=sys.stderr)
         sys.exit(1)
     except Interrupted as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        anew = any(job.settings.rerun for job in command.jobs)
+        hint = "rerun=true starts anew: drop it to resume" if anew else "the same command goes on from there"
+        print(f"{stop}; {hint}", file=sys.stderr)
         sys.exit(EXIT_STATUS)
     finally:
         if command.sweep is not None and not command.searched and not launched()[0]:
-            whole = _tell(command, started)
+            whole = _print_outcomes(command, started)
             if not whole and sys.exc_info()[0] is None:
                 sys.exit(1)
 
 
-def _tell(command: Command, started: str) -> bool:
-    """The table at the end of a sweep, however it ended; whether every job of it is done."""
+def _print_outcomes(command: Command, started: str) -> bool:
+    """Print the table at the end of a sweep. Return whether every job is done."""
     rerun = any(job.settings.rerun for job in command.jobs)
     found = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
     print(f"\n{format_outcomes(found)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
@@ -95,7 +125,7 @@ def _tell(command: Command, started: str) -> bool:
 
 
 def _identity(hydra_config: DictConfig) -> Identity | None:
-    """A job of a sweep is called by what differs from the other jobs, and belongs to the experiment, or to the folder."""
+    """The name of a sweep's job is what differs from the other jobs; its group is the experiment, or else the folder."""
     if hydra_config.mode == RunMode.RUN:
         return None
     swept = os.environ.get(SWEPT, "").split()
@@ -107,24 +137,28 @@ def _identity(hydra_config: DictConfig) -> Identity | None:
 
 
 def _be_quiet() -> None:
-    """Of several processes at one run the first one tells and writes: this one makes no folder and no log."""
+    """Of several processes that share a run, only the first one prints and writes. This one writes no folder and no log."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-    scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra writes a sweep's own file wherever it is told to
+    scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra always writes a file of the sweep
     sys.argv += ["hydra.run.dir=.", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
 
 
 @cache
 def _first_block() -> FirstBlock:
-    """What the jobs of a sweep that this process runs share."""
+    """The moments that the jobs of a sweep share, if they run in this process."""
     from .pipeline import FirstBlock
 
     return FirstBlock()
 
 
 def job(config: DictConfig) -> dict[str, Any] | None:
-    """One run, as Hydra calls it, here or in a launcher's worker; its metrics, None where it failed."""
-    from .runs import do_run  # slow to import, and --help needs none of it
+    """Run one job for Hydra, in this process or in a launcher's worker.
+
+    Returns:
+        The metrics; None if the job of a sweep failed.
+    """
+    from .runs import do_run  # slow to import
 
     guard_logs()
     hydra_config = HydraConfig.get()
@@ -135,6 +169,7 @@ def job(config: DictConfig) -> dict[str, Any] | None:
         show_config(resolved)
     try:
         settings = read_settings(resolved)
+        _checked.check(settings)
         with claimed(settings.device, sweep) as device:
             shared = _first_block() if sweep else None
             record = do_run(settings.on(device), resolved, folder, _identity(hydra_config), sweep, shared)
@@ -148,6 +183,6 @@ def job(config: DictConfig) -> dict[str, Any] | None:
         if not sweep and not launched()[0]:
             print(f"\n{format_table([record])}\n\nfull record: {folder / FILE_NAME}")
         return record["metrics"]
-    if not sweep or launched()[1] > 1:  # processes that failed by themselves are out of step
+    if not sweep or launched()[1] > 1:  # a process that failed alone is out of step with the others
         sys.exit(1)
-    return None  # a sweep goes on with its other jobs; the table at its end tells, and so does the exit status
+    return None  # the sweep continues with its other jobs; the table at its end and the exit status report the failure

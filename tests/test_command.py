@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from rose_exp.command import check_command, config_folder
 from rose_exp.engine import Ordering, SemiStructured, Unstructured
 from rose_exp.errors import SettingsError
 from rose_exp.settings import Settings, read_settings
+from rose_exp.tracking import read_record
+
+from .test_app import rose_exp as command
 
 CHOICES = [
     (path.parent.name, path.stem)
@@ -201,3 +205,159 @@ def test_rose_plus_suits_the_pattern(pattern, rule, label):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"{rule} {label} 0.5/0.5 + masks again 12 + refine 6")
+
+
+def conf_with(folder: Path, ratio: float) -> Path:
+    """A copy of the configuration files in which unstructured sparsity has another ratio."""
+    copy = folder / "conf"
+    shutil.copytree(config_folder(), copy)
+    file = copy / "sparsity" / "unstructured.yaml"
+    file.write_text(file.read_text().replace("ratio: 0.5", f"ratio: {ratio}"))
+    return copy
+
+
+def ratios_of(*arguments: str) -> list[float]:
+    return [job.settings.sparsity.ratio for job in check_command(arguments).jobs]
+
+
+def test_configuration_files_elsewhere_are_those_of_the_run(tmp_path):
+    """Of each of Hydra's flags that say where they are."""
+    copy = conf_with(tmp_path, 0.9)
+    (copy / "mine.yaml").write_text((copy / "config.yaml").read_text().replace("seed: 0", "seed: 7"))
+    more = tmp_path / "more"
+    (more / "sparsity").mkdir(parents=True)
+    (more / "sparsity" / "mine.yaml").write_text("pattern: unstructured\nratio: 0.8\n")
+    assert ratios_of() == [0.5]
+    assert ratios_of("--config-path", str(copy)) == [0.9]
+    assert ratios_of("-cp", str(copy), "-m", "seed=0,1") == [0.9, 0.9]
+    assert ratios_of("--config-dir", str(more), "sparsity=mine") == [0.8]
+    assert ratios_of(f"hydra.searchpath=[file://{more}]", "sparsity=mine") == [0.8]
+    (jobs,) = (check_command(["--config-path", str(copy), "--config-name", "mine"]).jobs,)
+    assert [(job.settings.sparsity.ratio, job.settings.seed) for job in jobs] == [(0.9, 7)]
+    assert problems_of("sparsity=mine")[0].startswith("sparsity: expected one of 2:4, 4:8, structured, unstructured")
+    assert problems_of("--config-dir", str(more), "sparsity=other")[0].startswith("sparsity: expected one of 2:4, 4:8, mine,")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config-name", "nothing"], "cannot read the configuration nothing: Cannot find primary config 'nothing'"),
+        (["--config-path", "/nowhere"], "Primary config directory not found"),
+        (["--config-path", "relative"], "Primary config module 'rose_exp.relative' not found"),  # as Hydra reads it
+        (["--config-dir", "/nowhere"], "--config-dir: expected a folder that exists, got '/nowhere'"),
+        (["--experimental-rerun", "a.pickle"], "--experimental-rerun: not supported"),
+    ],
+)
+def test_configuration_files_that_are_not_there_are_an_error(arguments, expected):
+    (problem,) = problems_of(*arguments)
+    assert expected in problem
+
+
+@pytest.mark.parametrize("flag", ["--config-path", "--config-dir", "hydra.searchpath"])
+def test_the_run_does_what_the_check_has_shown(flag, small, tmp_path):
+    """The command as a whole: its plan, and its record."""
+    copy = conf_with(tmp_path, 0.25)
+    (copy / "experiment" / "mine.yaml").write_text("# @package _global_\nsparsity: {ratio: 0.25}\n")
+    where = [f"{flag}=[file://{copy}]"] if flag == "hydra.searchpath" else [flag, str(copy)]
+    own = [*where, *small, *([] if flag == "--config-path" else ["experiment=mine"]), "evaluation=none"]
+    own = [argument for argument in own if not argument.startswith("evaluation.perplexity")]
+    (job,) = check_command(own).jobs
+    assert job.settings.sparsity.ratio == 0.25
+    planned = command(*own, "plan=true", folder=tmp_path)
+    assert job.run_id in planned.stdout
+    done = command(*own, "pipeline.layers=['*.0.mlp.*']", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = [read_record(path) for path in tmp_path.glob("outputs/*/run.json")]
+    assert record["config"]["sparsity"]["ratio"] == 0.25
+    assert record["metrics"]["sparsity"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_mode_of_hydra_in_the_configuration_counts():
+    swept = check_command(["hydra.mode=MULTIRUN", "seed=0,1"])
+    assert (len(swept.jobs), swept.sweep) == (2, Path("outputs"))
+    assert swept.without_multirun() is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["method=[wanda,rose]"],
+        ["+method=[wanda,rose]"],
+        ["-m", "seed=0,1", "method=[wanda,rose]"],
+        ["-m", "method=[wanda,rose],alps"],
+        ["experiment=listed", "--config-dir"],
+        ["experiment=overridden", "--config-dir"],
+        ["experiment=added", "--config-dir"],
+        ["-m", "experiment=swept", "--config-dir"],
+    ],
+)
+def test_several_choices_of_a_group_are_refused_wherever_they_are(arguments, tmp_path):
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    defaults = {
+        "listed": "defaults:\n  - override /method: [wanda, rose]\n",
+        "overridden": "defaults:\n  - /method@_global_: rose\n  - override /method: wanda\n",
+        "added": "defaults:\n  - /method/rose\n  - override /method: wanda\n",
+        "swept": "hydra:\n  sweeper:\n    params:\n      method: '[wanda,rose]'\n",
+    }
+    for name, text in defaults.items():
+        (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+    problems = problems_of(*arguments, *([str(tmp_path)] if "--config-dir" in arguments else []))
+    assert problems[0].startswith("method: expected one choice, got the list [wanda, rose]"), problems
+    assert "-m method=wanda,rose runs one job per choice" in problems[0]
+
+
+def test_a_list_of_one_choice_is_refused_too():
+    assert problems_of("method=[wanda]") == ["method: expected one choice, got the list [wanda]; give method=wanda"]
+
+
+def test_choices_that_build_on_others_of_their_group_are_no_list():
+    for choice in ("rose_plus", "dsnot_sparsegpt"):
+        check_command([f"method={choice}"])
+    check_command(["evaluation=[wikitext2,c4]"])
+
+
+def test_a_forgotten_m_is_named(monkeypatch, capsys):
+    from rose_exp import app
+
+    for argument, expected in {
+        "method=wanda,rose": "method: expected one value, got several; add -m to run one job per value\n",
+        "evaluation=wikitext2,c4": "add -m to run one job per value; evaluation=[a,b] gives one run both\n",
+        "plan=true seed=1,2": "seed: expected one value, got several; add -m to run one job per value\n",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["rose-exp", *argument.split()])
+        with pytest.raises(SystemExit) as caught:
+            app.main()
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.endswith(expected)
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_job_that_was_not_checked_is_refused(multirun, small, tmp_path, monkeypatch, capsys):
+    """Whatever makes the run differ from its check; here the configuration changes in between."""
+    from rose_exp import app
+
+    monkeypatch.chdir(tmp_path)
+    real = app.check_command
+    copy = conf_with(tmp_path, 0.9)
+    arguments = [*(["-m"] if multirun else []), "--config-path", str(copy), *small, *(["seed=0,1"] if multirun else [])]
+
+    def checked(given):
+        found = real(given)
+        file = copy / "sparsity" / "unstructured.yaml"
+        file.write_text(file.read_text().replace("ratio: 0.9", "ratio: 0.8"))
+        return found
+
+    monkeypatch.setattr(app, "check_command", checked)
+    monkeypatch.setattr("sys.argv", ["rose-exp", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        app.main()
+    assert caught.value.code == 1
+    assert not list(tmp_path.glob("outputs/*/run.json"))
+    if multirun:
+        assert "2 not run, of 2 jobs" in capsys.readouterr().out
+
+
+def test_settings_of_hydra_can_be_part_of_the_configuration():
+    (job,) = check_command(["tracking=wandb", "tracking.name=${hydra:job.name}"]).jobs
+    assert job.settings.tracking.name == "rose-exp"
