@@ -1,4 +1,4 @@
-"""Doing a run once: what is finished already is reused, and no two processes work on the same."""
+"""Doing a run once: a finished run is reused, and no two processes work on the same run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from .errors import RoseExpError
-from .experiment import run_experiment
+from .experiment import STATE, run_experiment
 from .pipeline import FirstBlock
 from .ranks import Ranks
-from .report.figures import FOLDER, draw_figures
+from .reuse import MODEL, lacking, supplement
 from .run_id import run_id
 from .settings import Settings
 from .tracking import Identity, read_record
@@ -35,39 +34,40 @@ def do_run(
     wait: bool = False,
     first_block: FirstBlock | None = None,
 ) -> dict[str, Any]:
-    """What :func:`run_experiment` does, unless ``folder`` has it already.
+    """Do what :func:`run_experiment` does, unless ``folder`` already has the result.
+
+    With ``rerun`` the run starts anew, whatever an earlier process has left.
 
     Args:
-        wait: for another process that is at the same run; else that is an error.
+        wait: wait for another process that works on the same run; else that is an error.
     Returns:
         The run record, of this run or of the earlier one.
     Raises:
-        RoseExpError: as :func:`run_experiment`; or the folder holds another run, or is being worked on.
+        RoseExpError: as :func:`run_experiment`; or the folder holds another run, or another process works on it.
     """
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
     if len(set(ranks.gather(run_id(settings)))) > 1:
         raise RoseExpError("torchrun: expected equal settings in all processes, got different ones")
     with _locked(folder, wait, ranks):
-        earlier = ranks.gather(_earlier(settings, folder) if ranks.first else None)[0]
-        if earlier is not None:
-            log.info("%s is finished already: %s", settings.label, folder / FILE_NAME)
-            if ranks.first and settings.figures.draw and not (folder / FOLDER).is_dir():
-                draw_figures(earlier, folder)  # a record is all that they need
-            return earlier
-        if ranks.first and settings.save and (folder / "model").is_dir():
-            shutil.rmtree(folder / "model")  # of an earlier attempt at this same run
-        return run_experiment(settings, dict(config), folder, identity, first_block)
+        earlier = ranks.gather(_reusable(settings, folder) if ranks.first else None)[0]
+        if earlier is None:
+            return run_experiment(settings, dict(config), folder, identity, first_block)
+        log.info("%s is finished already: %s", settings.label, folder / FILE_NAME)
+        return supplement(earlier, settings, config, folder, identity) if ranks.first else earlier
 
 
-def _earlier(settings: Settings, folder: Path) -> dict[str, Any] | None:
-    """The record of the same run, where it is finished and all that is asked of it is there.
+def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
+    """The record of an earlier run, if it is finished and has left everything that the settings request. If not, removes its
+    saved model, and with ``rerun`` its state, so that this run does not find them.
 
     Raises:
-        RoseExpError: the folder holds another run.
+        RoseExpError: the folder holds another run, or a model of unknown origin.
     """
     path = folder / FILE_NAME
     if not path.exists():
+        if settings.save and (folder / MODEL).exists():
+            raise RoseExpError(f"hydra.run.dir: expected a folder without {MODEL}, to which save=true writes, got {folder}")
         return None
     record, own = read_record(path), run_id(settings)
     if record.get("run_id") != own:
@@ -75,24 +75,26 @@ def _earlier(settings: Settings, folder: Path) -> dict[str, Any] | None:
             f"hydra.run.dir: expected an empty folder or one of the same run, {own}, got {folder} with run "
             f"{record.get('run_id')} ({record['label']})"
         )
-    if record["status"] != "finished" or settings.rerun:
-        return None
-    return record if _complete(settings, record, folder) else None
-
-
-def _complete(settings: Settings, record: Mapping[str, Any], folder: Path) -> bool:
-    """Whether all is there that is asked for and hangs not on the settings that a run is called by."""
-    studied = set(settings.figures.study) <= set(record["config"].get("figures", {}).get("study", []))
-    saved = (folder / "model").is_dir() or not settings.save
-    timed = (
-        settings.evaluation.speed is None or not record["protocol"]["speed"]["not_measured"] or not torch.cuda.is_available()
-    )
-    return studied and saved and timed
+    if record["status"] == "finished" and not settings.rerun:
+        missing = lacking(settings, record, folder)
+        if not missing:
+            return record
+        log.info("%s is finished, but without %s: it runs again", settings.label, ", ".join(missing))
+    in_the_way = ([STATE] if settings.rerun else []) + ([MODEL] if settings.rerun or settings.save else [])
+    for name in in_the_way:
+        try:
+            shutil.rmtree(folder / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RoseExpError(f"cannot remove {folder / name}: {error.strerror or error}") from error
+    return None
 
 
 @contextmanager
 def _locked(folder: Path, wait: bool, ranks: Ranks) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process that holds it; of several processes at a run the first holds it."""
+    """Hold the folder's lock until the end of the block or of the process. Of several processes that share a run, the first one
+    holds it."""
     if not ranks.first:
         yield
         return
@@ -104,7 +106,7 @@ def _locked(folder: Path, wait: bool, ranks: Ranks) -> Iterator[None]:
         except Timeout:
             if not wait:
                 raise RoseExpError(f"{folder}: another process is at this run; wait for it, or end it") from None
-            log.info("waiting for another process that is at %s", folder)
+            log.info("waiting for another process that works in %s", folder)
             lock.acquire()
     except OSError as error:
         raise RoseExpError(f"cannot write to {folder}: {error.strerror or error}") from error

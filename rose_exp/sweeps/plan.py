@@ -12,6 +12,7 @@ from ..errors import RoseExpError
 from ..footprint import available, choose, footprint, gib
 from ..models import ModelShape, model_shape
 from ..report import collect_records
+from ..reuse import lacking
 from ..tracking.record import FILE_NAME, device_name, read_record
 from .estimate import Rates, Work
 
@@ -22,7 +23,6 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
     """A line a job: its run id, whether it is done already, and the time and memory that it will take."""
     folder = sweep or OUTPUTS
     records = [record for _, record in collect_records(folder)] if folder.is_dir() else []
-    done = {job.run_id for job in jobs if _finished(folder / job.run_id)}
     device = torch.device("cuda" if jobs[0].settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     rates: dict[str, Rates] = {}
     shapes: dict[str, ModelShape | str] = {}
@@ -36,7 +36,7 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
             except RoseExpError as error:
                 shapes[key] = str(error)
         shape = shapes[key]
-        if job.run_id in done and not job.settings.rerun:
+        if not _to_do(job, folder):
             rows.append((job.name, job.run_id, "finished already", "", ""))
         elif job.run_id in planned:
             rows.append((job.name, job.run_id, "as an earlier job", "", ""))
@@ -72,9 +72,13 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
     return "\n".join(told)
 
 
-def _finished(folder: Path) -> bool:
-    path = folder / FILE_NAME
-    return path.exists() and read_record(path)["status"] == "finished"
+def _to_do(job: Job, folder: Path) -> bool:
+    """Whether a job has something to run, and not only a finished run to reuse."""
+    own = folder / job.run_id
+    if job.settings.rerun or not (own / FILE_NAME).exists():
+        return True
+    record = read_record(own / FILE_NAME)
+    return record["status"] != "finished" or bool(lacking(job.settings, record, own))
 
 
 def _time(seconds: float) -> str:

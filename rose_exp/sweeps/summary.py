@@ -33,13 +33,13 @@ class Outcome:
 
 
 def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: bool = False) -> list[Outcome]:
-    """What became of each job.
+    """Return what became of each job.
 
     Args:
-        jobs: name and run id of each.
-        sweep: folder that the jobs' folders are in.
-        started: when the sweep was, as in run records.
-        rerun: whether nothing was to be reused.
+        jobs: name and run ID of each.
+        sweep: the folder that holds the jobs' folders.
+        started: when the sweep started, in the format of run records.
+        rerun: whether the command reuses nothing.
     """
     found = {identity: sweep / identity for _, identity in jobs}
     if any(not (folder / FILE_NAME).exists() for folder in found.values()):  # hydra.sweep.subdir may say another name
@@ -50,19 +50,19 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
     for name, identity in jobs:
         path = found[identity] / FILE_NAME
         record = read_record(path) if path.exists() else None
-        state, why = _state(record, started)
+        state, why = _state(record, started, rerun)
         if state == "reused" and rerun:
-            state, why = "not run", "there is an earlier record only"
+            state, why = "not run", "its record is of an earlier command"
         if identity in seen and state == "ran":
-            state = "reused"  # the same as an earlier job
+            state = "reused"  # equal to an earlier job
         seen.add(identity)
         told.append(Outcome(name, state, why, found[identity], record))
     return told
 
 
-def _state(record: dict[str, Any] | None, started: str) -> tuple[str, str | None]:
+def _state(record: dict[str, Any] | None, started: str, rerun: bool) -> tuple[str, str | None]:
     if record is None:
-        return "not run", "no record of it"
+        return "not run", "it has no record"
     before = record["started"] < started
     if record["status"] == "finished":
         return ("reused", _other_versions(record)) if before else ("ran", None)
@@ -70,7 +70,7 @@ def _state(record: dict[str, Any] | None, started: str) -> tuple[str, str | None
         return "failed", record["error"]
     words = {"running": "its process ended without a word", "interrupted": f"it was stopped ({record['error']})"}
     why = words.get(record["status"], "it was not tried again")
-    return "unfinished", f"{why}; the same command takes it up again"
+    return "unfinished", f"{why}; the same command{' without rerun=true' if rerun else ''} resumes it"
 
 
 def _other_versions(record: dict[str, Any]) -> str | None:
