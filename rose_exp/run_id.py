@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .effects import Setting, settings_of
 from .errors import SettingsError
-from .fingerprint import content_sha256, folder_sha256
+from .fingerprint import content_sha256, folder_sha256, model_sha256
 from .settings import Settings, read_settings
 from .text_settings import PROMPTS, prompts_file, text_format
 from .wheels import WHEELS
@@ -45,7 +45,7 @@ def _contents(setting: Setting) -> Any:
     if kind == "embedded":
         return content_sha256(prompts_file(value)) if value in PROMPTS else WHEELS[value].sha256
     place = Path(value).expanduser()
-    found = folder_sha256(place) if place.exists() else value
+    found = (model_sha256 if kind == "model" else folder_sha256)(place) if place.exists() else value
     return f"{found} {text_format(value)}" if kind == "text" else found  # the format decides how a file is read
 
 

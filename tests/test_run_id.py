@@ -110,6 +110,19 @@ def test_settings_of_one_kind_of_model_are_nothing_to_the_other():
     assert identity(*dense, "diffusion.steps=9") != identity(*dense)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_gguf_counts_with_the_tokenizer_beside_it(name, tmp_path):
+    """transformers reads a tokenizer from the folder of a GGUF file, in place of the one in the file."""
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    overrides = ("model=local", f"model.path={model}")
+    before = identity(*overrides)
+    (tmp_path / "notes.txt").write_text("of no effect")
+    assert identity(*overrides) == before
+    (tmp_path / name).write_text("{}")
+    assert identity(*overrides) != before
+
+
 def test_real_images_and_scoring_models_count_by_their_content(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
