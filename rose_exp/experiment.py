@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from .models import (
     save_model,
     save_streamed,
     sparsity_description,
+    tie_again,
 )
 from .pipeline import (
     BlockWeights,
@@ -45,6 +46,7 @@ from .pipeline import (
     PassSeconds,
     RunState,
     answers_by_blocks,
+    check_decoder,
     chosen,
     events,
     loading_blocks,
@@ -186,6 +188,8 @@ class _Run:
                 loaded, self.streamed = open_model(settings.model)
         self.model = loaded.model
         self.protocol["model"] = loaded.protocol
+        for kind, detail in loaded.warnings:
+            self.record.warn(kind, detail)
         check_window_lengths(settings, self.model)
         if settings.pruned and settings.save and isinstance(settings.sparsity.build(), Structured):
             if self.streamed is not None:
@@ -198,6 +202,10 @@ class _Run:
         self.weights: BlockWeights = OnDisk(self.streamed, kept) if self.streamed else InMemory(blocks)
         if self.state is not None and self.state.progress.blocks:
             self.record.data["resumed"] = self.state.progress.blocks
+        if not settings.pruned:  # pruning checks it as well
+            vocabulary = self.model.config.get_text_config().vocab_size
+            with loading_blocks(self.weights, "cpu") if self.streamed else nullcontext():
+                check_decoder(self.model, torch.arange(vocabulary)[None])
         self.record.write()
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -358,4 +366,4 @@ def _move_outside(model: nn.Module, weights: BlockWeights, device: torch.device)
     for module in model.modules():
         if id(module) not in inside:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
-    model.tie_weights()
+    tie_again(model)

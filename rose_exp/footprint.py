@@ -13,7 +13,10 @@ from typing import Any
 import psutil
 import torch
 
+from .batches import at_once
+from .effects import acting
 from .engine import METHODS, Refine
+from .engine.moments import sums_dtype
 from .errors import RoseExpError
 from .models import ModelShape
 from .settings import Settings
@@ -67,22 +70,23 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
     :attr:`Method.working`; moments of layers that are solved are let go). Evaluation has the whole model, or a block and the
     hidden states of a text, and the logits of a batch.
     """
-    width = torch.finfo(shape.dtype).bits // 8
+    width, kind = torch.finfo(shape.dtype).bits // 8, "cuda" if cuda else "cpu"
     whole, block, outside = (count * width for count in (shape.parameters, shape.largest, shape.outside))
     on_disk, place = placed.weights == "disk", settings.pipeline.activations
     pruning, states, kept = 0, 0, 0
     if settings.pruned:
         calibration = settings.calibration
-        passing = calibration.window * settings.pipeline.batch * shape.widest * (4 * width + 4)
+        batch = at_once(settings.pipeline.batch, kind)
+        passing = calibration.window * batch * shape.widest * (4 * width + 4)
         streams = 2 if settings.target.build() else 1  # the dense model's hidden states, and its layers' inputs
         passing *= streams
-        pruning = _solving(settings, shape, passing)
+        pruning = _solving(settings, shape, passing, sums_dtype(kind, torch.float32).itemsize)
         if streams > 1 and settings.pipeline.true_sequential:
             pruning += block  # the dense one, beside the one that is pruned part by part
         copies = 2 if streams > 1 or settings.allocation.build() else 1  # a survey's are gone before the dense ones are made
         states = copies * calibration.samples * calibration.window * shape.hidden * width
         kept = _kept_on_disk(settings, shape, states // copies * streams, width)
-    measuring, texts = _measuring(settings, shape, width)
+    measuring, texts = _measuring(settings, shape, width, kind)
     texts = texts if placed.by_blocks else 0
     large = max(states, texts)
     if place == "device":
@@ -97,26 +101,29 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
     return Footprint(held + max(pruning, measuring) + (large if place == "host" else 0), None, disk)
 
 
-def _solving(settings: Settings, shape: ModelShape, passing: int) -> int:
-    """Moments, and the more of a forward pass and of solving, at the worst of a block's groups."""
+def _solving(settings: Settings, shape: ModelShape, passing: int, sums: int) -> int:
+    """Moments, whose sums take ``sums`` bytes a number, and the larger of a forward pass and of solving, at the worst of a
+    block's groups."""
     groups: dict[str, list[tuple[int, int]]] = {}
     for layer in shape.block:
         groups.setdefault(layer.group, []).append((layer.rows, layer.columns))
     # attention's output projection is as wide as what it shares a module with, and has an input of its own
-    moments = {name: (1 + (len(layers) > 2)) * layers[0][1] ** 2 * 4 for name, layers in groups.items()}
+    moments = {name: (1 + (len(layers) > 2)) * layers[0][1] ** 2 * sums for name, layers in groups.items()}
     if settings.target.build():  # drift is as large as moments, and once more where hidden states are part of it
-        moments = {name: 2 * size + shape.hidden * groups[name][0][1] * 4 for name, size in moments.items()}
+        moments = {name: 2 * size + shape.hidden * groups[name][0][1] * sums for name, size in moments.items()}
     square, flat = METHODS[settings.method.name].working
     if settings.refine.build():
         square, flat = max(square, Refine.working[0]), max(flat, Refine.working[1])
     if settings.target.build():
         square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their moves
-    if settings.engine.permute and settings.sparsity.pattern != "unstructured":
+    if "permutation" in acting(settings.model_dump(mode="json")):
         square += 1  # what is known of the inputs, once more in another order
     peak, left = passing + sum(moments.values()), sum(moments.values())
     for name, layers in groups.items():
         solving = square * layers[0][1] ** 2 * 4 + flat * 4 * sum(rows * columns for rows, columns in layers)
-        peak, left = max(peak, left + int(solving)), left - moments[name]
+        rounded = moments[name] * 4 // sums  # see InputMoments.finish
+        peak = max(peak, left + rounded, left - moments[name] + rounded + int(solving))
+        left -= moments[name]
     return peak
 
 
@@ -128,11 +135,12 @@ def _kept_on_disk(settings: Settings, shape: ModelShape, states: int, width: int
     return blocks + (2 * states if settings.pipeline.resume == "activations" else 0)
 
 
-def _measuring(settings: Settings, shape: ModelShape, width: int) -> tuple[int, int]:
+def _measuring(settings: Settings, shape: ModelShape, width: int, kind: str) -> tuple[int, int]:
     """What evaluating takes beside the model, and the hidden states of the longest text where it is done by blocks."""
     evaluation = settings.evaluation
     windows = [text.window for text in evaluation.perplexity.values()] + ([512] if evaluation.zero_shot.tasks else [])
-    logits = evaluation.batch * max(windows, default=0) * (shape.vocabulary * (width + 8) + shape.widest * width * 4)
+    token = shape.vocabulary * (width + 8) + shape.widest * width * 4
+    logits = at_once(evaluation.batch, kind) * max(windows, default=0) * token
     limits = [(t.window, [n for n in (t.windows, evaluation.at_most) if n]) for t in evaluation.perplexity.values()]
     texts = [window * min(counts or [UNKNOWN_WINDOWS]) * shape.hidden * width for window, counts in limits]
     return logits, max(texts, default=0)

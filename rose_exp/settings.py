@@ -103,7 +103,7 @@ class EvaluationSettings(Section):
     zero_shot: ZeroShotSettings = ZeroShotSettings()
     speed: SpeedSettings | None = None  # null: not measured
     images: ImagesSettings | None = None  # of diffusion models
-    batch: Positive = 4  # windows at once; no result depends on it beyond rounding
+    batch: Positive = 4  # windows at once on a GPU; a CPU takes one at a time
     at_most: Positive | None = None  # windows of each text, and questions of each task; null: as each says
 
     def problems(self, where: str) -> list[str]:
@@ -116,7 +116,7 @@ class PipelineSettings(Section):
     layers: list[str] = Field(["*"])  # patterns of full layer names to prune
     skip: list[str] = Field([])  # patterns of full layer names to leave dense
     true_sequential: bool = False  # each group of layers inside a block sees inputs made by the groups already pruned
-    batch: Positive = 4  # windows at once; no result depends on it beyond rounding
+    batch: Positive = 4  # windows at once on a GPU; a CPU takes one at a time
     activations: Literal["device", "host", "disk"] = "device"  # where the hidden states of all windows are kept
     weights: Literal["auto", "memory", "disk"] = "auto"  # the model's: all in memory, or a block at a time
     by_blocks: bool | Literal["auto"] = "auto"  # measure perplexity so, too; auto: where it must be

@@ -81,13 +81,19 @@ class RunRecord:
         if standard_error is not None:
             self.data["standard_errors"][name] = standard_error
 
+    def warn(self, kind: str, detail: str) -> None:
+        """Record and log a warning that concerns the run as a whole, and no layer."""
+        self.data["events"].append({"kind": kind, "layer": None, "detail": detail})
+        log.warning("%s: %s", kind, detail)
+
     def pruned(self, layers: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], ordered: bool = False) -> None:
         """Record the reports of layers and their warnings, and log one line per kind of warning.
 
         Args:
             ordered: whether the run has an ordering; records and logs how many layers it reordered.
         """
-        self.data["layers"], self.data["events"] = list(layers), list(events)
+        self.data["layers"] = list(layers)
+        self.data["events"] += events
         for kind in dict.fromkeys(event["kind"] for event in events):
             found = [event for event in events if event["kind"] == kind]
             log.warning("%s in %d layers, such as %s: %s", kind, len(found), found[0]["layer"], found[0]["detail"])
