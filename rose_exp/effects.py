@@ -305,8 +305,8 @@ def settings_of(config: Mapping[str, Any], metric: str | None = None, assumed: s
             counts as acting, so that it is in all columns or in none.
     """
     every = _read(config)
-    values, mode = {setting.name: setting.value for setting in every}, _mode(every)
-    found = []
+    values = {setting.name: setting.value for setting in every}
+    mode, found = _mode(values), []
     for setting in every:
         effect, when = setting.effect, setting.effect.when
         if mode not in effect.modes or not _changes(setting, metric, mode):
@@ -319,8 +319,8 @@ def settings_of(config: Mapping[str, Any], metric: str | None = None, assumed: s
 
 def acting(config: Mapping[str, Any]) -> frozenset[str]:
     """Return the :data:`COMPONENTS` that act in this configuration."""
-    every = _read(config)
-    values, mode = {setting.name: setting.value for setting in every}, _mode(every)
+    values = complete(config)
+    mode = _mode(values)
     return frozenset(
         name
         for name, (modes, when) in COMPONENTS.items()
@@ -365,8 +365,7 @@ def _in_any(name: str, others: tuple[str, ...]) -> bool:
     return any(within(name, other) for other in others)
 
 
-def _mode(every: Iterable[Setting]) -> Mode:
-    values = {setting.name: setting.value for setting in every}
+def _mode(values: Mapping[str, Any]) -> Mode:
     return values["model.kind"], values["method.name"] != DENSE
 
 
@@ -394,19 +393,20 @@ def _settings(
     Args:
         name: of the section, with a dot at its end; ``known``: the same with ``*`` for the user's own name, ``chosen``.
     """
-    for key, field in section.model_fields.items():
-        inner, named = _inner(field.annotation)
-        if inner is None:
-            if key in values or not field.is_required():
-                value = _typed(section, key, values[key]) if key in values else field.get_default(call_default_factory=True)
+    fields = _fields(section)
+    for key, field in fields.items():
+        if field.inner is None:
+            if key in values or not field.required:
+                value = field.read(values[key]) if key in values else field.default
                 yield from _spread(name + key, value, effect_of(known + key), chosen)
-        elif named:
+        elif field.named:
             for own, below in (values.get(key) or {}).items():
-                yield from _settings(inner, below, f"{name}{key}.{own}.", f"{known}{key}.*.", own)
-        elif values.get(key) is not None or field.is_required() or field.default is not None:
-            yield from _settings(inner, values.get(key) or {}, f"{name}{key}.", f"{known}{key}.", chosen)
-    for other, value in flat({key: value for key, value in values.items() if key not in section.model_fields}, name).items():
-        yield Setting(other, _plain(value), OF_ANOTHER_VERSION)
+                yield from _settings(field.inner, below, f"{name}{key}.{own}.", f"{known}{key}.*.", own)
+        elif values.get(key) is not None or field.required or field.default is not None:
+            yield from _settings(field.inner, values.get(key) or {}, f"{name}{key}.", f"{known}{key}.", chosen)
+    if others := {key: value for key, value in values.items() if key not in fields}:
+        for other, value in flat(others, name).items():
+            yield Setting(other, _plain(value), OF_ANOTHER_VERSION)
 
 
 def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Setting]:
@@ -438,9 +438,40 @@ def effect_of(name: str) -> Effect:
     return EFFECTS[entry]
 
 
+@dataclass(frozen=True)
+class _Field:
+    """A field of a section.
+
+    Attributes:
+        inner: the section that the field holds; None: it holds a value.
+        named: whether it holds several sections by names that the user chooses.
+    """
+
+    kind: TypeAdapter
+    inner: type[Section] | None
+    named: bool
+    required: bool
+    default: Any
+
+    def read(self, value: Any) -> Any:
+        """A value as the typed settings read it; one that they refuse, such as one of another version, as it is."""
+        try:
+            return self.kind.validate_python(value)
+        except ValidationError:
+            return value
+
+
 @cache
+def _fields(section: type[Section]) -> dict[str, _Field]:
+    found = {}
+    for key, field in section.model_fields.items():
+        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        found[key] = _Field(TypeAdapter(kind), *_inner(field.annotation), field.is_required(), default)
+    return found
+
+
 def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section that a field holds, if it holds one, and whether it holds several by the user's own names."""
     for kind in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
         named = get_origin(kind) is dict
         held = get_args(kind)[1] if named else kind
@@ -449,22 +480,10 @@ def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
     return None, False
 
 
-@cache
-def _adapter(section: type[Section], key: str) -> TypeAdapter:
-    field = section.model_fields[key]
-    return TypeAdapter(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
-
-
-def _typed(section: type[Section], key: str, value: Any) -> Any:
-    """A value as the typed settings read it; what they refuse, such as one of another version, as it is."""
-    try:
-        return _adapter(section, key).validate_python(value)
-    except ValidationError:
-        return value
-
-
 def _plain(value: Any) -> Any:
     """A value that is equal, and serialises equally, for equal settings."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, (list, tuple)):

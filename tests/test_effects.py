@@ -20,24 +20,21 @@ from rose_exp.report.conditions import SPARSITY, column_of, conditions, variant
 from rose_exp.run_id import identifying, run_id
 from rose_exp.settings import Settings
 
-from .effects_cases import (
+from .effects_cases import LEAVES, at, bases_in, cases, changed, metrics_of, moved, recorded, view
+from .effects_modes import (
+    DENSE,
     LANGUAGE,
-    LEAVES,
     MATTERS,
     MODES,
     MOMENTS,
     NEVER,
     NOWHERE,
+    PLACES,
     PRUNED,
     PRUNED_LANGUAGE,
+    ROWS,
     STRUCTURED,
-    at,
-    bases_in,
-    cases,
-    changed,
-    metrics_of,
-    recorded,
-    view,
+    concerns,
 )
 
 
@@ -67,12 +64,27 @@ def test_what_this_test_expects_is_complete():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_run_id_changes_exactly_when_the_report_does(bases, files, mode):
+    """And a setting is a condition of the metrics that it can change, unless rows compare it or tables average over it."""
     base = bases[mode]
     identity, seen = run_id(Settings(**base)), view(base)
     for name, known, other in cases(base, files):
         matters = mode in MATTERS.get(known, NOWHERE)
+        found = view(other)
         assert (run_id(Settings(**other)) != identity) == matters, f"{name} and the run ID"
-        assert (view(other) != seen) == matters, f"{name} and the report"
+        assert (found != seen) == matters, f"{name} and the report"
+        if known in ("model.kind", "method.name", "sparsity.pattern"):  # which change what else counts
+            continue
+        of_row = known == "seed" or any(within(known, row) for row in ROWS)
+        for metric in set(metrics_of(base)) & set(metrics_of(other)):
+            expected = matters and not of_row and concerns(known, metric, mode in DENSE)
+            assert (found[metric] != seen[metric]) == expected, f"{name} and {metric}"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sparsity_in_the_columns_is_no_condition(bases, mode):
+    for metric in metrics_of(bases[mode]):
+        found, expected = (conditions(recorded(bases[mode]), metric, columns) for columns in (SPARSITY, "seed"))
+        assert found == {name: value for name, value in expected.items() if not within(name, SPARSITY)}
 
 
 def test_a_setting_without_an_entry_is_an_error(bases, monkeypatch):
@@ -83,6 +95,24 @@ def test_a_setting_without_an_entry_is_an_error(bases, monkeypatch):
             patch.delitem(EFFECTS, name)
             with pytest.raises(LookupError, match="EFFECTS: expected an entry for"):
                 effective(whole)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_files_count_by_their_content(bases, mode, tmp_path):
+    elsewhere = moved(bases[mode], tmp_path)
+    assert run_id(Settings(**elsewhere)) == run_id(Settings(**bases[mode]))
+    assert view(elsewhere) == view(bases[mode])
+
+
+@pytest.mark.parametrize("mode", ["unstructured", "embedded", "hub", "images", "dense embedded"])
+def test_a_text_with_a_fingerprint_is_no_place(bases, mode):
+    """Neither in the run ID, as far as its content is known before the run, nor in reports."""
+    of_texts = [f"{group}.{name}" for group in ("calibration", "evaluation.perplexity.local") for name in PLACES]
+    for metric in metrics_of(bases[mode]):
+        assert not set(of_texts) & set(conditions(recorded(bases[mode]), metric, SPARSITY))
+    counted = identifying(Settings(**bases[mode]))
+    for name in ("model.embedded", "calibration.embedded", "evaluation.perplexity.local.embedded"):
+        assert counted.get(name) is None or len(counted[name]) == 64
 
 
 @pytest.mark.parametrize("mode", sorted(PRUNED))
@@ -119,10 +149,11 @@ def test_the_key_of_the_first_block_changes_with_its_moments_alone(bases, files,
 @pytest.mark.parametrize("mode", MODES)
 def test_what_acts_is_what_settings_build(bases, mode):
     settings, pruned = Settings(**bases[mode]), mode in PRUNED
+    language = mode in LANGUAGE  # a diffusion model has neither allocation nor target
     built = {
         "order": settings.reorder.build() is not None,
-        "allocation": settings.allocation.build() is not None,
-        "target": settings.target.build() is not None,
+        "allocation": language and settings.allocation.build() is not None,
+        "target": language and settings.target.build() is not None,
         "refinement": bool(settings.refine.build()),
     }
     assert acting(bases[mode]) == {name for name, there in built.items() if there and pruned}

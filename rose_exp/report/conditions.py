@@ -68,8 +68,7 @@ def _recorded(setting: Setting, facts: Mapping[str, Any]) -> bool:
 
 def variant(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a table's row stands for: the method and its options, as far as they act, by dotted name."""
-    found = {s.name: s.value for s in settings_of(record["config"]) if s.effect.role == "row"}
-    return found | {"model.kind": complete(record["config"])["model.kind"]}
+    return {s.name: s.value for s in settings_of(record["config"]) if s.effect.role == "row" or s.name == "model.kind"}
 
 
 def is_dense(record: Mapping[str, Any]) -> bool:
