@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RoseExpError, suggest
+from ..fingerprint import folder_sha256
 from ..settings import ZeroShotSettings
 from ..text_settings import Bos
 from .zero_shot_data import SPLITS, embedded_file, local_file
@@ -73,6 +74,7 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
         own, protocol = _task_files(settings, Path(folder))
+        own_tasks: dict[str, str] = {}
         paths = [folder] if own else []
         if settings.include_path is not None:
             paths.append(str(Path(settings.include_path).expanduser()))
@@ -95,7 +97,9 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
                 f"evaluation.zero_shot: cannot read the rows of {', '.join(settings.tasks)}: {reason}; the papers' seven "
                 f"need no hub with evaluation.zero_shot.data=embedded"
             ) from error
-        yield Tasks(list(settings.tasks), manager, {"data": protocol})
+        if settings.include_path is not None:
+            own_tasks = {"include_sha256": folder_sha256(Path(settings.include_path).expanduser())}
+        yield Tasks(list(settings.tasks), manager, {"data": protocol} | own_tasks)
 
 
 def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], dict[str, Any]]:

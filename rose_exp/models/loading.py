@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import RoseExpError
-from ..fingerprint import weights_sha256
+from ..fingerprint import model_sha256, weights_sha256
 from ..settings import ModelSettings
 from ..wheels import WHEELS, fetch
 
@@ -117,7 +117,10 @@ def _first_lines(error: Exception, limit: int = 400) -> str:
 
 
 def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
-    """What the weights are, for the record."""
+    """Return what the weights are, for the record.
+
+    ``sha256`` covers the weights of a local model, and ``files_sha256`` all of its files, such as the tokenizer.
+    """
     found: dict[str, Any] = {
         "name": settings.name,
         "architecture": type(model).__name__,
@@ -129,7 +132,7 @@ def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
         return found | {"source": wheel_file.source, "sha256": wheel_file.sha256}
     path = Path(settings.path).expanduser()
     if path.exists():
-        return found | {"source": str(path), "sha256": weights_sha256(path)}
+        return found | {"source": str(path), "sha256": weights_sha256(path), "files_sha256": model_sha256(path)}
     return found | {
         "source": settings.path,
         "revision": getattr(model.config, "_commit_hash", None) or settings.revision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +164,17 @@ def test_custom_tasks(stories, tmp_path):
     found = run(stories, tmp_path, tasks=["own"], include_path=own_task(tmp_path))
     assert set(found.values) == {"own"}
     assert found.protocol["tasks"]["own"]["questions"] == 3
+
+
+def test_the_protocol_has_the_fingerprint_of_custom_tasks(tmp_path):
+    """Runs whose task files differ stand in no table together."""
+    settings = ZeroShotSettings(tasks=["own"], include_path=own_task(tmp_path))
+    with prepared(settings) as tasks:
+        before = tasks.protocol["include_sha256"]
+    task = next(Path(settings.include_path).glob("*.yaml"))
+    task.write_text(f"{task.read_text()}# changed\n")
+    with prepared(settings) as tasks:
+        assert tasks.protocol["include_sha256"] != before
 
 
 @pytest.mark.parametrize(("bos", "starts"), [("tokenizer", True), ("windows", True), ("none", False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -70,6 +71,19 @@ def test_dtype_and_fingerprint(stories, tmp_path):
         next(plain.model.parameters()).add_(1)
     save_model(plain.model, load_tokenizer(stories), tmp_path / "other")
     assert load_model(ModelSettings(path=str(tmp_path / "other"))).protocol["sha256"] != loaded.protocol["sha256"]
+
+
+def test_the_protocol_tells_models_apart_by_all_of_their_files(stories, tmp_path):
+    """A configuration decides a result as the weights do."""
+    shutil.copytree(stories.path, tmp_path / "copy")
+    copied = ModelSettings(path=str(tmp_path / "copy"))
+    loaded, same = load_model(stories).protocol, load_model(copied).protocol
+    assert {name: value for name, value in same.items() if value != loaded[name]} == {"name": "copy", "source": copied.path}
+    file = tmp_path / "copy" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 5000.0}))
+    other = load_model(copied).protocol
+    assert other["sha256"] == loaded["sha256"]
+    assert other["files_sha256"] != loaded["files_sha256"]
 
 
 def test_a_folder_without_a_model_and_an_unreachable_hub_are_told(tmp_path):
