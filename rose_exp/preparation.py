@@ -114,7 +114,7 @@ def pruning_plan(settings: Settings) -> PruningPlan:
 def first_key(settings: Settings, protocol: Mapping[str, Any]) -> str:
     """Return a key that differs for runs whose moments of the first block can differ.
 
-    It holds the settings that can change them, and the protocol's facts about the model, the calibration windows and the device.
+    It holds the settings that can change them, and the protocol's facts about the model, the windows and the device.
     """
     evaluated = ("evaluation", "zero_shot", "speed", "seed")
     facts = {name: value for name, value in protocol.items() if name not in evaluated}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rose_exp.effects import EFFECTS, acting, complete, effective, settings_of, within
+from rose_exp.effects import EFFECTS, acting, complete, effect_of, effective, settings_of, within
 from rose_exp.engine import InputMoments
 from rose_exp.engine.groups import GroupedLayer, prune_groups
 from rose_exp.models import linear_layers
@@ -80,6 +80,22 @@ def test_the_run_id_changes_exactly_when_the_report_does(bases, files, mode):
             assert (found[metric] != seen[metric]) == expected, f"{name} and {metric}"
 
 
+def test_rows_compare_what_is_expected():
+    roles = {name: effect_of(name).role for name in LEAVES}
+    assert {name for name, role in roles.items() if role == "row"} == {
+        name for name in LEAVES if any(within(name, row) for row in ROWS)
+    }
+    assert [name for name, role in roles.items() if role == "seed"] == ["seed"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_metric_has_the_settings_that_can_change_it(bases, mode):
+    everything = effective(bases[mode])
+    for metric in metrics_of(bases[mode]):
+        expected = {name for name in everything if concerns(name.replace(".local.", ".*."), metric, mode in DENSE)}
+        assert set(effective(bases[mode], metric)) == expected, metric
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_sparsity_in_the_columns_is_no_condition(bases, mode):
     for metric in metrics_of(bases[mode]):
@@ -107,9 +123,11 @@ def test_files_count_by_their_content(bases, mode, tmp_path):
 @pytest.mark.parametrize("mode", ["unstructured", "embedded", "hub", "images", "dense embedded"])
 def test_a_text_with_a_fingerprint_is_no_place(bases, mode):
     """Neither in the run ID, as far as its content is known before the run, nor in reports."""
-    of_texts = [f"{group}.{name}" for group in ("calibration", "evaluation.perplexity.local") for name in PLACES]
+    places = {f"{group}.{name}" for group in ("calibration", "evaluation.perplexity.local") for name in PLACES}
+    places |= {"model.embedded"} | ({"model.path"} if mode != "hub" else set())  # of which no content is known
     for metric in metrics_of(bases[mode]):
-        assert not set(of_texts) & set(conditions(recorded(bases[mode]), metric, SPARSITY))
+        found = conditions(recorded(bases[mode]), metric, SPARSITY)
+        assert not places & {name for name, value in found.items() if value is not None}
     counted = identifying(Settings(**bases[mode]))
     for name in ("model.embedded", "calibration.embedded", "evaluation.perplexity.local.embedded"):
         assert counted.get(name) is None or len(counted[name]) == 64
@@ -139,7 +157,7 @@ def test_the_key_of_the_first_block_changes_with_its_moments_alone(bases, files,
     base = bases[mode]
     key = first_key(Settings(**base), {})
     for name, known, other in cases(base, files):
-        if known in ("method.name", "model.kind"):  # other methods, but a dense model has no moments
+        if known == "model.kind":
             continue
         expected = mode in MATTERS.get(known, NOWHERE) and any(within(known, group) for group in MOMENTS)
         expected |= known == "sparsity.pattern" and mode in STRUCTURED  # whose heads and neurons count no more
