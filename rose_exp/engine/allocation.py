@@ -7,6 +7,7 @@ share of its layer's output power, so that the sum of the layers' relative losse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -83,9 +84,18 @@ def loss_histogram(weight: Tensor, mean_square: Tensor, power: Tensor | float) -
         weight: W, (rows, columns).
         mean_square: E[x²] of each column, (columns,).
         power: E‖W x‖², above 0.
+
+    Raises:
+        ValueError: the losses do not fit float32.
     """
-    losses = (weight.float().square() * (mean_square.float() / power)).log2_()
-    places = losses.sub_(LOWEST).mul_(PER_OCTAVE).nan_to_num_(neginf=0).clamp_(0, (HIGHEST - LOWEST) * PER_OCTAVE - 1)
+    losses = weight.float().square() * (mean_square.float() / power)
+    largest = float(losses.max())
+    if not 0 < largest < math.inf:
+        raise ValueError(
+            f"weight, mean_square: expected losses that fit float32, got up to {largest:g} for an output power of "
+            f"{float(power):g}"
+        )
+    places = losses.log2_().sub_(LOWEST).mul_(PER_OCTAVE).nan_to_num_(neginf=0).clamp_(0, (HIGHEST - LOWEST) * PER_OCTAVE - 1)
     return torch.bincount(places.flatten().long(), minlength=(HIGHEST - LOWEST) * PER_OCTAVE).cpu()
 
 

@@ -10,9 +10,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .errors import relative_error
 from .hessian import NotPositiveDefiniteError, dampings
 from .moments import InputMoments
-from .products import quadratic_form
+from .ranges import check_range
 
 Saliency = Literal["diagonal", "exact"]
 
@@ -120,10 +121,21 @@ def prune_groups(
     updates what stays.
 
     Raises:
-        ValueError: an argument of the wrong kind, shape or range, or a weight or moments that are not finite.
+        ValueError: an argument of the wrong kind, shape or range; a weight or moments that are not finite; inputs, a result or
+            an error beyond the range of the precision.
         NotPositiveDefiniteError: H cannot be factorised at any damping tried.
     """
     _check(layers, count, method, damping)
+    try:
+        return _removed(layers, count, method, saliency, damping, at_once)
+    except torch.linalg.LinAlgError as error:
+        columns = layers[0].moments.columns
+        raise NotPositiveDefiniteError(f"the Hessian of {columns} columns cannot be solved: {error}") from error
+
+
+def _removed(
+    layers: Sequence[GroupedLayer], count: int, method: str, saliency: Saliency, damping: float, at_once: int
+) -> PrunedGroups:
     works = [_Work(layer) for layer in layers]
     used = 0.0
     if method == "sparsegpt":
@@ -205,12 +217,16 @@ class _Work:
             lower = torch.linalg.cholesky(self.damped[stay][:, stay])
             lost = self.dense[:, gone] @ self.damped[gone][:, stay]
             result[:, stay] += torch.cholesky_solve(lost.T, lower).T
-        return result.to(self.layer.weight.dtype)
+        returned = result.to(self.layer.weight.dtype)
+        if not torch.isfinite(returned).all():
+            raise ValueError(
+                f"weight: the pruned layer does not fit {str(returned.dtype).removeprefix('torch.')}: "
+                f"largest value {result.abs().max():g}"
+            )
+        return returned
 
     def error(self, weight: Tensor) -> float:
-        lost = quadratic_form(self.dense - weight.double(), self.hessian)
-        total = quadratic_form(self.dense, self.hessian)
-        return max(0.0, float(lost)) / float(total) if total > 0 else 0.0
+        return relative_error(self.dense, weight.double(), self.hessian)
 
 
 def _invert(works: Sequence[_Work], damping: float) -> float:
@@ -271,3 +287,4 @@ def _check(layers: Sequence[GroupedLayer], count: int, method: str, damping: flo
             raise ValueError(f"columns: expected numbers from 0 to {weight.shape[1] - 1}, got up to {int(columns.max())}")
         if not (torch.isfinite(weight).all() and torch.isfinite(layer.moments.gram).all()):
             raise ValueError("weight, moments: expected finite numbers, got NaN or infinity")
+        check_range(layer.moments, layer.moments.dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .curvature import Curvature
+from .errors import NOISE, exact_form, relative_error, share
 from .hessian import NotPositiveDefiniteError, dampings
 from .kernels import Backend, resolve
 from .methods import METHODS, Layer, Method, Solution, settle
@@ -16,30 +18,35 @@ from .moments import InputMoments
 from .ordering import Ordering
 from .patterns import Sparsity
 from .products import quadratic_form
+from .ranges import Extent, extents, finite, read_extents, scaled
 from .refine import Refine, Refined
 from .refine import refine as refine_layers
 from .targets import Drift, Target
 
+__all__ = ["PruneResult", "prune_layer", "prune_layers", "relative_error"]
+
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A pruned layer and what is worth knowing about it.
+    """A pruned layer and its statistics.
 
     Attributes:
         weight: (rows, columns), in the dtype of the input, exactly zero where pruned.
         mask: (rows, columns) bool, True where pruned.
-        rank: of the matrix that OATS adds to the pruned one: where it is not 0, ``weight`` is their sum, zero nowhere, and a
-            layer of rows × columns is stored as the unmasked weights and rank · (rows + columns) more numbers.
+        rank: rank of the matrix that OATS adds to the pruned one. If it is not 0, ``weight`` is their sum, zero nowhere, and
+            a layer of rows × columns is stored as the unmasked weights and rank · (rows + columns) more numbers.
         order: (columns,) int64, the order in which columns were pruned; left to right for methods that prune all at once.
         relative_range: (max − min) / max of the block losses, by the ordering's score (Wanda's without one), 0 to 1.
-        reordered: whether the columns were pruned in another order than left to right.
-        error: tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of the weight as returned; 0 where the layer's output is zero.
-        target_error: the same of what the layer was asked to be in place of W, which is W unless a target was given.
-        unrefined_error: ``target_error`` before refining.
-        rechosen: pruned weights that were not pruned before refining.
-        unrefined: whether refining was asked for and would have raised the error, so that the layer is left as it was pruned.
-        damping: really used, as a share of the mean of H's diagonal; 0 for methods that invert no Hessian.
-        dead_columns: inputs that never fired.
+        reordered: whether the columns were pruned in an order other than left to right.
+        error: tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of the weight as returned; 0 if the layer's output is zero.
+        target_error: the same relative to the layer's regression target, which is W unless a target is given.
+        unrefined_error: ``target_error`` before refinement.
+        rechosen: number of pruned weights that were not pruned before refinement.
+        unrefined: whether refinement would have raised the error, so that the layer is left as it was pruned.
+        damping: the damping that was really used, as a share of the mean of H's diagonal; 0 for methods that invert no
+            Hessian.
+        dead_columns: number of dead input channels (always zero on the calibration data).
+        requested: share of the weights that the sparsity pattern asks to prune.
     """
 
     weight: Tensor
@@ -55,10 +62,11 @@ class PruneResult:
     unrefined_error: float = 0.0
     rechosen: int = 0
     unrefined: bool = False
+    requested: float = 0.0
 
     @property
     def stored(self) -> int:
-        """Numbers that the layer is made of: weights that are not masked, and those of the added matrix."""
+        """Number of numbers that make up the layer: unmasked weights, and those of the added matrix."""
         rows, columns = self.mask.shape
         return int((~self.mask).sum()) + self.rank * (rows + columns)
 
@@ -81,22 +89,23 @@ def prune_layer(
 
     Args:
         weight: W, (rows, columns) = (outputs, inputs), any float dtype; not modified. The layer is solved in float32, or
-            in float64 where ``weight`` or the moments are.
+            in float64 if ``weight`` or the moments are float64.
         moments: of the layer's inputs.
-        method: a name of :data:`METHODS`, or a method with options of its own.
+        method: a name of :data:`METHODS`, or a method with its own options.
         sparsity: :class:`Unstructured` or :class:`SemiStructured`.
         ordering: None: left to right. Methods that prune all at once give the same result in any order.
-        block_size: columns whose masks are chosen together (unstructured), and that an ordering moves together.
-        damping: added to H's diagonal, as a share of its mean; raised by tens where H cannot be factorised.
-        refine: steps of least squares on the final mask, or all of how to refine.
+        block_size: number of columns whose masks are chosen together (unstructured), and that an ordering moves together.
+        damping: added to H's diagonal, as a share of its mean; raised tenfold while H cannot be factorised.
+        refine: number of least-squares steps on the final mask, or the options of post-pruning refinement.
         backend: of the sweep's inner loop: ``torch``, ``numba`` (CPU, float32), ``triton`` (CUDA, float32), or ``auto``, the
-            fastest that there is. All choose the same masks but where rounding decides between near-equals.
-        drift: of the layer's inputs from those of the dense model, which a target needs.
-        target: what the layer is asked to be in place of W, see :class:`Target`; None: W.
+            fastest available one. All choose the same masks, except where rounding decides between near-equal scores.
+        drift: of the layer's inputs from those of the dense model; a target needs it.
+        target: the layer's regression target, see :class:`Target`; None: W.
 
     Raises:
-        ValueError: an argument of the wrong kind, shape or range, or a weight or moments that are not finite.
-        NotPositiveDefiniteError: H cannot be factorised at any damping tried.
+        ValueError: an argument of the wrong kind, shape or range; a weight or moments that are not finite; inputs, a result or
+            an error beyond the range of the precision.
+        NotPositiveDefiniteError: the layer cannot be solved at any damping tried.
     """
     return prune_layers(
         [weight],
@@ -128,15 +137,16 @@ def prune_layers(
     drift: Drift | None = None,
     target: Target | None = None,
 ) -> list[PruneResult]:
-    """Prune layers that share their inputs, such as the q, k and v projections of attention: what :func:`prune_layer` makes
-    of each, but the Hessian and its factor (of those pruned left to right) are worked out once for all.
+    """Prune layers that share their inputs, such as the q, k and v projections of attention.
 
-    A device is waited for twice: for which layers are reordered (not without an ordering), and for the results.
+    Each result equals that of :func:`prune_layer`. The Hessian, and its factor for layers pruned left to right, are computed
+    once for all. A GPU is waited for up to three times: to check the range of the numbers, to see which layers are reordered
+    (with an ordering only), and for the results.
 
     Args:
         weights: of one dtype, on one device.
         methods: one for each weight.
-        sparsity: of all, or one for each weight.
+        sparsity: of all weights, or one for each.
 
     Raises:
         ValueError, NotPositiveDefiniteError: as :func:`prune_layer`.
@@ -157,87 +167,170 @@ def prune_layers(
     if target is not None and (drift is None or drift.columns != moments.columns):
         got = "none" if drift is None else f"{drift.columns}"
         raise ValueError(f"drift: expected that of {moments.columns} columns, which a target needs, got {got}")
-    checked = [*weights, moments.gram] + (drift.sums if drift is not None else [])
-    finite = [_finite(tensor) for tensor in checked]
-    names = ["weight"] * len(weights) + ["moments", "drift", "drift"]
-    if moments.device.type == "cpu":  # a device is not waited for
-        _check_finite(names, finite)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, moments.dtype), torch.float32)
     backend = resolve(backend, moments.device, dtype)
 
-    dense = [weight.to(dtype) for weight in weights]
+    curvature = Curvature(moments, damping, dtype)
+    problems = _problems(weights, chosen, patterns, curvature, drift, target)
     results: list[PruneResult | None] = [None] * len(weights)
     for tried in dampings(damping):
-        curvature = Curvature(moments, tried, dtype)
-        asked = dense if target is None else target.of(dense, curvature, drift)
-        waiting = [i for i, result in enumerate(results) if result is None]
-        layers = [Layer(asked[i], curvature, patterns[i], ordering, block_size, backend) for i in waiting]
+        if tried != curvature.damping:
+            curvature = Curvature(moments, tried, dtype)
+        pending = [i for i, result in enumerate(results) if result is None]
+        layers = [problems[i].layer(curvature, ordering, block_size, backend) for i in pending]
         settle(layers)
-        solutions = [chosen[i].prune(layer) for i, layer in zip(waiting, layers, strict=True)]
-        refined: Sequence[Refined | None] = [None] * len(waiting)
-        if how:
-            swept, masks = [s.weight for s in solutions], [s.mask for s in solutions]
-            kinds = [layer.sparsity for layer in layers]
-            refined = refine_layers(swept, [layer.weight for layer in layers], masks, curvature, kinds, how)
-        found = [
-            _Found(layer, chosen[i], solution, better, dense[i], weights[i].dtype)
-            for i, layer, solution, better in zip(waiting, layers, solutions, refined, strict=True)
-        ]
-        facts = torch.stack([*finite, *(fact for f in found for fact in f.facts)]).tolist()
-        _check_finite(names, facts[: len(finite)])
-        for position, (i, f) in enumerate(zip(waiting, found, strict=True)):
-            start = len(finite) + position * len(f.facts)
-            results[i] = f.result(facts[start : start + len(f.facts)])
+        attempts = list(_solve([problems[i] for i in pending], layers, curvature, how))
+        facts = [fact for attempt in attempts if isinstance(attempt, _Attempt) for fact in attempt.facts]
+        values = iter(torch.stack(facts).tolist() if facts else [])
+        for i, attempt in zip(pending, attempts, strict=True):
+            if isinstance(attempt, _Attempt):
+                results[i] = attempt.result([next(values) for _ in attempt.facts])
         if None not in results:
             return results
+    why = next((f"; {attempt}" for attempt in attempts if isinstance(attempt, torch.linalg.LinAlgError)), "")
     raise NotPositiveDefiniteError(
         f"the Hessian of {moments.columns} columns is not positive definite at damping "
         f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs hold values too large or too small for "
-        f"{str(dtype).removeprefix('torch.')}"
+        f"{str(dtype).removeprefix('torch.')}{why}"
     )
 
 
-class _Found:
-    """One pruned layer before the device has been waited for.
+@dataclass(frozen=True)
+class _Problem:
+    """One layer as it is solved.
 
     Attributes:
-        facts: what the result tells in numbers, float64 tensors of no dimensions.
+        weight: as it was given, (rows, columns).
+        dense: W in the precision that the layer is solved in.
+        goal: what is pruned, the regression target; ``dense`` itself without one.
+        extent: the size of its outputs, and the power of two that ``dense`` and ``goal`` are multiplied by while solved.
     """
 
-    def __init__(
-        self, layer: Layer, method: Method, solution: Solution, refined: Refined | None, dense: Tensor, dtype: torch.dtype
-    ):
-        self.layer, self.method, self.solution, self.refined = layer, method, solution, refined
-        self.solved = (refined or solution).weight
+    weight: Tensor
+    dense: Tensor
+    goal: Tensor
+    method: Method
+    sparsity: Sparsity
+    extent: Extent
+
+    def layer(self, curvature: Curvature, ordering: Ordering | None, block_size: int, backend: Backend) -> Layer:
+        goal, shift = scaled(self.goal, self.extent.shift), self.extent.shift
+        return Layer(goal, curvature, self.sparsity, ordering, block_size, backend, shift=shift)
+
+
+def _problems(
+    weights: Sequence[Tensor],
+    methods: Sequence[Method],
+    patterns: Sequence[Sparsity],
+    curvature: Curvature,
+    drift: Drift | None,
+    target: Target | None,
+) -> list[_Problem]:
+    """The layers to solve, once everything is known to be finite and inside the range of the precision; one wait.
+
+    Raises:
+        ValueError: it is not.
+    """
+    dense = [weight.to(curvature.dtype) for weight in weights]
+    goals = dense if target is None else target.of(dense, curvature, drift)
+    named = [("weight", weight) for weight in weights] + [("moments", curvature.moments.gram)]
+    named += [("drift", sums) for sums in (drift.sums if drift is not None else [])]
+    parts = [[finite(tensor) for _, tensor in named], extents(dense, curvature)]
+    parts += [] if target is None else [[finite(goal) for goal in goals], extents(goals, curvature)]
+    values = iter(torch.stack([fact for part in parts for fact in part]).tolist())
+    flags, of_dense, *of_goals = [[next(values) for _ in part] for part in parts]
+    _check_finite([name for name, _ in named], flags)
+    found = read_extents(of_dense, curvature.dtype)
+    if of_goals:
+        _check_finite(["target"] * len(goals), of_goals[0])
+        pairs = zip(found, read_extents(of_goals[1], curvature.dtype), strict=True)
+        found = [max(pair, key=lambda extent: extent.output) for pair in pairs]
+    return [_Problem(*of_layer) for of_layer in zip(weights, dense, goals, methods, patterns, found, strict=True)]
+
+
+def _check_finite(names: Sequence[str], flags: Sequence[float]) -> None:
+    for name, flag in zip(names, flags, strict=True):
+        if not flag:
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def _solve(
+    problems: Sequence[_Problem], layers: Sequence[Layer], curvature: Curvature, how: Refine
+) -> Iterator[_Attempt | torch.linalg.LinAlgError]:
+    """Solve layers that share their inputs; the error of a layer whose method fails in linear algebra."""
+    solutions = [_solution(problem.method, layer) for problem, layer in zip(problems, layers, strict=True)]
+    solved = [i for i, solution in enumerate(solutions) if isinstance(solution, Solution)]
+    refined: dict[int, Refined] = {}
+    if how and solved:
+        weights, masks = [solutions[i].weight for i in solved], [solutions[i].mask for i in solved]
+        targets, kinds = [layers[i].weight for i in solved], [layers[i].sparsity for i in solved]
+        refined = dict(zip(solved, refine_layers(weights, targets, masks, curvature, kinds, how), strict=True))
+    for i, (problem, layer, solution) in enumerate(zip(problems, layers, solutions, strict=True)):
+        yield _Attempt(problem, layer, solution, refined.get(i)) if i in solved else solution
+
+
+def _solution(method: Method, layer: Layer) -> Solution | torch.linalg.LinAlgError:
+    """The solution of a method, or its error, such as that of an eigenvalue problem that does not converge."""
+    try:
+        return method.prune(layer)
+    except torch.linalg.LinAlgError as error:
+        return error
+
+
+class _Attempt:
+    """One pruned layer before a GPU has been waited for.
+
+    Attributes:
+        facts: numbers of the result, float64 tensors of no dimensions.
+    """
+
+    def __init__(self, problem: _Problem, layer: Layer, solution: Solution, refined: Refined | None):
+        self.problem, self.layer, self.solution, self.refined = problem, layer, solution, refined
         self.mask = (refined or solution).mask
-        self.weight = self.solved.to(dtype)
-        hessian, moved = layer.curvature.hessian, layer.weight is not dense
-        before = solution.lost  # towards what was asked for
+        self.solved = self._unscaled((refined or solution).weight)
+        self.weight = self.solved.to(problem.weight.dtype)
+        exact = self.returned = (refined or solution).weight
+        if self.weight is not exact:  # ``returned`` is the rounded weight, scaled as it was solved
+            self.returned = scaled(self.weight.to(self.solved), problem.extent.shift)
+            if problem.extent.shift and torch.equal(self.returned, exact):
+                self.returned = exact
+        self.dense = layer.weight if problem.goal is problem.dense else scaled(problem.dense, problem.extent.shift)
+        hessian, moved = layer.curvature.hessian, self.dense is not layer.weight
+        before = solution.lost  # of the regression target
         if before is None:
             before = quadratic_form(layer.weight - solution.weight, hessian)
         missed = before
-        if refined is not None or dtype != layer.weight.dtype:  # of the weight as returned
-            missed = quadratic_form(layer.weight - self.weight.to(layer.weight), hessian)
+        if self.returned is not solution.weight:
+            missed = quadratic_form(layer.weight - self.returned, hessian)
         asked = quadratic_form(layer.weight, hessian)
-        lost = quadratic_form(dense - self.weight.to(dense), hessian) if moved else missed
-        total = quadratic_form(dense, hessian) if moved else asked
+        lost = quadratic_form(self.dense - self.returned, hessian) if moved else missed
+        total = quadratic_form(self.dense, hessian) if moved else asked
         none = torch.zeros_like(lost)
         failed = solution.factor.failed if solution.factor else none
         rechosen, left = (none, none) if refined is None else (refined.rechosen, ~refined.taken)
         facts = (failed, lost, total, missed, asked, before, rechosen, left, layer.order.relative_range, layer.dead.sum())
-        self.facts = [fact.double() for fact in (*facts, _finite(self.weight))]
+        self.facts = [fact.double() for fact in (*facts, finite(self.solved), finite(self.weight))]
 
     def result(self, facts: Sequence[float]) -> PruneResult | None:
-        """The result, None where the Hessian could not be factorised."""
-        failed, lost, total, missed, asked, before, rechosen, left, relative_range, dead, finite = facts
-        if failed:
+        """The result, None if the layer cannot be solved at this damping.
+
+        Raises:
+            ValueError: the result or its error is beyond the range of the dtype.
+        """
+        failed, lost, total, missed, asked, before, rechosen, left, relative_range, dead, is_solved, fits = facts
+        inverted = bool(self.solution.factor or self.solution.damped)
+        if failed or (not is_solved and inverted):
             return None
-        if not finite:
+        if not fits:
             raise ValueError(
                 f"weight: the pruned layer does not fit {str(self.weight.dtype).removeprefix('torch.')}: "
                 f"largest value {self.solved.abs().max():g}"
             )
-        layer, moved = self.layer, self.method.sequential and bool(self.layer.moved)
+        layer, goal, moved = self.layer, self.layer.weight, self.problem.method.sequential and bool(self.layer.moved)
+        missed_share = self._share(missed, asked, goal, self.returned)
+        unrefined_share = missed_share
+        if self.refined is not None and not left:
+            unrefined_share = self._share(before, asked, goal, self.solution.weight)
         columns = layer.weight.shape[1]
         return PruneResult(
             weight=self.weight,
@@ -245,25 +338,32 @@ class _Found:
             order=layer.order.order if moved else torch.arange(columns, device=self.weight.device),
             relative_range=relative_range,
             reordered=moved,
-            error=_share(lost, total),
-            damping=layer.curvature.damping if self.solution.factor or self.solution.damped else 0.0,
+            error=missed_share if self.dense is goal else self._share(lost, total, self.dense, self.returned),
+            damping=layer.curvature.damping if inverted else 0.0,
             rank=self.solution.rank,
             dead_columns=int(dead),
-            target_error=_share(missed, asked),
-            unrefined_error=_share(missed if self.refined is None or left else before, asked),
+            target_error=missed_share,
+            unrefined_error=unrefined_share,
             rechosen=int(rechosen),
             unrefined=bool(left),
+            requested=self.problem.sparsity.ratio,
         )
 
+    def _unscaled(self, weight: Tensor) -> Tensor:
+        """A weight as it was before scaling; weights that the method leaves alone keep every bit."""
+        shift = self.problem.extent.shift
+        if not shift:
+            return weight
+        return torch.where((weight == self.layer.weight) & ~self.mask, self.problem.goal, scaled(weight, -shift))
 
-def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
-    """tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of W and V (rows, columns); 0 where the layer's output is zero."""
-    powers = torch.stack([quadratic_form(weight - pruned, hessian), quadratic_form(weight, hessian)])
-    return _share(*powers.tolist())
-
-
-def _share(lost: float, total: float) -> float:
-    return max(0.0, lost) / total if total > 0 else 0.0
+    def _share(self, lost: float, total: float, goal: Tensor, pruned: Tensor) -> float:
+        """``lost`` / ``total``, both computed again in float64 if float32 cannot be relied on: they are not finite, or so small
+        that they are rounding."""
+        floor = NOISE * math.ldexp(self.problem.extent.output, self.problem.extent.shift) ** 2
+        if goal.dtype != torch.float64 and not (NOISE * total < lost < math.inf and floor < total < math.inf):
+            hessian = self.layer.curvature.hessian
+            lost, total = exact_form(goal.double() - pruned.double(), hessian), exact_form(goal, hessian)
+        return share(lost, total)
 
 
 def _method(method: str | Method) -> Method:
@@ -272,17 +372,6 @@ def _method(method: str | Method) -> Method:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method]()
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    """Whether all is finite, a float64 tensor of no dimensions."""
-    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all().double()  # both are NaN if anything is
-
-
-def _check_finite(names: Sequence[str], flags: Sequence[Tensor | float]) -> None:
-    for name, flag in zip(names, flags, strict=False):
-        if not flag:
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
 def _check(weight: Tensor, moments: InputMoments, block_size: int, damping: float) -> None:

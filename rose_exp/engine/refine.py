@@ -112,7 +112,8 @@ def refine(
     refined = []
     layers = zip(*(x.split(rows) for x in (target, start, mask, found, chosen)), targets, weights, strict=True)
     for goal, old, old_mask, new, new_mask, plain, pruned in layers:
-        better = quadratic_form(goal - new, hessian) <= quadratic_form(goal - old, hessian)
+        error = quadratic_form(goal - new, hessian)
+        better = (error <= quadratic_form(goal - old, hessian)) & torch.isfinite(error)
         new = torch.where(curvature.dead, plain.masked_fill(new_mask, 0), new / scale)  # what stays there keeps its value
         weight, final = torch.where(better, new, pruned), torch.where(better, new_mask, old_mask)
         refined.append(Refined(weight, final, (final & ~old_mask).sum(), better))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.allocation import Allocation, BlockSurvey, loss_histogram, outlier_share
+from ..errors import RoseExpError
 from ..models import LinearLayer
 from ..ranks import Ranks
 
@@ -35,7 +36,11 @@ class BlockWatch:
                 stack.callback(layer.module.register_forward_hook(self._output(layer)).remove)
 
     def survey(self, allocation: Allocation, ranks: Ranks) -> BlockSurvey:
-        """What was seen, by all ranks together. Layers that no token has reached, or that answer with zeros, are left out."""
+        """The survey of all ranks together, without layers that no token reaches or whose output is zero.
+
+        Raises:
+            RoseExpError: what a layer is expected to lose is not finite; the message names it.
+        """
         for sums in (*self.squares, *self.powers.values(), self.tokens):
             ranks.add_up(sums)
         seen = [
@@ -46,7 +51,7 @@ class BlockWatch:
         ]
         sizes = {layer.name: layer.weight.numel() for layer, _, _ in seen}
         if allocation.rule == "losses":
-            return BlockSurvey(sizes, histograms={x.name: loss_histogram(x.weight, *facts) for x, *facts in seen})
+            return BlockSurvey(sizes, histograms={layer.name: _histogram(layer, *facts) for layer, *facts in seen})
         scores = [layer.weight.float().abs() * mean_square.sqrt().float() for layer, mean_square, _ in seen]
         return BlockSurvey(sizes, outlier_share(scores, allocation.outlier) if scores else 0.0)
 
@@ -65,3 +70,10 @@ class BlockWatch:
             self.powers[layer.name] += answer.square().sum()
 
         return hook
+
+
+def _histogram(layer: LinearLayer, mean_square: Tensor, power: Tensor) -> Tensor:
+    try:
+        return loss_histogram(layer.weight, mean_square, power)
+    except ValueError as error:
+        raise RoseExpError(f"{layer.name}: {error}") from error

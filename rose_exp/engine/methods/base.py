@@ -27,9 +27,10 @@ class Layer:
     Attributes:
         weight: W, (rows, columns).
         curvature: of the layer's inputs; layers with the same inputs share it.
-        moved: whether the columns are pruned in another order than left to right; None: not looked at yet, see
-            :func:`settle`.
-        given: an order to prune in, in place of what the ordering finds.
+        moved: whether the columns are pruned in an order other than left to right; None: not known yet, see :func:`settle`.
+        given: the order to prune in, instead of the one that the ordering finds.
+        shift: power of two that ``weight`` has been multiplied by, to keep its outputs inside the range of the precision; 0
+            unless they are far from 1. An absolute threshold on outputs must be multiplied by ``2 ** shift``.
     """
 
     weight: Tensor
@@ -40,6 +41,7 @@ class Layer:
     backend: Backend = "auto"
     moved: bool | None = None
     given: ColumnOrder | None = None
+    shift: int = 0
     _losses: dict[str, ExpectedLosses] = field(default_factory=dict, repr=False)
 
     @property

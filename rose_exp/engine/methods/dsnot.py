@@ -69,8 +69,9 @@ class DSnoT(Method):
         error = (effect * mask).sum(dim=1)  # (rows,)
         first_sign = error.sign()
         limits = torch.finfo(variance.dtype)
-        benefit = effect / variance.clamp_min(limits.tiny).pow(self.variance_power)  # a constant input is the best to have
-        benefit.clamp_(limits.min, limits.max)
+        spread = variance.clamp_min(limits.tiny).pow(self.variance_power).clamp_min_(limits.tiny)
+        benefit = (effect / spread).clamp_(limits.min, limits.max)  # a constant input is the best to have
+        threshold = min(self.update_threshold * 2.0**layer.shift, limits.max)
         candidates = _Candidates(benefit, mask)
         if grouped:
             victims = _GroupVictims(metric, mask, layer.sparsity.group)
@@ -81,7 +82,7 @@ class DSnoT(Method):
         rows = torch.arange(len(mask), device=mask.device)
         active = torch.ones_like(error, dtype=torch.bool)
         for _ in range(self.max_cycles):
-            active &= error.abs() > self.update_threshold
+            active &= error.abs() > threshold
             grown, can_grow = candidates.next(error > 0)
             pruned, can_prune = victims.next(error > 0, grown)
             after = error + effect[rows, pruned] - effect[rows, grown]

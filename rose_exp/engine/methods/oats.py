@@ -52,8 +52,9 @@ class OATS(Method):
             rest = scaled - part
             mask = pattern.select_by_row(rest.abs())
             sparse = drop(rest, mask)
-        weight = (sparse + part) / scale.masked_fill(layer.dead, 1)
-        return Solution(torch.where(layer.dead, drop(layer.weight, mask), weight), mask, rank=rank)
+        dead = scale == 0
+        weight = (sparse + part) / scale.masked_fill(dead, 1)
+        return Solution(torch.where(dead, drop(layer.weight, mask), weight), mask, rank=rank)
 
     def split(self, sparsity: Sparsity, rows: int, columns: int) -> tuple[int, Sparsity]:
         """The rank of L, and the pattern of S."""
@@ -66,11 +67,21 @@ class OATS(Method):
 
 
 def low_rank(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of ``matrix`` (n, m) by one of so low a rank: from the eigenvectors of its smaller Gram matrix,
-    which takes a third of the time of a singular value decomposition and is as good where the values kept are not tiny."""
+    """The best approximation of ``matrix`` (n, m) by one of rank at most ``rank``.
+
+    It is computed from the eigenvectors of the smaller Gram matrix. That takes a third of the time of a singular value
+    decomposition and is as good unless the singular values kept are tiny. The Gram matrix is that of the matrix times a power
+    of two, so that its squares stay inside the range of the precision; this changes no bit of the eigenvectors.
+
+    Raises:
+        LinAlgError: the eigenvectors cannot be found.
+    """
     if not rank:
         return torch.zeros_like(matrix)
     wide = matrix.shape[0] < matrix.shape[1]
-    gram = matrix @ matrix.T if wide else matrix.T @ matrix
+    low, high = torch.aminmax(matrix)
+    exponent = torch.frexp(torch.maximum(-low, high)).exponent
+    unit = matrix * torch.ldexp(torch.ones_like(matrix[0, 0]), -exponent)  # of entries up to 1
+    gram = unit @ unit.T if wide else unit.T @ unit
     kept = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # in ascending order
     return kept @ (kept.T @ matrix) if wide else (matrix @ kept) @ kept.T
