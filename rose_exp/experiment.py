@@ -51,6 +51,7 @@ from .pipeline import (
     events,
     loading_blocks,
     prune_model,
+    saved_and_total,
 )
 from .preparation import (
     at_most,
@@ -238,7 +239,8 @@ class _Run:
                 state=self.state,
             )
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
-        found = [event for report in reports for event in events(report, settings.engine.damping)]
+        engine = settings.engine
+        found = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
         record.pruned([report.as_dict() for report in reports], found, settings.reorder.build() is not None)
 
     def measure(self) -> None:
@@ -284,24 +286,16 @@ class _Run:
         return answers_by_blocks(self.model, self.weights, tokens, self.device, batch, place, self.folder, bar)
 
     def _sparsity(self) -> float:
-        """Measured share of zeros (or of numbers saved, see :class:`LayerReport`) among the weights that the pipeline's
-        patterns choose, pruned or not."""
+        """Share of the numbers that need not be stored, among the layers that the pipeline's patterns choose, pruned or not."""
         pipeline, blocks = self.settings.pipeline, self.weights.blocks
-        reported = {report["name"]: report for report in self.record.data["layers"]}
-        zeros = total = 0
-        for index in range(len(blocks.blocks)):
-            layers = [
-                layer
-                for layer in linear_layers(blocks.blocks[index], blocks.block_name(index))
-                if chosen(layer.name, pipeline.layers, pipeline.skip)
-            ]
-            total += sum(layer.weight.numel() for layer in layers)
-            saved = {x.name: round(reported[x.name]["sparsity"] * x.weight.numel()) for x in layers if x.name in reported}
-            zeros += sum(saved.values())
-            if left := [layer for layer in layers if layer.name not in saved]:
-                with self.weights.at(index, "cpu"):
-                    zeros += sum(int((layer.weight == 0).sum()) for layer in left)
-        return zeros / total
+        reports = {report["name"]: report for report in self.record.data["layers"]}
+        saved = total = 0
+        for index, block in enumerate(blocks.blocks):
+            layers = linear_layers(block, blocks.block_name(index))
+            layers = [layer for layer in layers if chosen(layer.name, pipeline.layers, pipeline.skip)]
+            of_block = saved_and_total(layers, reports, self.weights.at(index, "cpu"))
+            saved, total = saved + of_block[0], total + of_block[1]
+        return saved / total
 
     def finish(self) -> None:
         """Save, time, tell and draw."""

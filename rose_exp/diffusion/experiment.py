@@ -18,7 +18,7 @@ from ..engine.weighting import step_weights
 from ..errors import RoseExpError
 from ..fingerprint import code_sha256, folder_bytes
 from ..models import LinearLayer, Structure
-from ..pipeline import RunState, chosen, events
+from ..pipeline import RunState, chosen, events, saved_and_total
 from ..pipeline.plan import check_patterns
 from ..pipeline.structured import check_structures, wanted_structures
 from ..preparation import at_most, find_device, pruning_plan, resolved_backend
@@ -160,7 +160,8 @@ class DiffusionRun:
             reports = walk.prune()
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in walk.seconds.items()}
         record.data["packages"] = [vars(package) for package in walk.facts]
-        found = [event for report in reports for event in events(report, settings.engine.damping)]
+        engine = settings.engine
+        found = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
         record.pruned([report.as_dict() for report in reports], found, settings.reorder.build() is not None)
 
     def _render(self, what: str, on_batch: OnBatch | None) -> Rendering:
@@ -170,8 +171,9 @@ class DiffusionRun:
     def measure(self) -> None:
         """Sparsity, then what remains of heads and neurons, then the images."""
         record, settings = self.record, self.settings
-        weights = [self.layers[name].weight for name in self.chosen]
-        record.data["metrics"]["sparsity"] = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        reports = {report["name"]: report for report in record.data["layers"]}
+        saved, total = saved_and_total([self.layers[name] for name in self.chosen], reports)
+        record.data["metrics"]["sparsity"] = saved / total
         before = sum(p.numel() for p in self.sampler.denoiser.parameters())
         if settings.pruned and self.structures:
             sparsity = settings.sparsity.build()

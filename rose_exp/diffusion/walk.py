@@ -15,7 +15,7 @@ from ..engine import InputMoments
 from ..engine.groups import Structured
 from ..models import LinearLayer, Structure
 from ..pipeline import LayerReport, PruningPlan
-from ..pipeline.plan import report_of
+from ..pipeline.plan import report_of, saved_numbers
 from ..pipeline.state import RunState
 from ..pipeline.structured import prune_structure
 from .denoiser import Unit, tokens_of
@@ -164,6 +164,6 @@ class DenoiserWalk:
         results = self.plan.solve(group, moments)
         seconds = (time.perf_counter() - start) / sum(len(result.weight) for result in results)
         return [
-            report_of(layer.name, result, moments.tokens, seconds * len(result.weight), int((result.weight == 0).sum()))
-            for layer, result in zip(group, results, strict=True)
+            report_of(layer.name, result, moments.tokens, seconds * len(result.weight), saved)
+            for layer, result, saved in zip(group, results, saved_numbers(results), strict=True)
         ]

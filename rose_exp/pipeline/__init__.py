@@ -4,7 +4,7 @@ from .activations import Place
 from .capture import Probe, check_decoder, probe
 from .first_block import FirstBlock
 from .forward import answers_by_blocks, loading_blocks
-from .plan import LayerReport, PassSeconds, PruningPlan, StarvedExperts, chosen, events
+from .plan import LayerReport, PassSeconds, PruningPlan, StarvedExperts, chosen, events, saved_and_total
 from .state import Resume, RunState
 from .walk import prune_model
 from .weights import BlockWeights, InMemory, OnDisk
@@ -29,4 +29,5 @@ __all__ = [
     "loading_blocks",
     "probe",
     "prune_model",
+    "saved_and_total",
 ]

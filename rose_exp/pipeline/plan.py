@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+
+import torch
 
 from ..engine import (
     Drift,
@@ -30,6 +33,11 @@ from ..models import BlockList, LinearLayer, all_linear_layers, projections
 from .activations import Place
 
 StarvedExperts = Literal["dense", "magnitude", "stop"]
+Counts = tuple[int, int]  # numbers that need not be stored, and weights
+
+ROUNDED = 0.1  # share of the requested sparsity that rounding down may take away
+FEW_ZEROS = 0.01  # share of zeros beyond the requested sparsity that a dense layer may hold
+TINY = 1e-9  # rounding of the shares themselves
 
 
 @dataclass(frozen=True)
@@ -131,15 +139,22 @@ class PruningPlan:
 class LayerReport:
     """One pruned layer, for the record.
 
-    ``sparsity`` is the measured share of zeros, and where a matrix of ``rank`` above 0 has been added (OATS), the share of
-    numbers that storing both parts saves. ``seconds`` is for solving, without the passes through the block: layers with the
-    same input are solved together, and share its time by their rows. ``dead_columns`` are inputs that never fired;
-    ``instead`` is what became of an expert that saw too few tokens: ``dense`` or ``magnitude``.
-    ``target_error`` is the error towards what the layer was asked to be, ``unrefined_error`` the same before refining, which
-    has pruned ``rechosen`` weights that were not pruned before, or left the layer ``unrefined`` where it would have raised the
-    error. ``target`` is what it was asked for: ``dense``, the dense layer; ``outputs``, the dense model's output;
-    ``hidden_states``, what these lack, too. ``permuted``: its input channels stand in another order than in the dense model.
-    ``removed`` of the ``groups`` of its columns, heads or neurons, have gone as a whole.
+    Attributes:
+        sparsity: measured share of zeros; with a matrix of ``rank`` above 0 added (OATS), the share of numbers that storing
+            both parts saves.
+        seconds: for solving, without the passes through the block. Layers with the same input are solved together and share
+            the time by their rows.
+        dead_columns: number of dead input channels (always zero on the calibration data).
+        instead: what became of an expert that saw too few tokens: ``dense`` or ``magnitude``.
+        target_error: error relative to the layer's regression target.
+        unrefined_error: the same before refinement.
+        rechosen: number of weights that refinement pruned and that were not pruned before.
+        unrefined: whether refinement would have raised the error, so that the layer is left as it was pruned.
+        target: the regression target: ``dense``, the dense layer; ``outputs``, the dense model's output; ``hidden_states``,
+            this and what the hidden states lack.
+        permuted: whether the input channels stand in another order than in the dense model.
+        removed, groups: number of heads or neurons removed as a whole, and how many there were.
+        requested: sparsity that the plan requests for the layer; None if it leaves the layer dense.
     """
 
     name: str
@@ -163,13 +178,39 @@ class LayerReport:
     permuted: bool = False
     removed: int = 0
     groups: int = 0
+    requested: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
+def saved_numbers(results: Sequence[PruneResult]) -> list[int]:
+    """Of each pruned layer, how many of its rows × columns numbers need not be stored; one wait for all."""
+    zeros = torch.stack([(result.weight == 0).sum() for result in results]).tolist()
+    return [r.weight.numel() - r.stored if r.rank else count for r, count in zip(results, zeros, strict=True)]
+
+
+def saved_and_total(
+    layers: Sequence[LinearLayer], reports: Mapping[str, Mapping[str, Any]], loaded: AbstractContextManager | None = None
+) -> Counts:
+    """How many numbers of some layers need not be stored, and how many weights the layers have.
+
+    A reported layer counts by its report, which is right for layers with a low-rank part as well; others by their zeros.
+
+    Args:
+        reports: of pruned layers, as in the run record, by name.
+        loaded: a context in which the weights of the layers are in memory, entered only if some have no report; None: they
+            are in memory.
+    """
+    dense = [layer for layer in layers if layer.name not in reports]
+    saved = sum(round(reports[x.name]["sparsity"] * x.weight.numel()) for x in layers if x.name in reports)
+    with loaded if dense and loaded is not None else nullcontext():
+        saved += sum(int((layer.weight == 0).sum()) for layer in dense)
+    return saved, sum(layer.weight.numel() for layer in layers)
+
+
 def report_of(name: str, result: PruneResult, tokens: int, seconds: float, saved: int, **more: Any) -> LayerReport:
-    """What is told of a result: ``saved`` numbers of it need not be stored."""
+    """The report of a result of which ``saved`` numbers need not be stored, see :func:`saved_numbers`."""
     rows, columns = result.weight.shape
     return LayerReport(
         name=name,
@@ -188,6 +229,7 @@ def report_of(name: str, result: PruneResult, tokens: int, seconds: float, saved
         unrefined_error=result.unrefined_error,
         rechosen=result.rechosen,
         unrefined=result.unrefined,
+        requested=result.requested,
         **more,
     )
 
@@ -208,20 +250,50 @@ class PassSeconds:
     shared: float = 0.0
 
 
-def events(report: LayerReport, damping: float) -> list[dict[str, Any]]:
-    """What went other than usual in a layer, for the record: ``kind``, ``layer`` and ``detail``."""
+def events(report: LayerReport, damping: float, block_size: int = 128) -> list[dict[str, Any]]:
+    """Warnings for a layer, for the record: ``kind``, ``layer`` and ``detail``.
+
+    Args:
+        damping, block_size: those of the plan.
+    """
     found = []
     if report.instead is not None:
         found.append(("starved_expert", f"{report.tokens} tokens were routed to it: {report.instead}"))
     elif report.tokens < report.columns:
         found.append(("rank_deficient", f"{report.tokens} tokens for a Hessian of {report.columns} columns"))
     if report.dead_columns:
-        found.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs never fired"))
+        found.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs are always zero"))
     if report.unrefined:
-        found.append(("not_refined", f"refining would have raised its error of {report.unrefined_error:.3g}"))
+        found.append(("not_refined", f"refinement would have raised its error of {report.unrefined_error:.3g}"))
     if report.damping > damping:
         found.append(("damping_raised", f"from {damping:g} to {report.damping:g}"))
+    if differs := _sparsity_differs(report, block_size):
+        found.append(("sparsity_differs", differs))
     return [{"kind": kind, "layer": report.name, "detail": detail} for kind, detail in found]
+
+
+def _sparsity_differs(report: LayerReport, block_size: int) -> str | None:
+    """How the sparsity of a layer differs from the requested one, None if counting whole weights or groups explains it.
+
+    Patterns round the number of pruned weights down in every row, block or group of columns that they compare. That explains
+    less than one weight in each, and here no more than a tenth of what is requested: a pattern such as 2:128 loses nothing at
+    all of a row of 63 weights. It also explains a low-rank part of one rank less (OATS), and zeros of the dense layer as far
+    as they are few. Structured sparsity rounds to the nearest number of groups, of which one stays.
+    """
+    requested, columns = report.requested, report.columns
+    if requested is None:
+        return None
+    if report.groups:
+        reached, explained = report.removed / report.groups, 0.5 / report.groups
+        fewer, more = (explained if report.removed else 0.0), explained
+    else:
+        reached, blocks = report.sparsity, -(-columns // block_size)
+        fewer = min(max(report.rows, blocks) / (report.rows * columns), requested * ROUNDED)
+        more = FEW_ZEROS + (1 / report.rows + 1 / columns if report.rank else 0.0)
+    if requested - fewer - TINY <= reached <= requested + more + TINY:
+        return None
+    low_rank = f"; a matrix of rank {report.rank} is added" if report.rank else ""
+    return f"requested {requested:.4g}, reached {reached:.4g}{low_rank}"
 
 
 def check_plan(blocks: BlockList, plan: PruningPlan) -> None:

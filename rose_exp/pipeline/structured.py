@@ -98,6 +98,7 @@ def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], p
             seconds=seconds,
             removed=int(found.removed.sum()),
             groups=structure.groups,
+            requested=sparsity.ratio,
         )
         for part, weight, error in zip(structure.consumers, found.weights, found.errors, strict=True)
     ]

@@ -27,6 +27,7 @@ OTHERS = (
     ["diffusion.alpha_max=9"],
     ["diffusion.guidance=2"],
 )
+FAST = ["calibration.samples=1", "diffusion.steps=2", "evaluation=none", "figures.draw=false"]
 FEW = ["calibration.samples=3", "evaluation.images.samples=2", "diffusion.steps=3"]
 
 
@@ -53,6 +54,38 @@ def test_every_kind_of_pipeline_runs(name, tmp_path):
     assert protocol["images"]["noise_seed"] == 24432
     assert (tmp_path / record["run_id"] / "figures" / "contact_sheet.png").exists()
     assert not (tmp_path / record["run_id"] / "state").exists()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_low_rank_part_counts_as_what_it_is_stored_as(tmp_path, pattern):
+    sparsity = [] if pattern == "unstructured" else [f"sparsity='{pattern}'"]
+    record = rose_exp.run([*FAST, "model=small-sd3", "method=oats", "method.options.iterations=2", *sparsity], tmp_path)
+    layers = record["layers"]
+    assert any(layer["rank"] for layer in layers)
+    weights = [layer["rows"] * layer["columns"] for layer in layers]
+    total = sum(layer["sparsity"] * weight for layer, weight in zip(layers, weights, strict=True))
+    assert record["metrics"]["sparsity"] == pytest.approx(total / sum(weights))
+    differs = {event["layer"] for event in record["events"] if event["kind"] == "sparsity_differs"}
+    if pattern == "unstructured":
+        assert record["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.03)
+        assert not differs
+    else:
+        assert 0.2 < record["metrics"]["sparsity"] < 0.5
+        assert differs == {layer["name"] for layer in layers if layer["rank"]}
+
+
+@pytest.mark.parametrize("model", ["sd3", "flux"])
+def test_the_sparsity_of_removed_heads_and_neurons_is_that_of_the_zeros(model, tmp_path, monkeypatch):
+    counted, real = [], experiment.saved_and_total
+
+    def count(layers, reports):
+        counted.append((sum(int((layer.weight == 0).sum()) for layer in layers), sum(layer.weight.numel() for layer in layers)))
+        return real(layers, reports)
+
+    monkeypatch.setattr(experiment, "saved_and_total", count)
+    own = [f"model=small-{model}", "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.4"]
+    record = rose_exp.run([*FAST, *own], tmp_path)
+    assert record["metrics"]["sparsity"] == counted[0][0] / counted[0][1] > 0.3
 
 
 def test_weights_of_steps_and_packages_change_the_result_and_the_run(tmp_path):
