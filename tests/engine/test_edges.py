@@ -17,7 +17,7 @@ from rose_exp.engine import (
     Unstructured,
     prune_layer,
 )
-from rose_exp.engine.hessian import factorise
+from rose_exp.engine.hessian import dampings, factorise
 
 from .cases import layer, moments_of
 
@@ -145,6 +145,14 @@ def test_damping_is_raised_by_tens_and_told():
     assert result.damping == pytest.approx(10 ** round(torch.tensor(result.damping).log10().item()))
     enough = prune_layer(weight, moments_of(inputs), sparsity=Unstructured(0.5), damping=0.01)
     assert enough.damping == 0.01
+
+
+def test_an_undamped_hessian_is_first_damped_by_a_ten_thousandth():
+    assert dampings(0.0) == pytest.approx([0, 1e-4, 1e-3, 1e-2, 1e-1])
+    assert dampings(0.02) == pytest.approx([0.02, 0.2, 2, 20, 200])
+    weight, inputs = layer(4, 16, tokens=8, dtype=torch.float64)
+    result = prune_layer(weight, moments_of(inputs, torch.float64), sparsity=Unstructured(0.5), damping=0.0)
+    assert result.damping == 1e-4
 
 
 def test_a_hessian_beyond_repair_is_refused():

@@ -80,7 +80,7 @@ def test_dsnot_equals_the_reference(share, initial):
     assert (result.mask.sum(dim=1) == int(48 * share)).all()
 
 
-@pytest.mark.parametrize(("pruned", "group"), [(2, 4), (4, 8)])
+@pytest.mark.parametrize(("pruned", "group"), [(2, 4), (4, 8), (3, 4)])
 def test_dsnot_in_groups_equals_the_reference(pruned, group):
     weight, inputs = dsnot_case()
     scores = weight.abs() * inputs.square().mean(dim=0).sqrt()
@@ -127,6 +127,38 @@ def test_dsnot_takes_constant_and_dead_inputs():
     result = prune_layer(weight, moments_of(inputs), method="dsnot", sparsity=Unstructured(0.5))
     assert (result.mask.sum(dim=1) == 24).all()
     assert torch.isfinite(result.weight).all()
+
+
+def dsnot_row(weights: list[float], means: list[float], sparsity, **options) -> list[bool]:
+    """The mask of one row, without rounding: a weight adds weight · mean to the error, and all inputs vary alike."""
+    means = torch.tensor(means) / 2048
+    inputs = torch.stack([means + 1, means - 1])
+    weight = torch.tensor([weights], dtype=torch.float32)
+    return prune_layer(weight, moments_of(inputs), method=DSnoT(**options), sparsity=sparsity).mask[0].tolist()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_dsnot_leaves_a_row_alone_whose_error_is_at_the_threshold(sign):
+    row = [sign * w for w in (1, 2, 4, -8)]  # the pruned weights add up to an error of 3
+    assert dsnot_row(row, [1] * 4, Unstructured(0.5), update_threshold=3.0) == [True, True, False, False]
+    assert dsnot_row(row, [1] * 4, Unstructured(0.5), update_threshold=2.99, max_cycles=1) == [True, False, False, True]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_dsnot_prunes_no_weight_that_would_not_move_the_error(sign):
+    row = [sign * w for w in (1, 2, -3, -8)]
+    assert dsnot_row(row, [1, 1, 1, 1], Unstructured(0.5), max_cycles=1) == [True, False, True, False]
+    assert dsnot_row(row, [1, 1, 0, 1], Unstructured(0.5), max_cycles=1) == [True, False, False, True]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_dsnot_stops_where_nothing_can_be_pruned_instead(sign):
+    assert dsnot_row([sign * w for w in (1, 2, 4, 8)], [1] * 4, Unstructured(0.5)) == [True, True, False, False]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_dsnot_grows_the_only_pruned_weight(sign):
+    assert dsnot_row([sign * w for w in (1, 2, 4, -8)], [1] * 4, Unstructured(0.25)) == [False, False, False, True]
 
 
 def test_dsnot_options_are_checked():

@@ -141,3 +141,34 @@ def test_masks_chosen_again_are_those_of_relaxed_admm(relaxation):
     assert not result.unrefined
     assert result.rechosen > 0
     torch.testing.assert_close(result.weight, pruned / scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_within_eight_roundings_of_their_output_are_left_alone(dtype):
+    """The norm of the residual is compared with that of H W; H is the identity, so that one step would end at the target."""
+    epsilon = torch.finfo(dtype).eps
+    target = torch.zeros(4, 3, dtype=dtype)
+    target[:, 1] = 1
+    start = target.clone()
+    start[:, 0] = torch.tensor([7, 7.9, 8.1, 9], dtype=dtype) * epsilon
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    found = conjugate_gradient(start, target, mask, torch.eye(3, dtype=dtype), steps=1)
+    assert torch.equal(found[:2], start[:2])
+    assert torch.equal(found[2:], target[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_whose_gradient_is_rounding_of_the_first_are_left_alone(dtype):
+    """The first step takes the residual to about ``closeness`` of what it was. A second one is taken only if that is more than
+    the square root of the rounding of the dtype."""
+    epsilon = torch.finfo(dtype).eps
+    for share, goes_on in ((0.5, False), (2.0, True)):
+        closeness = share * epsilon**0.5
+        hessian = torch.tensor([[1, closeness], [closeness, 1]], dtype=dtype)
+        target, start = torch.tensor([[1.0, 0.0]], dtype=dtype), torch.zeros(1, 2, dtype=dtype)
+        mask = torch.zeros(1, 2, dtype=torch.bool)
+        one, two = (conjugate_gradient(start, target, mask, hessian, steps) for steps in (1, 2))
+        left = ((target - one) @ hessian).norm() / (target @ hessian).norm()
+        assert left == pytest.approx(closeness, rel=1e-2)
+        assert left > 8 * epsilon  # which is not what stops it
+        assert torch.equal(one, two) != goes_on

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
+from torch import nn
 
 from rose_exp.engine import Allocation, Refine, SemiStructured, SparseGPT, Target, Unstructured
 from rose_exp.engine.allocation import BlockSurvey, loss_histogram
-from rose_exp.models import all_linear_layers, find_blocks, one_by_one, open_model
+from rose_exp.errors import RoseExpError
+from rose_exp.models import LinearLayer, all_linear_layers, find_blocks, one_by_one, open_model
 from rose_exp.pipeline import OnDisk, PruningPlan, RunState, prune_model, walk
 from rose_exp.pipeline.activations import Activations
+from rose_exp.pipeline.survey import BlockWatch
+from rose_exp.ranks import Ranks
 from rose_exp.settings import ModelSettings
 
 from ..models.families import build, tokens, with_biases
@@ -67,6 +72,31 @@ def test_layers_lose_what_the_whole_model_says(family, allocation):
     if family != "mixtral":  # of which some experts are starved, and stay dense
         assert abs(zeros - total // 2) <= 1 + 1e-6 * total  # a histogram's rounding
     assert max(expected.values()) - min(expected.values()) > 0.05
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda allocation: allocation.rule)
+def test_layers_whose_output_is_zero_are_left_out(allocation):
+    layers = [LinearLayer(name, nn.Linear(8, 4)) for name in ("zero", "plain", "silent")]
+    layers[0].module.weight.data.zero_()  # its bias is no output of the weight
+    watch = BlockWatch([layers[:2], layers[2:]], "cpu")
+    with ExitStack() as stack, torch.no_grad():
+        watch.hooks(stack)
+        x = torch.randn(5, 8)
+        layers[0].module(x), layers[1].module(x), layers[2].module(0 * x)
+    found = watch.survey(allocation, Ranks())
+    assert set(found.sizes) == {"plain"}
+    assert set(allocation.shares([found], 0.5)) == {"plain"}
+
+
+def test_a_layer_whose_losses_do_not_fit_is_named():
+    of = LinearLayer("block.q_proj", nn.Linear(8, 4, bias=False))
+    of.module.weight.data.mul_(1e18)
+    watch = BlockWatch([[of]], "cpu")
+    with ExitStack() as stack, torch.no_grad():
+        watch.hooks(stack)
+        of.module(1e3 * torch.randn(5, 8))
+    with pytest.raises(RoseExpError, match=r"block.q_proj: weight, mean_square: expected losses that fit float32, got up to"):
+        watch.survey(ALLOCATIONS[0], Ranks())
 
 
 @pytest.mark.parametrize("resume", ["activations", "recompute"])
