@@ -29,20 +29,38 @@ WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def content_sha256(path: Path) -> str:
-    """SHA-256 of a file. Of a large one it is kept in the cache folder, for as long as the file's place, size and time stay."""
+    """SHA-256 of a file. That of a large file is cached for as long as its place, size and time stay the same.
+
+    A damaged entry of the cache is computed again.
+    """
     facts = path.stat()
     if facts.st_size < LARGE:
         return file_sha256(path)
     key = json.dumps([str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ino])
-    kept = cache_folder() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
-    if kept.is_file():
-        return kept.read_text(encoding="ascii")
+    entry = cache_folder() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
+    if (cached := _read_entry(entry, key)) is not None:
+        return cached
     found = file_sha256(path)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    scratch = kept.with_suffix(f".{os.getpid()}")
-    scratch.write_text(found, encoding="ascii")
-    os.replace(scratch, kept)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    scratch = entry.with_suffix(f".{os.getpid()}")
+    scratch.write_text(_entry(key, found), encoding="ascii")
+    os.replace(scratch, entry)
     return found
+
+
+def _entry(key: str, digest: str) -> str:
+    """The text of an entry of the cache: a digest, and one of it and its key, which tells damage."""
+    return f"{digest} {hashlib.sha256(f'{key} {digest}'.encode()).hexdigest()}"
+
+
+def _read_entry(entry: Path, key: str) -> str | None:
+    """The digest in an entry of the cache, None if there is none or it is damaged."""
+    try:
+        text = entry.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    digest = text.partition(" ")[0]
+    return digest if text == _entry(key, digest) else None
 
 
 def weights_sha256(path: Path) -> str:

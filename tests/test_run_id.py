@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from rose_exp import fingerprint
 from rose_exp.entry import config_folder
 from rose_exp.run_id import run_id
 from rose_exp.settings import read_settings
@@ -197,8 +199,6 @@ def test_folders_of_models_count_by_their_files(tmp_path):
 
 
 def test_the_fingerprint_of_a_large_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
-    from rose_exp import fingerprint
-
     monkeypatch.setenv("ROSE_EXP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fingerprint, "LARGE", 1)
     file = tmp_path / "weights"
@@ -208,6 +208,22 @@ def test_the_fingerprint_of_a_large_file_is_kept_until_the_file_changes(tmp_path
     assert fingerprint.content_sha256(file) == first
     file.write_text("bb")
     assert fingerprint.content_sha256(file) == "read again"
+
+
+def test_a_damaged_fingerprint_in_the_cache_is_computed_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROSE_EXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "LARGE", 1)
+    file = tmp_path / "weights"
+    file.write_text("a")
+    expected = hashlib.sha256(b"a").hexdigest()
+    assert fingerprint.content_sha256(file) == expected
+    (entry,) = (tmp_path / "cache" / "sha256").iterdir()
+    whole = entry.read_bytes()
+    flipped = [bytes([*whole[:place], whole[place] ^ 1, *whole[place + 1 :]]) for place in (0, 1, 63, 64, 65, 128)]
+    for damaged in (b"", whole[:63], whole[:64], whole + b"0", b"\xff" * 129, b"0" * 64, *flipped):
+        entry.write_bytes(damaged)
+        assert fingerprint.content_sha256(file) == expected
+        assert entry.read_bytes() == whole
 
 
 def test_the_order_of_layer_options_counts_as_the_first_that_fits_does():
