@@ -30,7 +30,7 @@ LAYER_FIELDS = {  # frozen name: current name in the layers of a run record
     "groups": "groups",
 }
 LAYER_NAME = "name"
-NOT_FROZEN = {LAYER_NAME, "seconds"}  # further fields of a layer; new fields go here
+NOT_FROZEN = {LAYER_NAME, "seconds", "requested"}  # further fields of a layer; new fields go here
 
 LAYER_VALUES: dict[str, dict[Any, Any]] = {  # values of a frozen field that have another name now, current: frozen
     "target": {},
