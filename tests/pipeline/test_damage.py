@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import shutil
+import textwrap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from rose_exp.pipeline import OnDisk, PassSeconds, RunState, prune_model, state
 from rose_exp.ranks import Ranks
 from rose_exp.settings import ModelSettings
 
+from ..conftest import REPOSITORY
 from ..diffusion import pipelines
 from ..models.families import build, tokens
 from ..test_interruption import untimed as untimed_record
+from ..test_ranks import two_ranks
 from . import test_state
 from .test_state import FINGERPRINT, Cut, cut_after, plan, stopping_after, untimed
 
@@ -339,6 +342,37 @@ def test_all_ranks_keep_the_same(tmp_path, name, files):
         refused = on_ranks(lambda ranks: RunState(tmp_path, other[ranks.rank], ranks=ranks))
         assert refused[0] == refused[1]
         assert "code: a, now b" in refused[0]
+
+
+@pytest.mark.slow
+def test_two_processes_end_as_if_nothing_was_damaged(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+        from tests.pipeline.test_damage import *
+        from rose_exp.ranks import process_group
+
+        def run(folder, on_layer=None):
+            model, ranks, of_run = build("llama"), Ranks(), plan(target=Target())
+            kept = RunState(folder, FINGERPRINT, ranks=ranks)
+            reports = prune_model(model, tokens(), of_run, ranks=ranks, state=kept, on_layer=on_layer)
+            return {{name: value.clone() for name, value in model.state_dict().items()}}, untimed(reports)
+
+        with process_group():
+            folder, ranks = Path(sys.argv[1]), Ranks()
+            expected = run(folder / "whole")
+            for name in (*BLOCKS, "activations-00002.1.bin", "dense-00002.0.bin"):
+                with pytest.raises(Cut):
+                    run(folder / name, cut_after(1))
+                with ranks.one_by_one():
+                    if ranks.first:
+                        flip(folder / name / name, 4001)
+                assert_equal(run(folder / name), expected)
+        """)
+    )
+    done = two_ranks(str(script), str(tmp_path))
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_whole_run_ends_with_the_same_record(small, tmp_path, monkeypatch, caplog):
