@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from rose_exp.command import check_command
 from rose_exp.effects import EFFECTS, acting, complete, effect_of, effective, settings_of, within
 from rose_exp.engine import InputMoments
 from rose_exp.engine.groups import GroupedLayer, prune_groups
@@ -258,6 +259,16 @@ def test_equal_settings_have_equal_effects(bases, name, first, second):
 def view_of(config: dict[str, Any]) -> list[Any]:
     record = {"config": config, "protocol": {"evaluation": {"local": {}}}}
     return [conditions(record, "perplexity.local", SPARSITY), variant(record), column_of(record, SPARSITY)]
+
+
+@pytest.mark.parametrize(
+    "command", ["", "method=rose_plus sparsity=2:4", "model=small-sd3 method=dsnot", "evaluation=[c4,zero_shot,speed]"]
+)
+def test_a_configuration_has_the_effects_of_its_settings(command):
+    """Records keep the configuration, run IDs come from the settings."""
+    job = check_command(command.split()).jobs[0]
+    assert effective(job.config) == effective(job.settings.model_dump(mode="json"))
+    assert complete(job.config) == complete(job.settings.model_dump(mode="json"))
 
 
 def test_the_order_of_layer_options_counts(bases):

@@ -48,6 +48,15 @@ def test_every_state_is_told(tmp_path):
     assert "its process ended without a word" in text
 
 
+def test_what_is_unfinished_resumes_unless_everything_starts_anew(tmp_path):
+    record(tmp_path, "killed", "running")
+    hints = [outcomes([("seed=0", "killed")], tmp_path, START, rerun)[0].why for rerun in (False, True)]
+    assert [hint.partition("; ")[2] for hint in hints] == [
+        "the same command resumes it",
+        "the same command without rerun=true resumes it",
+    ]
+
+
 def test_jobs_in_folders_of_other_names_are_found(tmp_path):
     record(tmp_path, "abc")
     (tmp_path / "abc").rename(tmp_path / "0")
