@@ -1,8 +1,8 @@
 """``python -m rose_exp`` is ``rose-exp``."""
 
-from . import quiet  # noqa: F401  isort: skip
+from .runtime import quiet  # noqa: F401  isort: skip
 
-from .entry import main
+from .cli.entry import main
 
 if __name__ == "__main__":
     main()

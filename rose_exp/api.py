@@ -6,11 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .command import Job, check_command
-from .errors import SettingsError
-from .pipeline import FirstBlock
-from .runs import do_run
+from .cli.command import check_command
+from .pruning import FirstBlock
+from .runs.execution import do_run
+from .runtime.errors import SettingsError
 from .sweeps.devices import claimed
+from .sweeps.job import Job
 from .tracking import Identity, read_record
 from .tracking.record import FILE_NAME
 

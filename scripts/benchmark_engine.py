@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rose_exp.engine import InputMoments, Ordering, SemiStructured, Unstructured, prune_layer
-from rose_exp.engine.kernels import resolve
+from rose_exp.engine.kernels.backends import resolve
 from rose_exp.tracking.record import write_atomically
 
 SMOLLM2 = ["576x576", "192x576", "1536x576", "576x1536"]

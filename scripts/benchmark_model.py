@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rose_exp.engine import InputMoments, Ordering, SparseGPT, Unstructured, prune_layer
 from rose_exp.models import find_blocks, load_model
-from rose_exp.pipeline import PassSeconds, PruningPlan, prune_model
-from rose_exp.settings import ModelSettings
+from rose_exp.pruning import PassSeconds, PruningPlan, prune_model
+from rose_exp.settings.schema import ModelSettings
 from rose_exp.tracking.record import write_atomically
 
 SHAPES = {  # hidden size, width of the MLP, layers, heads, heads of keys and values, vocabulary

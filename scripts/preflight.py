@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from transformers import LlamaConfig, MistralConfig
 
-from rose_exp.command import check_command
-from rose_exp.footprint import Footprint, Placement, check_fits, footprint, gib
+from rose_exp.cli.command import check_command
 from rose_exp.models import ModelShape, shape_of
+from rose_exp.runs.memory import Footprint, Placement, check_fits, footprint, gib
 
 GIB = 2**30
 MODELS = {
@@ -72,7 +72,7 @@ SMALLER += (["pipeline.batch=1", "pipeline.activations=disk"],)
 
 def table() -> str:
     """Markdown: for each model and machine the first settings that fit, and the peaks with them."""
-    from rose_exp.errors import RoseExpError
+    from rose_exp.runtime.errors import RoseExpError
 
     lines = ["| model | whole, on a GPU | machine | fits with | device | host | disk |", "|---|---|---|---|---:|---:|---:|"]
     for name in MODELS:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rose_exp.engine import SemiStructured, Unstructured
 from rose_exp.models import find_blocks, linear_layers
-from rose_exp.pipeline.capture import probe, trace
+from rose_exp.pruning.capture import probe, trace
 
 BLOCK = 128
 DAMPING = 0.01

@@ -20,7 +20,7 @@ def test_the_wheel_carries_the_configurations_and_runs(tmp_path):
     assert packed == {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "conf").rglob("*.yaml")}
 
     away = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    where = "import rose_exp, rose_exp.command as c; print(rose_exp.__file__, c.config_folder())"
+    where = "import rose_exp, rose_exp.cli.command as c; print(rose_exp.__file__, c.config_folder())"
     told = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=away, capture_output=True, text=True, check=True)
     assert told.stdout.split() == [str(tmp_path / "site/rose_exp/__init__.py"), str(tmp_path / "site/rose_exp/conf")]
     run = [sys.executable, "-m", "rose_exp", "--cfg", "job", "method=wanda"]

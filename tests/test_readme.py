@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from rose_exp.command import check_command
+from rose_exp.cli.command import check_command
 
 from .conftest import REPOSITORY
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rose_exp.calibration import contiguous_windows, draw_windows, load_text
+from rose_exp.data import contiguous_windows, draw_windows, load_text
 from rose_exp.engine import METHODS, Ordering, SparseGPT, Unstructured
 from rose_exp.evaluation import perplexity
 from rose_exp.models import load_model, load_tokenizer, save_model
-from rose_exp.pipeline import PruningPlan, prune_model
-from rose_exp.settings import ModelSettings
-from rose_exp.text_settings import TextSettings
+from rose_exp.pruning import PruningPlan, prune_model
+from rose_exp.settings.schema import ModelSettings
+from rose_exp.settings.texts import TextSettings
 
 pytestmark = pytest.mark.slow
 MODEL = ModelSettings(embedded="smollm2-135m")

@@ -9,8 +9,8 @@ Importing this package lets diffusers load saved pipelines whose heads and neuro
 from . import narrowed
 from .denoiser import Unit, candidate_layers, find_units, packages
 from .loading import load_pipeline, save_pipeline
+from .packages import DenoiserWalk
 from .sampling import Sampler, noise_seeds
-from .walk import DenoiserWalk
 
 __all__ = [
     "DenoiserWalk",

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import RoseExpError
 from ..models import own_weights
+from ..runtime.errors import RoseExpError
 
 
 def read_components(folder: Path, denoiser: tuple[str, ...], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

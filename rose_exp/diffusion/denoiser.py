@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import RoseExpError
 from ..models import LinearLayer
+from ..runtime.errors import RoseExpError
 
 
 class ConvLayer(LinearLayer):

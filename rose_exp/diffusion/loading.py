@@ -11,10 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from ..errors import RoseExpError, suggest
-from ..fingerprint import folder_sha256
 from ..models.saving import whole_or_not
-from ..settings import ModelSettings
+from ..runtime.errors import RoseExpError, suggest
+from ..runtime.fingerprint import folder_sha256
+from ..settings.schema import ModelSettings
 from .components import read_components
 from .sampling import PARTS, denoiser_name
 from .small import small_pipeline

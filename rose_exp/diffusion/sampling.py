@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import interruption
-from ..batches import at_once
+from ..runtime import signals as interruption
+from ..runtime.batches import at_once
 from .denoiser import DenoiserCall
 
 PARTS = ("transformer", "unet")  # what pipelines call their denoiser
@@ -29,7 +29,7 @@ class Sampler:
         guidance: scale of classifier-free guidance, or what a guidance-distilled model is told; None: as the pipeline has it.
         size: (height, width) in pixels; None: as the pipeline has it.
         text_length: tokens of a T5 encoder; None: as the pipeline has it.
-        batch: images at once, on a GPU; see :func:`rose_exp.batches.at_once`. Each image has a generator of its own.
+        batch: images at once, on a GPU; see :func:`rose_exp.runtime.batches.at_once`. Each image has a generator of its own.
     """
 
     def __init__(

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..errors import RoseExpError
-from ..image_settings import ImagesSettings
+from ..runtime.errors import RoseExpError
+from ..settings.diffusion import ImagesSettings
 
 BATCH = 16
 Score = Callable[[Tensor, Sequence[str]], tuple[float, float | None]]  # of images (uint8) and prompts: mean, its standard error

@@ -12,7 +12,7 @@ from torch import Tensor
 from .curvature import Curvature
 from .errors import NOISE, exact_form, relative_error, share
 from .hessian import NotPositiveDefiniteError, dampings
-from .kernels import Backend, resolve
+from .kernels.backends import Backend, resolve
 from .methods import METHODS, Layer, Method, Solution, settle
 from .moments import InputMoments
 from .ordering import Ordering

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels import cpu, cuda_kernels, has_triton
+from .kernels import cpu
+from .kernels.available import has_triton
 
 FEW = 16  # scores up to which comparing each with each is the fastest selection
 MANY = 16384  # scores from which on counting beats torch's selection, on a CPU
@@ -42,7 +43,9 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
     if _on_cpu(scores) and scores.shape[-1] >= MANY:
         return cpu.kth_smallest(scores, k)
     if scores.is_cuda and scores.dtype == torch.float32 and scores.shape[-1] >= MANY and has_triton():
-        return cuda_kernels().kth_smallest(scores, k)
+        from .kernels.kth_smallest import kth_smallest as by_digits  # needs Triton
+
+        return by_digits(scores, k)
     return scores.kthvalue(k, dim=-1, keepdim=True).values
 
 

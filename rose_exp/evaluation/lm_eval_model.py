@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..text_settings import Bos
+from ..settings.texts import Bos
 
 
 class PrunedLM(HFLM):
@@ -20,7 +20,7 @@ class PrunedLM(HFLM):
 
     Args:
         tokenizer: lm-eval may add a padding token to it.
-        bos: see :data:`rose_exp.text_settings.Bos`. Even with ``none``, lm-eval conditions the first token of a request
+        bos: see :data:`rose_exp.settings.texts.Bos`. Even with ``none``, lm-eval conditions the first token of a request
             without context on BOS.
     """
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from .. import interruption
-from ..batches import at_once
-from ..errors import RoseExpError
-from ..ranks import Ranks
+from ..runtime import signals as interruption
+from ..runtime.batches import at_once
+from ..runtime.errors import RoseExpError
+from ..runtime.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def perplexity(
     Args:
         model: a causal language model, on the device to run on.
         tokens: (windows, length) int64.
-        batch: windows at once, on a GPU; see :func:`rose_exp.batches.at_once`.
+        batch: windows at once, on a GPU; see :func:`rose_exp.runtime.batches.at_once`.
         ranks: the processes that share the windows, each with the model; None: this one alone.
         answers: gives batches of windows and their logits in another way than by running the whole model.
 

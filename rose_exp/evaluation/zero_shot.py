@@ -16,10 +16,10 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import RoseExpError, suggest
-from ..fingerprint import folder_sha256
-from ..settings import ZeroShotSettings
-from ..text_settings import Bos
+from ..runtime.errors import RoseExpError, suggest
+from ..runtime.fingerprint import folder_sha256
+from ..settings.schema import ZeroShotSettings
+from ..settings.texts import Bos
 from .zero_shot_data import SPLITS, embedded_file, local_file
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def measure(
     Args:
         model: a causal language model, on the device to run on.
         tokenizer: the model's tokenizer; it is not modified.
-        bos: where a BOS token stands, see :data:`rose_exp.text_settings.Bos`.
+        bos: where a BOS token stands, see :data:`rose_exp.settings.texts.Bos`.
 
     Raises:
         RoseExpError: lm-eval cannot write its results.

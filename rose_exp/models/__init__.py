@@ -1,15 +1,15 @@
 """Loading and saving models, and where a model keeps its prunable layers."""
 
+from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 from .bos import needs_bos, resolve_bos
 from .experts import one_by_one, projections
+from .heads_and_neurons import Structure, find_structures
 from .loading import LoadedModel, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
 from .saving import save_model, save_streamed, sparsity_description
 from .shapes import ModelShape, model_shape, shape_of
 from .streaming import StreamedModel, let_go, load_model, open_model
-from .structure import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
-from .structures import Structure, find_structures
 
 __all__ = [
     "BlockList",

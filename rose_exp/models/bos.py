@@ -6,9 +6,9 @@ import logging
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import RoseExpError
-from ..settings import ModelSettings
-from ..text_settings import Bos
+from ..runtime.errors import RoseExpError
+from ..settings.schema import ModelSettings
+from ..settings.texts import Bos
 from .loading import from_pretrained
 
 log = logging.getLogger(__name__)

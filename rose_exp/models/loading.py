@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import RoseExpError
-from ..fingerprint import model_sha256, weights_sha256
-from ..settings import ModelSettings
-from ..wheels import WHEELS, fetch
+from ..runtime.errors import RoseExpError
+from ..runtime.fingerprint import model_sha256, weights_sha256
+from ..runtime.wheels import WHEELS, fetch
+from ..settings.schema import ModelSettings
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..engine.pieces import aligned
-from ..errors import RoseExpError
+from ..runtime.errors import RoseExpError
+from .blocks import BlockList
 from .checkpoint import Checkpoint, GgufCheckpoint
-from .structure import BlockList
 
 
 @dataclass(frozen=True)

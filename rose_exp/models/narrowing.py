@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..engine import Structured
-from ..errors import RoseExpError
-from .structure import BlockList
-from .structures import find_structures
+from ..runtime.errors import RoseExpError
+from .blocks import BlockList
+from .heads_and_neurons import find_structures
 
 QUERIES, KEYS, NEURONS = "num_attention_heads", "num_key_value_heads", "intermediate_size"  # in configurations
 

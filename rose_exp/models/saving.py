@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import RoseExpError
+from ..runtime.errors import RoseExpError
+from .blocks import find_blocks
 from .checkpoint import INDEX, open_checkpoint
 from .matching import match
 from .streaming import StreamedModel
-from .structure import find_blocks
 
 
 def save_model(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..errors import RoseExpError
-from ..settings import ModelSettings
+from ..runtime.errors import RoseExpError
+from ..settings.schema import ModelSettings
+from .blocks import all_linear_layers, find_blocks, linear_layers
 from .loading import build_empty, from_pretrained
-from .structure import all_linear_layers, find_blocks, linear_layers
 
 
 @dataclass(frozen=True)

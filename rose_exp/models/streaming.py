@@ -14,12 +14,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
-from ..errors import RoseExpError
-from ..settings import ModelSettings
+from ..runtime.errors import RoseExpError
+from ..settings.schema import ModelSettings
+from .blocks import BlockList, find_blocks
 from .checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from .loading import LoadedModel, build_empty, from_pretrained, located, protocol, revision, setting_of
 from .matching import Match, fill, match, tie
-from .structure import BlockList, find_blocks
 
 log = logging.getLogger(__name__)
 

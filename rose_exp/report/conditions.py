@@ -1,7 +1,7 @@
 """What numbers must share to stand in one table: everything they depend on except what the table compares.
 
-Which settings a number depends on is decided by :mod:`rose_exp.effects`. The record's protocol adds what settings do not say:
-fingerprints of texts and weights, versions and hardware.
+Which settings a number depends on is decided by :mod:`rose_exp.settings.effects`. The record's protocol adds what settings do
+not say: fingerprints of texts and weights, versions and hardware.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..effects import Setting, complete, flat, settings_of, within, without
+from ..settings.effects import Setting, complete, flat, settings_of, within, without
 
 OF_SEED = (
     "protocol.seed",

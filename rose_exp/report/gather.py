@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..effects import flat, without
-from ..errors import RoseExpError
+from ..runtime.errors import RoseExpError
+from ..settings.effects import flat, without
 from ..tracking.record import REORDERED
 from .cells import Cell, mark_best, paired_difference
 from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense, variant

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..effects import flat
+from ..settings.effects import flat
 from .conditions import SPARSITY, column_of, is_dense
 
 POINTS = ("zero_shot", "images.clip_score", "images.image_reward")  # compared by difference, as a ratio says nothing of them

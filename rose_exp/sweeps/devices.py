@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from ..ranks import launched
+from ..runtime.ranks import launched
 
 log = logging.getLogger(__name__)
 

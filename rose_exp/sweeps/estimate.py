@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..effects import acting, effective
 from ..models import ModelShape
-from ..settings import Settings
+from ..settings.effects import acting, effective
+from ..settings.schema import Settings
 
 PROBE = 1024  # rows and columns of the product that is timed where no record tells a rate
 PROBE_SECONDS = 0.3

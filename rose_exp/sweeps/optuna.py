@@ -21,8 +21,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from ..effects import flat, without, without_effect
-from ..errors import RoseExpError
+from ..runtime.errors import RoseExpError
+from ..settings.effects import flat, without, without_effect
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ..command import Job
-from ..errors import RoseExpError
-from ..footprint import available, choose, footprint, gib
 from ..models import ModelShape, model_shape
 from ..report import collect_records
-from ..reuse import lacking
+from ..runs.memory import available, choose, footprint, gib
+from ..runs.reuse import lacking
+from ..runtime.errors import RoseExpError
 from ..tracking.record import FILE_NAME, device_name, read_record
 from .estimate import Rates, Work
+from .job import Job
 
 OUTPUTS = Path("outputs")  # of a single run
 

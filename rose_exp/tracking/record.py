@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from ..errors import RoseExpError
-from ..interruption import Interrupted
-from ..secrets import redacted
+from ..runtime.errors import RoseExpError
+from ..runtime.redaction import redacted
+from ..runtime.signals import Interrupted
 
 log = logging.getLogger(__name__)
 

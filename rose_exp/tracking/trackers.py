@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..settings import TrackingSettings
+from ..settings.schema import TrackingSettings
 from .record import RunRecord
 
 log = logging.getLogger(__name__)

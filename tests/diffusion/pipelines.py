@@ -7,11 +7,11 @@ from functools import cache
 import torch
 
 from rose_exp.diffusion import Sampler, candidate_layers, find_units, noise_seeds, packages
+from rose_exp.diffusion.packages import DenoiserWalk
 from rose_exp.diffusion.small import PIPELINES, small_pipeline
-from rose_exp.diffusion.walk import DenoiserWalk
 from rose_exp.engine import SparseGPT, Unstructured
 from rose_exp.engine.weighting import step_weights
-from rose_exp.pipeline import PruningPlan
+from rose_exp.pruning import PruningPlan
 
 NAMES = tuple(PIPELINES)
 PROMPTS = ["a red fox", "two boats", "a cat on a wall"]

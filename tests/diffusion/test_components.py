@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from rose_exp.diffusion.loading import load_pipeline
 from rose_exp.diffusion.small import small_pipeline
-from rose_exp.errors import RoseExpError
-from rose_exp.settings import ModelSettings
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.schema import ModelSettings
 
 PARTS = {
     "sd3": ["transformer", "vae", "text_encoder", "text_encoder_3"],

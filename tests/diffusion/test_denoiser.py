@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from rose_exp.diffusion import Unit, packages
 from rose_exp.diffusion.denoiser import ConvLayer, candidate_layers, find_units, tokens_of
-from rose_exp.errors import RoseExpError
+from rose_exp.runtime.errors import RoseExpError
 
 from .pipelines import NAMES, sampler, units_of
 

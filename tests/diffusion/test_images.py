@@ -13,8 +13,8 @@ from rose_exp.diffusion.images import Distances, distances, render
 from rose_exp.diffusion.scores import load_scores
 from rose_exp.diffusion.sheet import draw_sheet
 from rose_exp.diffusion.small import clip_tokenizer
-from rose_exp.errors import RoseExpError
-from rose_exp.image_settings import ImagesSettings
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.diffusion import ImagesSettings
 
 from .pipelines import NAMES, PROMPTS, STEPS, sampler
 

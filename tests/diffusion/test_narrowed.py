@@ -10,9 +10,9 @@ from rose_exp.diffusion import Sampler
 from rose_exp.diffusion.loading import save_pipeline
 from rose_exp.diffusion.narrowed import NarrowedSD3Transformer2DModel, key_of, remove_masked, widths
 from rose_exp.engine import Magnitude, SparseGPT, Structured
-from rose_exp.errors import RoseExpError
 from rose_exp.models import find_structures
-from rose_exp.pipeline.structured import wanted_structures
+from rose_exp.pruning.structured import wanted_structures
+from rose_exp.runtime.errors import RoseExpError
 
 from .pipelines import NAMES, STEPS, images, sampler, walk
 

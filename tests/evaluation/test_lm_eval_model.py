@@ -9,7 +9,7 @@ import torch
 
 from rose_exp.evaluation.lm_eval_model import PrunedLM
 
-from ..calibration.small_tokenizers import BOS, build_tokenizer, letters
+from ..data.small_tokenizers import BOS, build_tokenizer, letters
 from ..models.families import POSITIONS, build
 
 MODES = ("tokenizer", "windows", "none")

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from rose_exp.errors import RoseExpError
 from rose_exp.evaluation import perplexity
-from rose_exp.ranks import Ranks
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.runtime.ranks import Ranks
 
 from ..models.families import build, tokens
 

@@ -11,7 +11,7 @@ import torch
 from rose_exp.engine import SemiStructured, Unstructured
 from rose_exp.evaluation.speed import obstacle
 
-from ..test_app import rose_exp
+from ..cli.test_app import rose_exp
 
 CUDA = torch.device("cuda")
 
@@ -59,7 +59,7 @@ def test_sparse_products_are_those_of_the_zeros_stored():
     from rose_exp.engine import SparseGPT
     from rose_exp.evaluation.speed import measure
     from rose_exp.models import all_linear_layers, find_blocks
-    from rose_exp.pipeline import PruningPlan, prune_model
+    from rose_exp.pruning import PruningPlan, prune_model
 
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).eval().half()

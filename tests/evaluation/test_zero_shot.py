@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rose_exp.errors import RoseExpError
 from rose_exp.evaluation.zero_shot import AVERAGED, Accuracies, _accuracies, _stock_file, measure, prepared
 from rose_exp.evaluation.zero_shot_data import SPLITS, embedded_file, local_file
 from rose_exp.models import load_model, load_tokenizer
-from rose_exp.settings import ModelSettings, ZeroShotSettings
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.schema import ModelSettings, ZeroShotSettings
 
 QUESTIONS = 25
 

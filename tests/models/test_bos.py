@@ -6,11 +6,11 @@ import pytest
 import transformers
 
 import rose_exp
-from rose_exp.errors import RoseExpError
 from rose_exp.models import needs_bos, resolve_bos
-from rose_exp.settings import ModelSettings
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.schema import ModelSettings
 
-from ..calibration.small_tokenizers import BOS, build_tokenizer
+from ..data.small_tokenizers import BOS, build_tokenizer
 from ..evaluation.test_zero_shot import own_task
 from .families import CONFIGS, build
 
@@ -75,7 +75,7 @@ def overrides(family, folder, **tokenizer):
 
 @pytest.mark.parametrize(("family", "bos"), [("gemma3", "windows"), ("llama", "tokenizer")])
 def test_a_run_records_where_bos_stands(family, bos, tmp_path, monkeypatch):
-    from rose_exp import experiment
+    from rose_exp.runs.execution import language as experiment
 
     seen = []
     prune_model = experiment.prune_model
@@ -95,7 +95,7 @@ def test_a_run_records_where_bos_stands(family, bos, tmp_path, monkeypatch):
 
 
 def test_a_run_without_the_bos_that_it_needs_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    from rose_exp import experiment
+    from rose_exp.runs.execution import language as experiment
 
     monkeypatch.setattr(experiment, "load_model", lambda _: pytest.fail("the model is loaded"))
     with pytest.raises(RoseExpError, match=r"model\.bos: expected tokenizer or none"):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from rose_exp.engine import Magnitude, SemiStructured, SparseGPT, Unstructured
-from rose_exp.errors import RoseExpError
 from rose_exp.models import find_blocks, linear_layers, one_by_one, projections
-from rose_exp.pipeline import PruningPlan, events, prune_model
+from rose_exp.pruning import PruningPlan, events, prune_model
+from rose_exp.runtime.errors import RoseExpError
 
 from .families import MIXTURES, build, tokens
 

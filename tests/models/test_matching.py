@@ -14,10 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rose_exp.errors import RoseExpError
 from rose_exp.models import load_model, load_tokenizer, open_model, save_model, save_streamed
-from rose_exp.pipeline import OnDisk
-from rose_exp.settings import ModelSettings
+from rose_exp.pruning import OnDisk
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.schema import ModelSettings
 
 from .families import CONFIGS, build, tokens
 

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rose_exp.engine import SemiStructured, SparseGPT
-from rose_exp.errors import RoseExpError
 from rose_exp.models import all_linear_layers, find_blocks, load_model, load_tokenizer, save_model
-from rose_exp.pipeline import PruningPlan, prune_model
-from rose_exp.settings import ModelSettings
+from rose_exp.pruning import PruningPlan, prune_model
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.schema import ModelSettings
 
 from .families import build, tokens
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rose_exp.errors import RoseExpError
 from rose_exp.models import let_go, load_model, load_tokenizer, open_model, save_model, save_streamed
-from rose_exp.pipeline import InMemory, OnDisk, answers_by_blocks, loading_blocks
-from rose_exp.settings import ModelSettings
+from rose_exp.pruning import InMemory, OnDisk, answers_by_blocks, loading_blocks
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.schema import ModelSettings
 
 from .families import CONFIGS, build, tokens
 

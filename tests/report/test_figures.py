@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rose_exp.engine import Ordering, SemiStructured, SparseGPT, Unstructured, prune_layer
 from rose_exp.engine.study import RATIOS, study_layer
-from rose_exp.pipeline import PruningPlan, prune_model
+from rose_exp.pruning import PruningPlan, prune_model
 from rose_exp.report.figures import draw_figures, layers_figure, orders_figure, reorderings_figure, write_study
 from rose_exp.report.terminal import show_config
 

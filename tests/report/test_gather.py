@@ -7,8 +7,8 @@ import math
 import pytest
 from scipy import stats
 
-from rose_exp.errors import RoseExpError
 from rose_exp.report.gather import MINUTES, gather
+from rose_exp.runtime.errors import RoseExpError
 
 from .records import record
 

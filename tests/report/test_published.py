@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from rose_exp.effects import flat
 from rose_exp.report.gather import gather
 from rose_exp.report.published import find, papers
+from rose_exp.settings.effects import flat
 
-from ..test_command import settings_of
+from ..cli.test_command import settings_of
 from .records import record
 
 METRIC = "perplexity.wikitext2"

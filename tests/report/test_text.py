@@ -11,11 +11,11 @@ import subprocess
 
 import pytest
 
-from rose_exp.errors import RoseExpError
+from rose_exp.cli.report import main, write_report
 from rose_exp.report.gather import gather
-from rose_exp.report.main import main, write_report
 from rose_exp.report.page import web_page
 from rose_exp.report.text import comma_separated, latex, markdown
+from rose_exp.runtime.errors import RoseExpError
 
 from .records import record
 

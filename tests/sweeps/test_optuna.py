@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from rose_exp.report import collect_records
 from rose_exp.sweeps.optuna import SearchError, _distribution
 
-from ..test_app import rose_exp
+from ..cli.test_app import rose_exp
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import rose_exp
-from rose_exp.command import check_command
+from rose_exp.cli.command import check_command
 from rose_exp.models import model_shape
-from rose_exp.settings import ModelSettings
+from rose_exp.settings.schema import ModelSettings
 from rose_exp.sweeps.estimate import Rates, Work
 from rose_exp.sweeps.plan import format_plan
 
-from ..test_app import rose_exp as command
+from ..cli.test_app import rose_exp as command
 
 
 def test_nothing_is_run(small, tmp_path):

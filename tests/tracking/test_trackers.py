@@ -12,13 +12,13 @@ import time
 
 import pytest
 
-from rose_exp.experiment import run_experiment
-from rose_exp.interruption import EXIT_STATUS
 from rose_exp.report import collect_records
-from rose_exp.settings import read_settings
+from rose_exp.runs.language import run_experiment
+from rose_exp.runtime.signals import EXIT_STATUS
+from rose_exp.settings.schema import read_settings
 from rose_exp.tracking import Identity, read_record
 
-from ..test_app import rose_exp
+from ..cli.test_app import rose_exp
 from .offline import read_offline_run
 
 LAYERS = 35
@@ -30,7 +30,7 @@ def config(small):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from rose_exp.command import config_folder
+    from rose_exp.cli.command import config_folder
 
     def composed(*overrides):
         with initialize_config_dir(str(config_folder()), version_base="1.3"):

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..selection import smallest
+
 TILE = 32  # columns swept one by one before their errors reach the rest of the block as one matrix product
 
 
 def choose(w: Tensor, upper: Tensor, count: int) -> Tensor:
     """The mask of one block ``w`` (width, rows): ``count`` weights of smallest saliency (w / Uⱼⱼ)², of equals those that
     come first in the layer, row by row."""
-    from ..selection import smallest  # which has kernels of its own in this package
-
     saliency = (w / upper.diagonal()[:, None]).square_()
     return smallest(saliency.T.flatten(), count).view(w.shape[1], w.shape[0]).T
 
@@ -32,8 +32,6 @@ def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
 
 def sweep_groups(w: Tensor, upper: Tensor, mask: Tensor, widths: Sequence[int], counts: Sequence[int]) -> Tensor:
     """The same, choosing the mask of each group (``counts`` of ``widths`` columns) in each row when it is reached."""
-    from ..selection import smallest  # which has kernels of its own in this package
-
     errors = torch.empty_like(w)
     scale = upper.diagonal()[:, None]
     start = 0

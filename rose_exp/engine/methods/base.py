@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..curvature import Curvature
 from ..hessian import Factor
-from ..kernels import Backend
+from ..kernels.backends import Backend
 from ..moments import InputMoments
 from ..ordering import ColumnOrder, ExpectedLosses, Ordering, arrange, expected_losses
 from ..patterns import Sparsity

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import kernels_for
+from ..kernels.backends import kernels_for
 from ..sweep import sweep
 from .base import Layer, Method, Solution
 

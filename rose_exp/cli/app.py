@@ -1,0 +1,188 @@
+"""The ``rose-exp`` command: one run, or with ``-m`` a sweep."""
+
+from __future__ import annotations
+
+from ..runtime import quiet  # noqa: F401  isort: skip
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ..report import format_table
+from ..report.terminal import show_config
+from ..runs.identity import register_resolver, run_id
+from ..runtime.errors import RoseExpError, SettingsError
+from ..runtime.ranks import launched, process_group
+from ..runtime.redaction import guard_logs, redacted
+from ..runtime.signals import EXIT_STATUS, Interrupted
+from ..settings.schema import Settings, read_settings
+from ..sweeps.devices import claimed
+from ..sweeps.optuna import register_sweeper
+from ..sweeps.summary import format_outcomes, outcomes
+from ..tracking import Identity
+from ..tracking.record import FILE_NAME, now
+from .command import Command, check_command
+from .paths import config_folder
+
+if TYPE_CHECKING:
+    from ..pruning import FirstBlock
+
+log = logging.getLogger(__name__)
+
+SWEPT = "ROSE_EXP_SWEPT"  # environment variable with the settings in which the jobs of a sweep differ, for launchers' workers
+
+register_resolver()  # here, because launchers' workers import only this module
+register_sweeper()
+
+
+class _Checked:
+    """The run IDs of the command's jobs, which :func:`main` has checked.
+
+    Attributes:
+        run_ids: None if no run ID is known in advance: in a search, and in a launcher's worker.
+    """
+
+    def __init__(self):
+        self.run_ids: frozenset[str] | None = None
+
+    def check(self, settings: Settings) -> None:
+        """Raise RoseExpError if ``settings`` are not those of a checked job."""
+        own = run_id(settings)
+        if self.run_ids is not None and own not in self.run_ids:
+            raise RoseExpError(
+                f"expected one of the {len(self.run_ids)} runs of the checked command, got {own} ({settings.label}): the "
+                "configuration or a file that it names has changed since the check"
+            )
+
+
+_checked = _Checked()
+
+
+def main() -> None:
+    """Check the whole command, so that no error shows up after hours of work. Then let Hydra run its jobs."""
+    try:
+        command = check_command(sys.argv[1:])
+    except SettingsError as error:
+        print(redacted(str(error)), file=sys.stderr)
+        sys.exit(2)
+    if problem := command.without_multirun():
+        print(redacted(problem), file=sys.stderr)
+        sys.exit(2)
+    if command.planned:
+        from ..sweeps.plan import format_plan  # slow to import
+
+        print(format_plan(command.jobs[:1] if command.searched else command.jobs, command.sweep))
+        if command.searched:
+            print("a search: each trial takes about as much as this one, which is at one end of the search space")
+        return
+    if command.searched and launched()[1] > 1:
+        print(
+            "torchrun: expected a run or a sweep, got a search, whose trials would differ from process to process",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    os.environ[SWEPT] = " ".join(sorted(command.swept))
+    _checked.run_ids = None if command.searched or not command.jobs else frozenset(job.run_id for job in command.jobs)
+    if launched()[0]:
+        _be_quiet()
+    started = now()
+    try:
+        on_cpu = bool(command.jobs) and all(job.settings.device == "cpu" for job in command.jobs)
+        with process_group(on_cpu):
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
+    except RoseExpError as error:
+        print(redacted(str(error)), file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as stop:
+        anew = any(job.settings.rerun for job in command.jobs)
+        hint = "rerun=true starts anew: drop it to resume" if anew else "the same command goes on from there"
+        print(f"{stop}; {hint}", file=sys.stderr)
+        sys.exit(EXIT_STATUS)
+    finally:
+        if command.sweep is not None and not command.searched and not launched()[0]:
+            whole = _print_outcomes(command, started)
+            if not whole and sys.exc_info()[0] is None:
+                sys.exit(1)
+
+
+def _print_outcomes(command: Command, started: str) -> bool:
+    """Print the table at the end of a sweep. Return whether every job is done."""
+    rerun = any(job.settings.rerun for job in command.jobs)
+    found = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
+    print(f"\n{format_outcomes(found)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
+    return all(outcome.state in ("ran", "reused") for outcome in found)
+
+
+def _identity(hydra_config: DictConfig) -> Identity | None:
+    """The name of a sweep's job is what differs from the other jobs; its group is the experiment, or else the folder."""
+    if hydra_config.mode == RunMode.RUN:
+        return None
+    swept = os.environ.get(SWEPT, "").split()
+    task = hydra_config.overrides.task
+    own = [text for text in task if text.partition("=")[0].lstrip("+~") in swept] or task
+    return Identity(
+        " ".join(own), hydra_config.runtime.choices.get("experiment") or "/".join(Path(hydra_config.sweep.dir).parts[-2:])
+    )
+
+
+def _be_quiet() -> None:
+    """Of several processes that share a run, only the first one prints and writes. This one writes no folder and no log."""
+    sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra always writes a file of the sweep
+    sys.argv += ["hydra.run.dir=.", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+
+
+@cache
+def _first_block() -> FirstBlock:
+    """The moments that the jobs of a sweep share, if they run in this process."""
+    from ..pruning import FirstBlock
+
+    return FirstBlock()
+
+
+def job(config: DictConfig) -> dict[str, Any] | None:
+    """Run one job for Hydra, in this process or in a launcher's worker.
+
+    Returns:
+        The metrics; None if the job of a sweep failed.
+    """
+    from ..runs.execution import do_run  # slow to import
+
+    guard_logs()
+    hydra_config = HydraConfig.get()
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    folder = Path(hydra_config.runtime.output_dir)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    if not launched()[0]:
+        show_config(resolved)
+    try:
+        settings = read_settings(resolved)
+        _checked.check(settings)
+        with claimed(settings.device, sweep) as device:
+            shared = _first_block() if sweep else None
+            record = do_run(settings.on(device), resolved, folder, _identity(hydra_config), sweep, shared)
+    except RoseExpError as error:
+        log.error("%s", error)
+    except Exception:
+        if not sweep:
+            raise
+        log.exception("the job failed; the sweep goes on")
+    else:
+        if not sweep and not launched()[0]:
+            print(f"\n{format_table([record])}\n\nfull record: {folder / FILE_NAME}")
+        return record["metrics"]
+    if not sweep or launched()[1] > 1:  # a process that failed alone is out of step with the others
+        sys.exit(1)
+    return None  # the sweep continues with its other jobs; the table at its end and the exit status report the failure

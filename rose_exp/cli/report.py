@@ -1,0 +1,68 @@
+"""The ``rose-exp-report`` command: run records to one report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..report.conditions import SPARSITY
+from ..report.gather import BASELINE, gather
+from ..report.page import sheets_of, studies_of, web_page
+from ..report.table import collect_records
+from ..report.text import comma_separated, latex, markdown
+from ..runtime.errors import RoseExpError
+from ..tracking.record import FILE_NAME, write_atomically
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write ``report.md``, ``.csv``, ``.tex`` and ``.html``, and print the Markdown."""
+    parser = argparse.ArgumentParser(
+        prog="rose-exp-report",
+        description="Gather run records into tables: methods × sparsities, over paired seeds, published values beside ours.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"folders with {FILE_NAME} somewhere in them")
+    parser.add_argument("--output", type=Path, help="folder to write to; default: DIR/report")
+    parser.add_argument(
+        "--columns", default=SPARSITY, help="setting that varies from column to column, such as engine.block_size"
+    )
+    parser.add_argument("--baseline", default=BASELINE, help="method that differences are taken to (default: %(default)s)")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="SETTING", help="let runs that differ in this stand in one table"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print(write_report(options.folders, options.output, options.columns, options.baseline, options.allow))
+    except RoseExpError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+def write_report(
+    folders: Sequence[Path],
+    output: Path | None = None,
+    columns: str = SPARSITY,
+    baseline: str = BASELINE,
+    allowed: Sequence[str] = (),
+) -> str:
+    """Read the records below ``folders``, write the report to ``output``, and give it back as Markdown.
+
+    Raises:
+        RoseExpError: a folder is missing, holds no record or one that cannot be read; or the disk refuses.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise RoseExpError(f"DIR: expected a folder that exists, got {folder}")
+    found = list({path.resolve(): (path, record) for folder in folders for path, record in collect_records(folder)}.values())
+    if not found:
+        raise RoseExpError(f"DIR: expected folders with {FILE_NAME} in them, got none in {', '.join(map(str, folders))}")
+    report = gather([record for _, record in found], columns, baseline, allowed)
+    output = output or folders[0] / "report"
+    text = markdown(report)
+    write_atomically(output / "report.md", text)
+    write_atomically(output / "report.csv", comma_separated(report))
+    write_atomically(output / "report.tex", latex(report))
+    sheets = sheets_of([(path.parent, record) for path, record in found])
+    write_atomically(output / "report.html", web_page(report, studies_of([path.parent for path, _ in found]), sheets))
+    return f"{text}\nwritten to {output.resolve()}: report.md, report.csv, report.tex, report.html"

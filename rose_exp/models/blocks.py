@@ -1,0 +1,107 @@
+"""Finding a decoder's blocks and their linear layers by structure, so that no model family needs code of its own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..runtime.errors import RoseExpError, suggest
+from .experts import Projection, projections, routers
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A layer y = W x + b of a model.
+
+    Attributes:
+        name: full name in the model, such as ``model.layers.0.self_attn.q_proj``.
+        module: ``nn.Linear``, whose weight is W; GPT-2's ``Conv1D``, whose weight is Wᵀ; or an expert's part of a stack.
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether only those tokens reach the layer that are routed to it."""
+        return isinstance(self.module, Projection) or bool(re.search(r"(^|\.)experts\.\d+\.", self.name))
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (rows, columns) = (outputs, inputs), a view."""
+        return self.module.weight.detach().T if self.transposed else self.module.weight.detach()
+
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[1]
+
+    def set_weight(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            self.module.weight.copy_(weight.T if self.transposed else weight)
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """The decoder's blocks, in the order that they run in.
+
+    Attributes:
+        name: of the list in the model, such as ``model.layers``.
+    """
+
+    name: str
+    blocks: list[nn.Module]
+
+    def block_name(self, index: int) -> str:
+        return f"{self.name}.{index}"
+
+
+def linear_layers(module: nn.Module, name: str) -> list[LinearLayer]:
+    """All linear layers inside ``module``, which the model calls ``name``, each expert's on its own, but no routers."""
+    found, left_out = [], routers(module)
+    for inner, layer in module.named_modules():
+        full = f"{name}.{inner}" if inner else name
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer not in left_out:
+            found.append(LinearLayer(full, layer))
+        for expert, parts in enumerate(projections(layer)):
+            found += [LinearLayer(f"{full}.{expert}.{part}", projection) for part, projection in parts.items()]
+    return found
+
+
+def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
+    """The ``nn.ModuleList`` of the decoder's blocks: the one that ``name`` says, or else the one that holds most of the
+    linear weights and stands inside no other list.
+
+    Raises:
+        RoseExpError: no such list, or a tie between two.
+    """
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and any(linear_layers(block, "") for block in module)
+    }
+    if name is not None:
+        if name not in lists:
+            raise RoseExpError(f"model.blocks: expected one of {', '.join(lists)}, got {name!r}{suggest(name, lists)}")
+        return BlockList(name, list(lists[name]))
+    outer = {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
+    sizes = {path: sum(layer.weight.numel() for layer in linear_layers(m, "")) for path, m in outer.items()}
+    if not sizes:
+        raise RoseExpError(f"{type(model).__name__} has no list of blocks with linear layers that could be pruned")
+    largest = max(sizes.values())
+    found = [path for path, size in sizes.items() if size == largest]
+    if len(found) > 1:
+        raise RoseExpError(f"model.blocks: expected the name of one of the lists {', '.join(found)}, all equally large")
+    return BlockList(found[0], list(outer[found[0]]))
+
+
+def all_linear_layers(blocks: BlockList) -> list[LinearLayer]:
+    """The linear layers of every block, in the order of the blocks."""
+    return [layer for i, block in enumerate(blocks.blocks) for layer in linear_layers(block, blocks.block_name(i))]

@@ -1,0 +1,200 @@
+"""Attention heads and FFN neurons: which columns of which layers they are, which rows make them, and how layers get smaller
+without them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.errors import RoseExpError
+from .blocks import LinearLayer
+
+MAKERS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "q_proj", "k_proj", "v_proj")
+OF_KEYS = ("to_k", "to_v", "add_k_proj", "add_v_proj", "k_proj", "v_proj")  # makers with a head for each group of query heads
+
+NORMS_OF_INPUTS = ("group_norm", "spatial_norm", "norm_cross")  # inside an attention, of what enters it
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer's share in each group.
+
+    Attributes:
+        places: (groups, width) int64, rows of a layer that makes the groups, or columns of one that reads them.
+    """
+
+    layer: LinearLayer
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The heads of an attention (those query heads that share a key and value together), or the neurons of an FFN.
+
+    Attributes:
+        name: of the module, in the model.
+        owner: the module, which may keep how many heads it has.
+        consumers: layers that read the groups: one, or the two of joint attention.
+        makers: layers whose rows make them.
+    """
+
+    name: str
+    kind: Literal["heads", "neurons"]
+    owner: nn.Module
+    consumers: tuple[Part, ...]
+    makers: tuple[Part, ...]
+
+    @property
+    def groups(self) -> int:
+        return len(self.consumers[0].places)
+
+    @torch.no_grad()
+    def mask(self, removed: Tensor) -> None:
+        """Make zero all that belongs to the groups ``removed`` (groups,) bool, biases included."""
+        for part in self.consumers:
+            part.layer.module.weight[:, part.places[removed].flatten()] = 0
+        for part in self.makers:
+            rows = part.places[removed].flatten()
+            part.layer.module.weight[rows] = 0
+            if part.layer.module.bias is not None:
+                part.layer.module.bias[rows] = 0
+
+    def masked(self) -> Tensor:
+        """Groups that nothing is read of, (groups,) bool: all their columns are zero."""
+        zero = torch.ones(self.groups, dtype=torch.bool)
+        for part in self.consumers:
+            nothing = (part.layer.weight == 0).all(dim=0).cpu()
+            zero &= nothing[part.places].all(dim=1)
+        return zero
+
+    def makers_norm(self) -> Tensor:
+        """L1 norm of all that makes each group, biases included, (groups,)."""
+        total = torch.zeros(self.groups, device=self.consumers[0].layer.weight.device)
+        for part in self.makers:
+            rows = part.layer.weight.abs().sum(dim=1, dtype=torch.float32)
+            if part.layer.module.bias is not None:
+                rows = rows + part.layer.module.bias.detach().abs().float()
+            total += rows[part.places.to(rows.device)].sum(dim=1)
+        return total
+
+    def remove_masked(self, count: int) -> None:
+        """Make the layers smaller by ``count`` groups that are masked; no output changes.
+
+        Raises:
+            ValueError: fewer are masked.
+        """
+        gone = self.masked().nonzero().flatten()
+        if len(gone) < count:
+            raise ValueError(f"{self.name}: expected {count} {self.kind} that are masked, got {len(gone)}")
+        kept = torch.ones(self.groups, dtype=torch.bool)
+        kept[gone[:count]] = False
+        self.keep(kept)
+
+    def keep(self, kept: Tensor) -> None:
+        """Make the layers smaller: only the groups ``kept`` (groups,) bool stay. Other structures of the same layers must be
+        found anew."""
+        before, after = self.groups, int(kept.sum())
+        for part in self.consumers:
+            stay = torch.ones(part.layer.columns, dtype=torch.bool)
+            stay[part.places[~kept].flatten()] = False
+            _narrow(part.layer.module, 1, stay)
+        for part in self.makers:
+            stay = torch.ones(part.layer.module.out_features, dtype=torch.bool)
+            stay[part.places[~kept].flatten()] = False
+            _narrow(part.layer.module, 0, stay)
+        if self.kind == "heads":
+            for name in ("heads", "num_heads", "num_key_value_heads", "inner_dim", "inner_kv_dim", "sliceable_head_dim"):
+                value = vars(self.owner).get(name)
+                if isinstance(value, int):
+                    setattr(self.owner, name, value * after // before)
+
+
+def _narrow(layer: nn.Linear, dim: int, stay: Tensor) -> None:
+    weight = layer.weight.detach()
+    places = stay.nonzero().flatten().to(weight.device)
+    layer.weight = nn.Parameter(weight.index_select(dim, places), requires_grad=layer.weight.requires_grad)
+    if dim == 0 and layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach()[places], requires_grad=layer.bias.requires_grad)
+    layer.out_features, layer.in_features = layer.weight.shape
+
+
+def find_structures(module: nn.Module, name: str = "", kinds: Collection[str] = ("heads", "neurons")) -> list[Structure]:
+    """The heads and neurons of all attentions and FFNs in ``module``, which the model calls ``name``, in the modules' order.
+
+    Known are attentions with ``to_q`` … ``to_out`` (diffusers) or ``q_proj`` … ``o_proj`` (transformers), Flux's single blocks,
+    and FFNs with ``net`` (diffusers) or ``up_proj`` and ``down_proj``, gated or not.
+
+    Raises:
+        RoseExpError: an attention whose heads cannot be told apart.
+    """
+    return list(_all(module, name, kinds))
+
+
+def _all(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Structure]:
+    for inner, part in module.named_modules():
+        full = ".".join(text for text in (name, inner) if text)
+        layers = {
+            child: LinearLayer(f"{full}.{child}" if full else child, layer)
+            for child, layer in part.named_modules()
+            if isinstance(layer, nn.Linear)
+        }
+        single = {"proj_mlp", "proj_out", "attn.to_q"} <= set(layers)  # Flux: heads and neurons are read side by side
+        if single:
+            first = layers["attn.to_q"].module.out_features
+            if "heads" in kinds:
+                inside = {key.removeprefix("attn."): layer for key, layer in layers.items()}
+                yield _heads(full, part.attn, inside, [layers["proj_out"]], layers["proj_mlp"].module.out_features)
+            if "neurons" in kinds:
+                yield _neurons(full, part, layers["proj_mlp"], layers["proj_out"], first)
+        elif "to_q" in layers or {"q_proj", "k_proj", "v_proj", "o_proj"} <= set(layers):
+            consumers = [layers[key] for key in ("to_out.0", "to_add_out", "o_proj") if key in layers]
+            if consumers and "heads" in kinds:
+                yield _heads(full, part, layers, consumers)
+        elif "neurons" not in kinds:
+            continue
+        elif {"net.0.proj", "net.2"} <= set(layers):
+            yield _neurons(full, part, layers["net.0.proj"], layers["net.2"])
+        elif {"up_proj", "down_proj"} <= set(layers):
+            made = [layers[key] for key in ("gate_proj", "up_proj") if key in layers]
+            places = torch.arange(layers["down_proj"].columns)[:, None]
+            makers = tuple(Part(layer, places) for layer in made)
+            yield Structure(full, "neurons", part, (Part(layers["down_proj"], places),), makers)
+
+
+def _heads(
+    name: str, owner: nn.Module, layers: dict[str, LinearLayer], consumers: Sequence[LinearLayer], beside: int = 0
+) -> Structure:
+    """``beside``: columns of the consumers that come after those of the heads."""
+    query = layers["to_q" if "to_q" in layers else "q_proj"].module
+    keys = layers["to_k" if "to_k" in layers else "k_proj"].module
+    if isinstance(getattr(owner, "heads", None), int):
+        width = query.out_features // owner.heads
+    else:
+        width = getattr(owner, "head_dim", None)
+    known = isinstance(width, int) and not query.out_features % width and not keys.out_features % width
+    of_head = [name for name, _ in owner.named_parameters(recurse=False)]  # such as a sink for each
+    if not known or of_head or any(layer.columns != query.out_features + beside for layer in consumers):
+        raise RoseExpError(f"sparsity.heads: {name} keeps its heads in a way that is not known, so none can be removed")
+    groups = keys.out_features // width
+    shared = query.out_features // keys.out_features * width
+    for inner, part in owner.named_modules():
+        if isinstance(part, nn.Linear) or "norm" not in inner or inner in NORMS_OF_INPUTS or query.out_features == width:
+            continue
+        if any(parameter.numel() == query.out_features for parameter in part.parameters(recurse=False)):
+            raise RoseExpError(f"sparsity.heads: {name}.{inner} normalises over all heads, so none can be removed")
+    of_queries, of_keys = torch.arange(groups * shared).view(groups, shared), torch.arange(groups * width).view(groups, width)
+    makers = [Part(layers[k], of_keys if k in OF_KEYS else of_queries) for k in MAKERS if k in layers]
+    return Structure(name, "heads", owner, tuple(Part(layer, of_queries) for layer in consumers), tuple(makers))
+
+
+def _neurons(name: str, owner: nn.Module, maker: LinearLayer, consumer: LinearLayer, first: int = 0) -> Structure:
+    neurons, rows = consumer.columns - first, maker.module.out_features
+    if rows not in (neurons, 2 * neurons):
+        raise RoseExpError(f"sparsity.neurons: {maker.name} makes {rows} for {neurons} of {consumer.name}, a way not known")
+    places = torch.arange(neurons)[:, None]
+    makers = (Part(maker, places if rows == neurons else torch.cat([places, places + neurons], dim=1)),)  # gated: value, gate
+    return Structure(name, "neurons", owner, (Part(consumer, places + first),), makers)

@@ -1,0 +1,79 @@
+"""A pass of the dense model that looks at its layers before any is pruned, for those who prune some more than others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.allocation import Allocation, BlockSurvey, loss_histogram, outlier_share
+from ..models import LinearLayer
+from ..runtime.errors import RoseExpError
+from ..runtime.ranks import Ranks
+
+
+class BlockWatch:
+    """Looks at a block's layers while the dense block runs.
+
+    Args:
+        groups: the layers, those with the same input together.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[LinearLayer]], device: torch.device | str):
+        self.groups = groups
+        self.squares = [torch.zeros(group[0].columns, dtype=torch.float64, device=device) for group in groups]  # Σ x²
+        self.powers = {layer.name: torch.zeros((), dtype=torch.float64, device=device) for group in groups for layer in group}
+        self.tokens = torch.zeros(len(groups), dtype=torch.float64, device=device)
+
+    def hooks(self, stack: ExitStack) -> None:
+        """Watch until ``stack`` is left."""
+        for place, group in enumerate(self.groups):
+            stack.callback(group[0].module.register_forward_pre_hook(self._input(place), with_kwargs=True).remove)
+            for layer in group:
+                stack.callback(layer.module.register_forward_hook(self._output(layer)).remove)
+
+    def survey(self, allocation: Allocation, ranks: Ranks) -> BlockSurvey:
+        """The survey of all ranks together, without layers that no token reaches or whose output is zero.
+
+        Raises:
+            RoseExpError: what a layer is expected to lose is not finite; the message names it.
+        """
+        for sums in (*self.squares, *self.powers.values(), self.tokens):
+            ranks.add_up(sums)
+        seen = [
+            (layer, squares / tokens, self.powers[layer.name] / tokens)
+            for squares, tokens, group in zip(self.squares, self.tokens, self.groups, strict=True)
+            for layer in group
+            if tokens > 0 and self.powers[layer.name] > 0
+        ]
+        sizes = {layer.name: layer.weight.numel() for layer, _, _ in seen}
+        if allocation.rule == "losses":
+            return BlockSurvey(sizes, histograms={layer.name: _histogram(layer, *facts) for layer, *facts in seen})
+        scores = [layer.weight.float().abs() * mean_square.sqrt().float() for layer, mean_square, _ in seen]
+        return BlockSurvey(sizes, outlier_share(scores, allocation.outlier) if scores else 0.0)
+
+    def _input(self, place: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = (args[0] if args else kwargs["input"]).flatten(0, -2)
+            self.squares[place] += x.float().square().sum(dim=0)
+            self.tokens[place] += len(x)
+
+        return hook
+
+    def _output(self, layer: LinearLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: tuple, output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            answer = output.float() if bias is None else output.float() - bias.float()
+            self.powers[layer.name] += answer.square().sum()
+
+        return hook
+
+
+def _histogram(layer: LinearLayer, mean_square: Tensor, power: Tensor) -> Tensor:
+    try:
+        return loss_histogram(layer.weight, mean_square, power)
+    except ValueError as error:
+        raise RoseExpError(f"{layer.name}: {error}") from error

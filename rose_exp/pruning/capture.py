@@ -1,0 +1,475 @@
+"""The arguments that a model calls its blocks with, captured from the model's own forward pass and never rebuilt.
+
+Two passes, neither of which costs a forward pass over the calibration windows: :func:`probe` runs the whole model on a few
+tokens and finds how its blocks depend on each other; :func:`trace` runs everything but the blocks on real windows and records
+how each block would be called.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import BlockList, linear_layers, one_by_one
+from ..runtime.errors import RoseExpError
+from .permutation import Channels, find_channels
+from .targets import adding_layers
+from .weights import BlockWeights, InMemory
+
+PROBE_TOKENS = 8
+ROUNDING = 16  # multiples of the type's epsilon by which equal results may differ, relative to the largest value
+
+
+class Enough(Exception):
+    """Stops a forward pass once all that was wanted has been seen."""
+
+
+@dataclass
+class BlockCall:
+    """How the model calls one block, but for the hidden states.
+
+    Attributes:
+        args: positional arguments after the hidden states.
+        kwargs: keyword arguments: mask, position embeddings, cache and whatever else the family passes.
+        by_keyword: whether the hidden states themselves are passed as ``hidden_states=``.
+    """
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    by_keyword: bool = False
+
+    @classmethod
+    def split(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+        """The hidden states of a call, and the rest of it."""
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        return (args[0] if args else kwargs["hidden_states"]), cls(args[1:], rest, by_keyword=not args)
+
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """The block's output hidden states for ``hidden`` (windows, tokens, width)."""
+        return first_tensor(self.output(block, hidden))
+
+    def output(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """Everything that the block returns."""
+        args, kwargs = _beside(self.args, hidden.device), {k: _beside(v, hidden.device) for k, v in self.kwargs.items()}
+        if self.by_keyword:
+            return block(*args, hidden_states=hidden, **kwargs)
+        return block(hidden, *args, **kwargs)
+
+    def isolated(self, copies: dict[int, Any] | None = None) -> BlockCall:
+        """The same call with copies of its containers, so that a block run with it does not change this one.
+
+        Args:
+            copies: by identity of the original; calls that are given the same dictionary share their copies.
+        """
+        copies = {} if copies is None else copies
+        args, kwargs = (_copy_containers(value, copies) for value in (self.args, self.kwargs))
+        return BlockCall(args, dict(kwargs), self.by_keyword)
+
+    def contents(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Identity of every container among the arguments and of what it holds, to see whether a block writes to it."""
+        return [(id(held), tuple(map(id, _values(held)))) for held in _containers((self.args, self.kwargs))]
+
+
+def on_device(calls: list[BlockCall], device: torch.device | str, moved: dict[int, Any] | None = None) -> list[BlockCall]:
+    """The same calls with every tensor on ``device``; a tensor or container that several blocks share stays shared.
+
+    Args:
+        moved: what takes the place of some objects, by their identity; extended by all that this call moves.
+    """
+    moved = {} if moved is None else moved
+    return [BlockCall(*_to_device((call.args, call.kwargs), device, moved), call.by_keyword) for call in calls]
+
+
+def share_equal(calls: list[BlockCall], others: list[BlockCall]) -> list[BlockCall]:
+    """``calls`` with every tensor that is equal in ``others`` taken from there, so that it is held once."""
+    seen: dict[int, Any] = {}
+    return [
+        BlockCall(*_share((call.args, call.kwargs), (other.args, other.kwargs), seen), call.by_keyword)
+        for call, other in zip(calls, others, strict=True)
+    ]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states that a block returns, alone or first in a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+@dataclass
+class Probe:
+    """What a run on a few tokens shows.
+
+    Attributes:
+        layers: of each block, the names of its linear layers in the order of their calls; layers with the same input tensor
+            form one list.
+        tails: of each block, what it returns after the hidden states; None: it returns them alone.
+        adding: of each block, the names of the layers whose output is added to the hidden states; empty if not looked for.
+        channels: of each block, the layers whose input channels can be reordered; empty if not looked for.
+        carries: whether blocks write to containers that later blocks read, such as shared key-value states. The inputs of a
+            block are then more than its hidden states.
+    """
+
+    layers: list[list[list[str]]] = field(default_factory=list)
+    tails: list[tuple | None] = field(default_factory=list)
+    adding: list[list[str]] = field(default_factory=list)
+    channels: list[list[Channels]] = field(default_factory=list)
+    carries: bool = False
+
+
+@torch.no_grad()
+def probe(
+    model: nn.Module,
+    blocks: BlockList,
+    tokens: Tensor,
+    device: torch.device | str = "cpu",
+    weights: BlockWeights | None = None,
+    adding: bool = False,
+    channels: bool = False,
+) -> Probe:
+    """Run the model on the first few of ``tokens`` (windows, length), each block on ``device``.
+
+    Args:
+        weights: where the blocks' weights are; None: in memory.
+        adding: find the layers whose output is added to the hidden states, too.
+        channels: find the layers whose input channels can be reordered, too.
+
+    Raises:
+        RoseExpError: the blocks are no plain chain, each fed with the output of the one before and with nothing else that
+            depends on earlier blocks; the model is no causal decoder; or the model's output is not finite.
+    """
+    chain, found, weights = _Chain(blocks), Probe(), weights or InMemory(blocks)
+
+    def run(index: int, block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        hidden, call = BlockCall.split(args, kwargs)
+        chain.enter(index, hidden)
+        inputs = _LayerInputs()
+        with weights.at(index, device), one_by_one(block), ExitStack() as stack:
+            layers = linear_layers(block, blocks.block_name(index))
+            for layer in layers:
+                hook = layer.module.register_forward_pre_hook(inputs.record(layer.name), with_kwargs=True)
+                stack.callback(hook.remove)
+            own = on_device([call], device)[0]
+            before = own.contents()
+            output = own.output(forward, hidden.to(device))
+            stack.pop_all().close()
+            writes = own.contents() != before
+            found.carries |= writes
+            states, again = hidden.to(device), own.isolated()
+            names = adding_layers(lambda states: again.run(forward, states), layers, states) if adding else []
+            name = blocks.block_name(index)
+            free: list[Channels] = []
+            if channels and not writes:  # a later block may read the channels as they are
+                free = find_channels(lambda states: again.run(forward, states), block, name, states)
+            output = _to_device(output, hidden.device, {})
+        _add_unreached_experts(inputs.groups, [layer.name for layer in layers])
+        found.layers.append(inputs.groups)
+        found.adding.append(names)
+        found.channels.append(free)
+        found.tails.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
+        chain.leave(index, first_tensor(output))
+        return output
+
+    few = causality_tokens(tokens).to(home_of(model))
+    with in_place_of_blocks(blocks, run):
+        logits = _logits(model(input_ids=few, use_cache=False))
+    chain.check_complete()
+    check_causal(model, logits)
+    _check_independent(model, blocks, few, found)
+    return found
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter, its embeddings, and so of its tokens."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def causality_tokens(tokens: Tensor) -> Tensor:
+    """The first few of ``tokens`` (windows, length) twice, (2, few); the second row ends with another token."""
+    few = tokens[:1, :PROBE_TOKENS].repeat(2, 1)
+    others = tokens[tokens != few[0, -1]]
+    few[1, -1] = others[0] if len(others) else (0 if few[0, -1] else 1)
+    return few
+
+
+def check_causal(model: nn.Module, logits: Tensor) -> None:
+    """Check that no prediction depends on a later token, from logits (2, tokens, vocabulary) for :func:`causality_tokens`.
+
+    Raises:
+        RoseExpError: one does, so that a perplexity would say nothing.
+    """
+    first, second = logits[0, :-1].float(), logits[1, :-1].float()
+    limit = ROUNDING * torch.finfo(logits.dtype).eps * float(first.abs().max())
+    if float((first - second).abs().max()) > limit:
+        raise RoseExpError(
+            f"model: expected a causal decoder, got {type(model).__name__}, whose predictions at a position depend on later "
+            "tokens: it has no perplexity"
+        )
+
+
+@torch.no_grad()
+def check_decoder(model: nn.Module, tokens: Tensor) -> None:
+    """Check by running a whole model on the first few of ``tokens`` (windows, length) that it is a causal decoder.
+
+    Raises:
+        RoseExpError: a prediction depends on a later token.
+    """
+    check_causal(model, _logits(model(input_ids=causality_tokens(tokens).to(home_of(model)), use_cache=False)))
+
+
+@torch.no_grad()
+def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, found: Probe) -> None:
+    """Check that blocks get nothing but hidden states, and containers that they write to, from the blocks before them.
+
+    Everything but the blocks is run twice; the second time every block answers with something else. Arguments that change
+    come from earlier blocks, and could not be captured before these have run.
+
+    Raises:
+        RoseExpError: an argument, or the model's output, depends on the output of an earlier block in another way.
+    """
+    last = torch.zeros(())
+
+    def answers(shift: float) -> tuple[list[BlockCall], Tensor]:
+        calls: list[BlockCall] = []
+
+        def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+            nonlocal last
+            hidden, call = BlockCall.split(args, kwargs)
+            calls.append(call.isolated())
+            tail = found.tails[index]
+            if index == len(blocks.blocks) - 1:
+                last = hidden if not shift else last
+                return last if tail is None else (last, *tail)
+            states = hidden + shift * torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+            return states if tail is None else (states, *_shifted(tail, shift))
+
+        with in_place_of_blocks(blocks, run):
+            return calls, _logits(model(input_ids=tokens, use_cache=False))
+
+    (calls, logits), (others, other_logits) = answers(0.0), answers(1.0)
+    for index, (call, other) in enumerate(zip(calls, others, strict=True)):
+        if not _equal((call.args, call.kwargs), (other.args, other.kwargs)):
+            names = [name for name, value in call.kwargs.items() if not _equal(value, other.kwargs.get(name))]
+            what = ", ".join(names) or "a positional argument"
+            raise RoseExpError(
+                f"{blocks.block_name(index)}: expected arguments that depend on the tokens alone, got {what}, which depends on "
+                f"the output of an earlier block: such a model cannot be run block by block"
+            )
+    if not torch.equal(logits, other_logits):
+        raise RoseExpError(
+            f"{blocks.name}: expected a model that reads the output of its last block alone, got {type(model).__name__}, which "
+            "reads those of earlier blocks as well: it cannot be run block by block"
+        )
+
+
+@torch.no_grad()
+def trace(
+    model: nn.Module, blocks: BlockList, tokens: Tensor, found: Probe, whole: bool = True
+) -> tuple[Tensor, list[BlockCall]]:
+    """The hidden states that enter the first block for ``tokens`` (windows, length), (windows, length, width), and how each
+    block is called; not ``whole``: only how the first one is. No block is run: each returns its input.
+
+    Raises:
+        RoseExpError: a block is never called, or the hidden states have another shape.
+    """
+    seen: list[Tensor] = []
+    calls: list[BlockCall] = []
+
+    def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        hidden, call = BlockCall.split(args, kwargs)
+        seen.append(hidden)
+        calls.append(call)
+        if index == len(blocks.blocks) - 1 or not whole:
+            raise Enough
+        return hidden if found.tails[index] is None else (hidden, *found.tails[index])
+
+    with in_place_of_blocks(blocks, run):
+        try:
+            model(input_ids=tokens.to(home_of(model)), use_cache=False)
+        except Enough:
+            if seen[0].ndim != 3 or seen[0].shape[:2] != tokens.shape:
+                raise RoseExpError(
+                    f"{blocks.block_name(0)}: expected hidden states of shape (windows, tokens, width) = "
+                    f"{(*tokens.shape, 'width')}, got {tuple(seen[0].shape)}"
+                ) from None
+            return seen[0], calls
+    raise RoseExpError(f"{blocks.block_name(len(calls))} is never called; set model.blocks")
+
+
+@contextmanager
+def in_place_of_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[None]:
+    """Let ``run(index, block, forward, args, kwargs)`` answer for every block."""
+
+    def answer(index: int, block: nn.Module) -> Callable[..., Any]:
+        forward = block.forward
+        return lambda *args, **kwargs: run(index, block, forward, args, kwargs)
+
+    try:
+        for index, block in enumerate(blocks.blocks):
+            block.forward = answer(index, block)
+        yield
+    finally:
+        for block in blocks.blocks:
+            block.__dict__.pop("forward", None)
+
+
+class _Chain:
+    """Checks that every block is called once, in order, with what the block before it returned."""
+
+    def __init__(self, blocks: BlockList):
+        self.blocks = blocks
+        self.next = 0
+        self.output: Tensor | None = None
+
+    def enter(self, index: int, hidden: Tensor) -> None:
+        if index != self.next or (self.output is not None and not torch.equal(hidden, self.output)):
+            raise RoseExpError(
+                f"{self.blocks.block_name(index)} is not fed with the output of the block before it: "
+                f"{self.blocks.name} is no plain chain of blocks and cannot be pruned block by block"
+            )
+        self.next += 1
+
+    def leave(self, index: int, output: Tensor) -> None:
+        self.output = output
+        if not torch.isfinite(output).all():
+            raise RoseExpError(f"{self.blocks.block_name(index)}: the dense model's output is NaN or infinite")
+
+    def check_complete(self) -> None:
+        if self.next != len(self.blocks.blocks):
+            raise RoseExpError(f"{self.blocks.block_name(self.next)} is never called; set model.blocks")
+
+
+def _add_unreached_experts(groups: list[list[str]], names: Sequence[str]) -> None:
+    """Experts in a list of modules that none of the few tokens was routed to share their inputs in the way of one that was."""
+    called = {name for group in groups for name in group}
+    for name in names:
+        expert = re.match(r"(.*\.experts\.)(\d+)(\..*)", name)
+        if name in called or expert is None:
+            continue
+        for group in list(groups):
+            reached = re.match(rf"{re.escape(expert[1])}(\d+){re.escape(expert[3])}$", group[0])
+            if reached is not None:
+                prefix, own = f"{expert[1]}{reached[1]}.", f"{expert[1]}{expert[2]}."
+                groups.append([own + other.removeprefix(prefix) for other in group if other.startswith(prefix)])
+                called |= set(groups[-1])
+                break
+
+
+class _LayerInputs:
+    """Sorts the linear layers of a block by the tensor that they are fed with."""
+
+    def __init__(self):
+        self.groups: list[list[str]] = []
+        self.seen: list[Tensor] = []  # kept until the block is done, so that no two tensors share a place in memory
+
+    def record(self, name: str):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            tensor = args[0] if args else kwargs["input"]
+            if any(name in group for group in self.groups):
+                raise RoseExpError(f"{name} is called more than once in its block, which is not supported")
+            for group, other in zip(self.groups, self.seen, strict=True):
+                if other is tensor:
+                    group.append(name)
+                    return
+            self.groups.append([name])
+            self.seen.append(tensor)
+
+        return hook
+
+
+def _to_device(value: Any, device: torch.device | str, moved: dict[int, Any]) -> Any:
+    if isinstance(value, Tensor):
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
+    if type(value) is tuple:
+        return tuple(_to_device(item, device, moved) for item in value)
+    if type(value) in (list, dict):
+        if id(value) not in moved:  # shared containers stay shared
+            items = value if type(value) is list else value.values()
+            found = [_to_device(item, device, moved) for item in items]
+            moved[id(value)] = found if type(value) is list else dict(zip(value, found, strict=True))
+        return moved[id(value)]
+    return value
+
+
+def _share(value: Any, other: Any, seen: dict[int, Any]) -> Any:
+    """``value`` with the tensors of ``other`` where these are equal; containers that occur twice stay one."""
+    if isinstance(value, Tensor):
+        return other if isinstance(other, Tensor) and _equal(value, other) else value
+    if type(value) is tuple and type(other) is tuple and len(value) == len(other):
+        return tuple(_share(a, b, seen) for a, b in zip(value, other, strict=True))
+    if type(value) is dict and type(other) is dict:
+        if id(value) not in seen:
+            seen[id(value)] = {name: _share(item, other.get(name), seen) for name, item in value.items()}
+        return seen[id(value)]
+    return value
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Whether two arguments are equal, as far as they consist of tensors, numbers, strings and containers of them."""
+    if isinstance(value, Tensor) or isinstance(other, Tensor):
+        alike = isinstance(value, Tensor) and isinstance(other, Tensor) and value.dtype == other.dtype
+        return alike and value.shape == other.shape and torch.equal(value, other)
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return value.keys() == other.keys() and all(_equal(item, other[name]) for name, item in value.items())
+    if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    plain = (int, float, str, type(None))
+    return value == other if isinstance(value, plain) and isinstance(other, plain) else type(value) is type(other)
+
+
+def _shifted(value: Any, shift: float) -> Any:
+    """``value`` with another number in place of each of its floating-point tensors."""
+    if isinstance(value, Tensor):
+        return value + shift if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_shifted(item, shift) for item in value)
+    return value
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The mutable containers inside ``value``, which blocks may write to."""
+    if isinstance(value, (MutableMapping, MutableSequence)):
+        yield value
+    if isinstance(value, (Mapping, tuple, list)):
+        for item in _values(value):
+            yield from _containers(item)
+
+
+def _values(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, Mapping) else container)
+
+
+def _copy_containers(value: Any, copies: dict[int, Any]) -> Any:
+    if type(value) is tuple:
+        return tuple(_copy_containers(item, copies) for item in value)
+    if not isinstance(value, (MutableMapping, MutableSequence)):
+        return value
+    if id(value) not in copies:
+        copies[id(value)] = other = copy.copy(value)
+        for place, item in other.items() if isinstance(other, Mapping) else enumerate(other):
+            other[place] = _copy_containers(item, copies)
+    return copies[id(value)]
+
+
+def _beside(value: Any, device: torch.device) -> Any:
+    """``value`` with its tensors on ``device``; containers that hold none elsewhere are the same objects."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        items = [_beside(item, device) for item in value]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
+    if type(value) is dict:
+        found = {name: _beside(item, device) for name, item in value.items()}
+        return value if all(found[name] is item for name, item in value.items()) else found
+    return value

@@ -1,0 +1,78 @@
+"""Forward passes of a model whose blocks are not in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..runtime import signals as interruption
+from .activations import Place
+from .capture import Probe, home_of, in_place_of_blocks, probe
+from .enter import enter
+from .weights import BlockWeights
+
+
+@torch.no_grad()
+def answers_by_blocks(
+    model: nn.Module,
+    weights: BlockWeights,
+    tokens: Tensor,
+    device: torch.device | str,
+    batch: int,
+    place: Place,
+    scratch: Path,
+    name: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of a model for ``tokens`` (windows, length): each block is read once, and runs over all windows.
+
+    Args:
+        place: where the windows' hidden states are kept, see :class:`Activations`; ``scratch`` is a folder for them.
+        name: of the progress bar.
+    Yields:
+        A batch of windows, and their logits (windows, length, vocabulary), equal to those of the whole model.
+    """
+    blocks = weights.blocks
+    found = probe(model, blocks, tokens, device, weights)
+    with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
+        hidden, calls = enter(model, blocks, tokens, batch, place, found, device, Path(folder) / "hidden")
+        for index in tqdm(range(len(blocks.blocks)), f"{name}, by blocks", unit="block", disable=None, leave=False):
+            interruption.check()
+            with weights.at(index, device) as block:
+                for windows, states in hidden:
+                    hidden[windows] = calls[windows.start][index].run(block, states)
+        for windows, states in hidden:
+            yield tokens[windows], _after_blocks(model, weights, found, tokens[windows], states)
+
+
+def _after_blocks(model: nn.Module, weights: BlockWeights, found: Probe, tokens: Tensor, states: Tensor) -> Tensor:
+    """What the model makes of the last block's answers: it is run with blocks that hand on what they get, and the last one
+    answers with these."""
+    last = len(weights.blocks.blocks) - 1
+    home = home_of(model)
+
+    def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        hidden = states.to(home) if index == last else (args[0] if args else kwargs["hidden_states"])
+        return hidden if found.tails[index] is None else (hidden, *found.tails[index])
+
+    with in_place_of_blocks(weights.blocks, run):
+        return model(input_ids=tokens.to(home), use_cache=False).logits
+
+
+@contextmanager
+def loading_blocks(weights: BlockWeights, device: torch.device | str) -> Iterator[None]:
+    """Let the model run as usual, each block read when it is called."""
+
+    def run(index: int, _block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        interruption.check()
+        with weights.at(index, device):
+            return forward(*args, **kwargs)
+
+    with in_place_of_blocks(weights.blocks, run):
+        yield

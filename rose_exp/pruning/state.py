@@ -1,0 +1,442 @@
+"""The state of a run on disk: after each block, everything a later process needs to continue from there.
+
+The state is a folder of files and ``state.json``, which names them. Files are written next to the old ones and flushed to the
+disk; they count from the moment ``state.json`` names them. ``state.json`` holds the size and the SHA-256 of every file, and a
+SHA-256 of its own content. Opening a state verifies all of them before anything is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..runtime.errors import RoseExpError
+from ..runtime.ranks import Ranks
+from ..settings.effects import flat
+from .activations import Activations
+from .plan import LayerReport
+
+Resume = Literal["activations", "recompute"]
+
+NAME = "state.json"
+FORMAT = 2  # of state.json; 1 had no checksums
+STREAMS = ("activations", "dense")  # hidden states of the pruned model, and next to them those of the dense model
+CHUNK = 2**22  # bytes hashed at once
+SHOWN = 2**28  # bytes from which on a progress bar shows the verification
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is done.
+
+    Attributes:
+        blocks: number of whole blocks, counted from the first.
+        layers: for each block, the reports of its layers.
+        after: for each block, ``seconds``, the time spent up to its end by kind of work, and ``generators``, the states of
+            torch's generators at its end (hexadecimal; empty if they equal those after the previous block).
+        part: reports of the layers of the next block that were pruned before the run stopped.
+        shares: share of its weights that each layer loses, if the layers lose different shares.
+        files: ``bytes`` and ``sha256`` of every file of the state, by name.
+    """
+
+    blocks: int = 0
+    layers: list[list[dict[str, Any]]] = field(default_factory=list)
+    after: list[dict[str, Any]] = field(default_factory=list)
+    part: list[dict[str, Any]] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent on the whole blocks, by kind of work."""
+        return self.after[-1]["seconds"] if self.after else {}
+
+    @property
+    def generators(self) -> list[str]:
+        """States of torch's generators after the last whole block; empty before the first."""
+        return next((block["generators"] for block in reversed(self.after) if block["generators"]), [])
+
+    def without(self, damaged: set[str]) -> Progress:
+        """The part of this progress that needs none of the ``damaged`` files."""
+        kept = next((index for index in range(self.blocks) if _block_file(index) in damaged), self.blocks)
+        if kept < self.blocks:  # the part and the activations belong to the block after the last one
+            files = {name: self.files[name] for name in map(_block_file, range(kept))}
+            return Progress(kept, self.layers[:kept], self.after[:kept], shares=self.shares, files=files)
+        found = self
+        if _part_file(self.blocks) in damaged:
+            found = replace(found, part=[])
+        of_streams = {name for name in self.files if name.startswith(STREAMS)}
+        if damaged & of_streams:  # the streams of all ranks are of use together
+            damaged = damaged | of_streams
+        return replace(found, files={name: facts for name, facts in self.files.items() if name not in damaged})
+
+
+class RunState:
+    """A folder with the state after the last whole block. It changes from one such state to the next at once.
+
+    Opening it verifies every file. Blocks before a damaged or missing block file are kept, and the rest is pruned again.
+    Damaged activations are computed again by running the pruned blocks; the layers of a damaged part file are pruned again.
+    Each case logs a warning with the name of the file. All ranks come to the same decision. Nothing on the disk changes until
+    the next block is complete.
+
+    Args:
+        folder: a folder for this run alone; it need not exist.
+        fingerprint: everything the result depends on, by section. A state of another fingerprint is refused.
+        resume: ``activations`` keeps the inputs of the next block; ``recompute`` runs the pruned blocks again instead.
+        ranks: the processes that share the run and the folder; None: this process alone.
+
+    Raises:
+        RoseExpError: the folder holds the state of another run, or ``state.json`` is damaged or of another version.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], resume: Resume = "activations", ranks: Ranks | None = None
+    ):
+        self.folder, self.resume, self.ranks = folder, resume, ranks or Ranks()
+        self.fingerprint = {name: json.loads(json.dumps(value)) for name, value in flat(dict(fingerprint)).items()}
+        self.progress = Progress()
+        self.peak_bytes = 0
+        self._verified: set[str] = set()  # files that this process need not verify again
+        text = self._on_first(self._read)
+        if text is not None:
+            self.progress = self._verify(self._parse(text))
+
+    def _read(self) -> str | None:
+        """The text of ``state.json``, or None without one."""
+        path = self.folder / NAME
+        try:
+            if path.exists():
+                return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = "is damaged" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+            raise RoseExpError(f"{path} {what}, so this run cannot resume: {error}; {self._hint}") from error
+        if left := sorted(file.name for file in self.folder.glob("block-*")):
+            log.warning("%s holds %s but no %s: the run starts anew", self.folder, left[0], NAME)
+        return None
+
+    def _parse(self, text: str) -> Progress:
+        path = self.folder / NAME
+        try:
+            data = json.loads(text)
+            version = data.get("format")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise RoseExpError(f"{path} is damaged, so this run cannot resume: {error!r}; {self._hint}") from error
+        if "sha256" not in data and "progress" in data:
+            raise RoseExpError(f"{path}: expected a state of format {FORMAT}, got one of an older version; {self._hint}")
+        content = {name: value for name, value in data.items() if name != "sha256"}
+        if text != _sealed(content):
+            raise RoseExpError(f"{path} is damaged: its content does not match its SHA-256; {self._hint}")
+        if version != FORMAT:
+            raise RoseExpError(f"{path}: expected a state of format {FORMAT}, got {version!r}; {self._hint}")
+        progress, fingerprint = Progress(**data["progress"]), data["fingerprint"]
+        names = sorted(set(fingerprint) | set(self.fingerprint))
+        others = [n for n in names if fingerprint.get(n) != self.fingerprint.get(n)]
+        problem = None
+        if others:
+            told = "; ".join(f"{n}: {_short(fingerprint.get(n))}, now {_short(self.fingerprint.get(n))}" for n in others[:5])
+            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+            problem = (
+                f"{self.folder} holds {progress.blocks} blocks of a run that would end differently: {told}{more}; {self._hint}"
+            )
+        self._raise_together(problem)
+        return progress
+
+    def _verify(self, progress: Progress) -> Progress:
+        """The part of ``progress`` whose files are intact, on all ranks; each rank reads its share of the files."""
+        sizes = {name: facts["bytes"] for name, facts in progress.files.items()}
+        owners = dict(zip(sizes, self.ranks.owners(list(sizes.values())), strict=True))
+        own = [name for name, owner in owners.items() if owner == self.ranks.rank]
+        total = sum(sizes[name] for name in own)
+        found: dict[str, str] = {}
+        with _bar(total) as bar:
+            for name in own:
+                problem = _problem(self.folder / name, progress.files[name], bar.update)
+                if problem is not None:
+                    found[name] = problem
+        damaged = {name: problem for of_rank in self.ranks.gather(found) for name, problem in of_rank.items()}
+        kept = progress.without(set(damaged))
+        self._verified = set(kept.files)
+        if self.ranks.first:
+            for name, problem in sorted(damaged.items()):
+                log.warning("%s is damaged: %s; %s", self.folder / name, problem, _remedy(name, kept))
+        return kept
+
+    @property
+    def reports(self) -> list[LayerReport]:
+        return [LayerReport(**report) for of_block in self.progress.layers for report in of_block]
+
+    def block(self, index: int) -> dict[str, Tensor] | None:
+        """Tensors of a pruned block by their names in it, None if the block is not done.
+
+        Raises:
+            RoseExpError: the file is missing or damaged.
+        """
+        return self._load(_block_file(index)) if index < self.progress.blocks else None
+
+    def part(self) -> tuple[list[LayerReport], dict[str, Tensor]]:
+        """Reports of the layers of the next block that are pruned already, and their weights by full name."""
+        reports = [LayerReport(**report) for report in self.progress.part]
+        return reports, self._load(_part_file(self.progress.blocks)) if reports else {}
+
+    def restore(self, streams: Sequence[Activations]) -> bool:
+        """Read the inputs of the next block, of each stream; False if they are not kept."""
+        names = [self._activations_file(self.progress.blocks, stream) for stream in range(len(streams))]
+        if not set(names) <= set(self.progress.files):
+            return False
+        with self._careful("read"):
+            for name, hidden in zip(names, streams, strict=True):
+                hidden.read(self.folder / name)
+        return True
+
+    def restore_generators(self) -> None:
+        """Set torch's generators to their states after the last whole block.
+
+        Nothing in this package draws from them while it prunes: its random numbers come from generators of their own, with
+        fixed seeds. A method from a file or the code of a model may.
+        """
+        states = [torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8) for text in self.progress.generators]
+        if states:
+            torch.set_rng_state(states[0])
+        if len(states) > 1 and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[1])
+
+    def commit(
+        self,
+        index: int,
+        block: nn.Module,
+        streams: Sequence[Activations],
+        reports: Sequence[LayerReport],
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Keep a pruned block. From here on the run resumes after it.
+
+        Args:
+            streams: the inputs of the next block, if there is one: those of the pruned model and, with a regression target,
+                those of the dense model.
+            seconds: time spent so far, by kind of work.
+
+        Raises:
+            RoseExpError: the disk refuses; the previous state is kept.
+        """
+        before, files = self.progress, {k: v for k, v in self.progress.files.items() if k.startswith("block-")}
+        problem = None
+        try:
+            if self.ranks.first:
+                tensors = {name: value.detach().to("cpu").contiguous() for name, value in block.state_dict().items()}
+                files |= self._written(_block_file(index), lambda path: save_file(tensors, path, {"format": "pt"}))
+            for number, hidden in enumerate(streams if self.resume == "activations" else ()):
+                files |= self._written(self._activations_file(index + 1, number), hidden.write)
+        except RoseExpError as error:
+            problem = str(error)
+        answers = self.ranks.gather((files, problem))  # on all ranks, or on none
+        for of_rank, other in answers:
+            if other is not None:
+                raise RoseExpError(other)
+            files |= of_rank
+        generators = _generators()
+        self._write(
+            Progress(
+                blocks=index + 1,
+                layers=[*before.layers, [report.as_dict() for report in reports]],
+                after=[
+                    *before.after,
+                    {"seconds": dict(seconds), "generators": [] if generators == before.generators else generators},
+                ],
+                shares=before.shares,
+                files=files,
+            )
+        )
+
+    def keep_shares(self, shares: Mapping[str, float]) -> None:
+        """Keep the sparsity allocation across layers, before the first layer is pruned."""
+        self._write(replace(self.progress, shares=dict(shares)))
+
+    def commit_part(self, reports: Sequence[LayerReport], weights: Mapping[str, Tensor]) -> None:
+        """Keep the pruned layers of the current block, before the run stops inside it."""
+        tensors = {name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
+        written = self._written(_part_file(self.progress.blocks), lambda path: save_file(tensors, path))
+        part = [report.as_dict() for report in reports]
+        self._write(replace(self.progress, part=part, files=self.progress.files | written))
+
+    def delete(self) -> None:
+        if self.ranks.first and self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def _write(self, progress: Progress) -> None:
+        """Let ``progress`` count, then delete the files that it does not name."""
+
+        def write() -> None:
+            text = _sealed({"format": FORMAT, "fingerprint": self.fingerprint, "progress": asdict(progress)})
+            self._written(NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+        self._on_first(write)
+        self.progress = progress
+        if not self.ranks.first:
+            return
+        present = {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+        self.peak_bytes = max(self.peak_bytes, sum(present.values()))
+        for name in set(present) - set(progress.files) - {NAME}:
+            (self.folder / name).unlink()
+
+    def _written(self, name: str, write: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+        """Write a file under another name, rename it once it is on the disk, and return its size and SHA-256 by its name.
+
+        The digest is that of the file, which still is in the system's cache.
+        """
+        scratch = self.folder / f".{name}.{os.getpid()}"
+        with self._careful("write"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                write(str(scratch))
+                with scratch.open("rb+") as file:
+                    os.fsync(file.fileno())
+                facts = {"bytes": scratch.stat().st_size, "sha256": _sha256(scratch)}
+                os.replace(scratch, self.folder / name)
+                _flush_folder(self.folder)
+            finally:
+                scratch.unlink(missing_ok=True)
+            self._verified.discard(name)
+            return {name: facts}
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        """Read a file, which is verified unless this process has done so.
+
+        The tensors are copies: those that safetensors returns read the file when they are used, and are not aligned.
+        """
+        if name not in self._verified:
+            problem = _problem(self.folder / name, self.progress.files[name])
+            if problem is not None:
+                raise RoseExpError(
+                    f"{self.folder / name} is damaged: {problem}; start the run again to prune again what it held"
+                )
+            self._verified.add(name)
+        with self._careful("read"):
+            return {key: value.clone() for key, value in load_file(self.folder / name).items()}
+
+    @contextmanager
+    def _careful(self, what: str):
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            kept = f"{self.progress.blocks} whole blocks are kept in {self.folder}"
+            raise RoseExpError(f"cannot {what} the run's state: {reason}; {kept}") from error
+
+    def _on_first(self, act: Callable[[], Any]) -> Any:
+        """What ``act`` returns on the first rank, on all ranks.
+
+        Raises:
+            RoseExpError: the first rank raised it, on all ranks.
+        """
+        answer = problem = None
+        if self.ranks.first:
+            try:
+                answer = act()
+            except RoseExpError as error:
+                problem = str(error)
+        answer, problem = self.ranks.gather((answer, problem))[0]
+        if problem is not None:
+            raise RoseExpError(problem)
+        return answer
+
+    def _raise_together(self, problem: str | None) -> None:
+        """Raise the first rank's problem on all ranks, else the next rank's, if any has one."""
+        problems = [told for told in self.ranks.gather(problem) if told is not None]
+        if problems:
+            raise RoseExpError(problems[0])
+
+    @property
+    def _hint(self) -> str:
+        return f"delete {self.folder} to begin anew"
+
+    def _activations_file(self, index: int, stream: int = 0) -> str:
+        return f"{STREAMS[stream]}-{index:05}.{self.ranks.rank}.bin"
+
+
+def _block_file(index: int) -> str:
+    return f"block-{index:05}.safetensors"
+
+
+def _part_file(index: int) -> str:
+    return f"part-{index:05}.safetensors"
+
+
+def _sealed(content: Mapping[str, Any]) -> str:
+    """The text of ``state.json``: its content and the SHA-256 of that. Equal content gives equal text."""
+    digest = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
+    return json.dumps({"sha256": digest, **content}, indent=1)
+
+
+def _problem(file: Path, expected: Mapping[str, Any], on_bytes: Callable[[int], Any] | None = None) -> str | None:
+    """What is wrong with a file of a known size and SHA-256, None if nothing is."""
+    try:
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return f"expected {expected['bytes']} bytes, got {size}"
+        if _sha256(file, on_bytes) != expected["sha256"]:
+            return "its content does not match its SHA-256"
+    except FileNotFoundError:
+        return f"expected {expected['bytes']} bytes, got no file"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    return None
+
+
+def _sha256(file: Path, on_bytes: Callable[[int], Any] | None = None) -> str:
+    """SHA-256 of a file. ``on_bytes`` is called with the number of bytes of each piece."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with file.open("rb", buffering=0) as source:
+        while count := source.readinto(buffer):
+            digest.update(buffer[:count])
+            if on_bytes is not None:
+                on_bytes(count)
+    return digest.hexdigest()
+
+
+def _bar(total: int) -> tqdm:
+    """A progress bar for bytes that are verified, shown if that takes more than a moment."""
+    shown = None if total >= SHOWN else True  # None: at a terminal
+    return tqdm(desc="verifying the state", total=total, unit="B", unit_scale=True, leave=False, disable=shown)
+
+
+def _remedy(name: str, kept: Progress) -> str:
+    """What the run does instead of using a damaged file."""
+    if name.startswith("block-"):
+        return f"{kept.blocks} whole blocks are kept, and the rest is pruned again"
+    if name.startswith("part-"):
+        return "its layers are pruned again"
+    return "the pruned blocks run again to compute the next block's inputs"
+
+
+def _generators() -> list[str]:
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state().cpu()] if torch.cuda.is_available() else [])
+    return [bytes(state.numpy()).hex() for state in states]
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,104 @@
+"""Removing heads and neurons: which go, what the layers that read them become, and what is told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..engine import METHODS, InputMoments, NotPositiveDefiniteError
+from ..engine.groups import GroupedLayer, Structured, prune_groups
+from ..models import Structure, find_structures
+from ..runtime.errors import RoseExpError
+from .plan import LayerReport, PruningPlan
+
+
+def wanted_structures(module: nn.Module, name: str, plan: PruningPlan) -> list[Structure]:
+    """Those of a module, which the model calls ``name``, that the plan removes groups of: it prunes their kind, and all layers
+    that read them.
+
+    Raises:
+        RoseExpError: an attention whose heads cannot be told apart.
+    """
+    if not isinstance(plan.sparsity, Structured):
+        return []
+    found = find_structures(module, name, plan.sparsity.kinds)
+    return [structure for structure in found if all(plan.wants(part.layer.name) for part in structure.consumers)]
+
+
+def check_structures(structures: Sequence[Structure], sparsity: Structured) -> None:
+    """See that there is something to remove of each kind that is to be removed.
+
+    Raises:
+        RoseExpError: there is nothing.
+    """
+    for kind in sparsity.kinds:
+        groups = [structure.groups for structure in structures if structure.kind == kind]
+        if not groups:
+            raise RoseExpError(
+                f"sparsity.{kind}: expected a model whose {kind} are known and not left out, got one without; "
+                f"sparsity.{kind}=false leaves them alone"
+            )
+        if sparsity.ratio and not sum(map(sparsity.count, groups)):
+            raise RoseExpError(
+                f"sparsity.ratio: expected enough to remove one of {max(groups)} {kind}, of which one must stay, "
+                f"got {sparsity.ratio:g}"
+            )
+
+
+@torch.no_grad()
+def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], plan: PruningPlan) -> list[LayerReport]:
+    """Remove groups from the layers that read them, and make zero what makes them; a report for each of those layers.
+
+    Args:
+        moments: of the inputs of each layer that reads them, by its name.
+    Raises:
+        RoseExpError: it cannot be done; the message names the structure.
+    """
+    start, sparsity = time.perf_counter(), plan.sparsity
+    kind = type(plan.method)
+    method = next(name for name, of in METHODS.items() if of is kind)
+    device = structure.consumers[0].layer.weight.device
+    layers = []
+    for part in structure.consumers:
+        weight, places = part.layer.weight, part.places.to(device)
+        outside = torch.ones(weight.shape[1], dtype=torch.bool, device=device)
+        outside[places.flatten()] = False
+        gone = (outside & (weight == 0).all(dim=0)).nonzero().flatten()  # of a structure beside it, or of no weight
+        layers.append(GroupedLayer(weight, moments[part.layer.name], places, gone, structure.makers_norm()))
+    try:
+        found = prune_groups(
+            layers,
+            sparsity.count(structure.groups),
+            method=method,
+            saliency=sparsity.saliency,
+            damping=plan.damping,
+            at_once=1 if structure.kind == "heads" else sparsity.at_once,
+        )
+    except (ValueError, NotPositiveDefiniteError) as error:
+        raise RoseExpError(f"{structure.name}: {error}") from error
+    for part, weight in zip(structure.consumers, found.weights, strict=True):
+        part.layer.set_weight(weight)
+    structure.mask(found.removed.cpu())
+    seconds = (time.perf_counter() - start) / len(layers)
+    return [
+        LayerReport(
+            name=part.layer.name,
+            rows=len(weight),
+            columns=weight.shape[1],
+            tokens=moments[part.layer.name].tokens,
+            sparsity=int((weight == 0).sum()) / weight.numel(),
+            error=error,
+            relative_range=0.0,
+            reordered=False,
+            damping=found.damping,
+            rank=0,
+            seconds=seconds,
+            removed=int(found.removed.sum()),
+            groups=structure.groups,
+            requested=sparsity.ratio,
+        )
+        for part, weight, error in zip(structure.consumers, found.weights, found.errors, strict=True)
+    ]

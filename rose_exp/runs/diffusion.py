@@ -1,0 +1,230 @@
+"""One run of a diffusion model, top to bottom; what :func:`rose_exp.runs.language.run_experiment` does for language models."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Prompts, load_prompts
+from ..diffusion.denoiser import Unit, candidate_layers, find_units, packages
+from ..diffusion.images import Distances, OnBatch, Rendering, render
+from ..diffusion.loading import load_pipeline, save_pipeline
+from ..diffusion.narrowed import key_of, remove_masked
+from ..diffusion.packages import DenoiserWalk
+from ..diffusion.sampling import Sampler, noise_seeds
+from ..diffusion.scores import load_scores
+from ..diffusion.sheet import draw_sheet
+from ..engine.groups import Structured
+from ..engine.weighting import step_weights
+from ..models import LinearLayer, Structure
+from ..pruning import RunState, chosen, events, saved_and_total
+from ..pruning.plan import check_patterns
+from ..pruning.structured import check_structures, wanted_structures
+from ..report.figures import FOLDER, SHEET, draw_figures
+from ..runtime.errors import RoseExpError
+from ..runtime.fingerprint import code_sha256, folder_bytes
+from ..runtime.ranks import Ranks
+from ..settings.schema import Settings
+from ..tracking import Guarded, RunRecord, Stopwatch, environment
+from ..tracking.record import library_versions
+from .identity import identifying
+from .preparation import at_most, find_device, pruning_plan, resolved_backend
+
+log = logging.getLogger(__name__)
+
+EVALUATION_NOISE = 24432  # seed of the noise that images are measured on, whatever the seed of a run
+LIBRARIES = ("diffusers", "torchmetrics")
+
+
+class DiffusionRun:
+    """The stages of a run, and what they hand on."""
+
+    def __init__(self, settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, tracker: Guarded):
+        if ranks.size > 1:
+            raise RoseExpError(f"torchrun: expected one process for a diffusion model, got {ranks.size}")
+        self.settings, self.record, self.folder, self.tracker = settings, record, folder, tracker
+        self.watch = Stopwatch(record.data["seconds"])
+        self.protocol = record.data["protocol"]
+        self.device = find_device(settings.device, ranks)
+        self.state: RunState | None = None
+        self.dense: Rendering | None = None
+        self.distances: Distances | None = None
+        self.structures: list[Structure] = []
+
+    def prepare(self, stack: ExitStack) -> None:
+        """Read the prompts, and what scores images, before anything takes long."""
+        settings, images = self.settings, self.settings.evaluation.images
+        self.protocol |= {"seed": settings.seed, "ranks": 1} | environment(self.device)
+        self.protocol["versions"] |= library_versions(LIBRARIES)
+        self.protocol["backend"] = resolved_backend(settings, self.device) if settings.pruned else None
+        self.protocol |= {"calibration": None, "evaluation": {}, "images": None}
+        torch.manual_seed(settings.seed)
+        self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dense-", dir=self.folder)))
+        with self.watch.stage("texts"):
+            self.prompts: Prompts | None = None
+            if settings.pruned:
+                self.prompts = load_prompts(settings.calibration.prompts, "calibration")
+                self.seeds = noise_seeds(settings.seed, len(self.prompts.texts))
+                digest = hashlib.sha256(repr(self.seeds).encode()).hexdigest()
+                self.protocol["calibration"] = self.prompts.protocol | {"seed": settings.seed, "noise_sha256": digest}
+            if images is not None:
+                limit = at_most(settings, images.samples)
+                self.evaluated = load_prompts(images.model_copy(update={"samples": limit}), "evaluation.images")
+                self.protocol["images"] = self.evaluated.protocol | {"noise_seed": EVALUATION_NOISE} | images.fingerprints()
+                self.scores = load_scores(images, self.device)
+
+    def load(self) -> None:
+        """The pipeline, what of it can be pruned, and the state that an earlier process has left."""
+        settings, sampling = self.settings, self.settings.diffusion
+        with self.watch.stage("loading"):
+            self.pipeline, self.protocol["model"] = load_pipeline(settings.model, sampling.scheduler)
+            self.pipeline.to(self.device)
+            self.sampler = Sampler(
+                self.pipeline,
+                steps=sampling.steps,
+                guidance=sampling.guidance,
+                size=sampling.size,
+                text_length=sampling.text_length,
+                batch=sampling.batch,
+            )
+            if self.sampler.ignored:
+                raise RoseExpError(
+                    f"diffusion: expected null for {', '.join(self.sampler.ignored)}, which {type(self.pipeline).__name__} has "
+                    "no use for, got a value"
+                )
+            self._find_layers()
+        if settings.pruned and settings.pipeline.resume != "none":
+            self.state = RunState(self.folder / "state", self._fingerprint(), "recompute")
+            if self.state.progress.blocks:
+                self.record.data["resumed"] = self.state.progress.blocks
+        self.record.write()
+
+    def _find_layers(self) -> None:
+        denoiser, pipeline = self.sampler.denoiser, self.settings.pipeline
+        layers = candidate_layers(denoiser, self.settings.diffusion.convolutions)
+        with torch.no_grad():
+            units = find_units(denoiser, self.sampler.first_call("a photograph"), layers)
+        seen = {name for unit in units for name in unit.names}
+        self.layers: dict[str, LinearLayer] = {layer.name: layer for layer in layers if layer.name in seen}
+        check_patterns("pipeline.layers", pipeline.layers, list(self.layers))
+        check_patterns("pipeline.skip", pipeline.skip, list(self.layers))
+        self.chosen = [name for name in self.layers if chosen(name, pipeline.layers, pipeline.skip)]
+        if not self.settings.pruned:
+            return
+        pruned, plan = set(self.chosen), pruning_plan(self.settings)
+        if isinstance(plan.sparsity, Structured):
+            self.structures = wanted_structures(denoiser, "", plan)
+            check_structures(self.structures, plan.sparsity)
+            pruned = {part.layer.name for structure in self.structures for part in structure.consumers}
+        if not pruned:
+            raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave something to prune, got nothing")
+        own = [Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in units]
+        self.packages = packages([unit for unit in own if unit.groups], self.settings.diffusion.packages)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        protocol = self.protocol
+        model = {name: value for name, value in protocol["model"].items() if name not in ("name", "source")}
+        own = {name: protocol[name] for name in ("versions", "device", "threads", "float32_matmul_precision", "backend")}
+        calibration = {name: protocol["calibration"][name] for name in ("sha256", "noise_sha256")}
+        return {"settings": identifying(self.settings), "model": model, "calibration": calibration, "code": code_sha256()} | own
+
+    def prune(self) -> None:
+        """Make the dense model's images, then prune it."""
+        settings, record, sampling = self.settings, self.record, self.settings.diffusion
+        if settings.evaluation.images is not None:
+            with self.watch.stage("evaluation.dense"):
+                if "distance" in settings.evaluation.images.metrics:
+                    self.distances = Distances(self.scratch, getattr(self.pipeline, "vae", None))
+                self.dense = self._render("images of the dense model", self.distances and self.distances.keep)
+        log.info("pruning with %s, %s, %d packages", settings.label, settings.sparsity.build(), len(self.packages))
+        walk = DenoiserWalk(
+            self.sampler,
+            self.layers,
+            self.packages,
+            pruning_plan(settings),
+            self.prompts.texts if self.sampler.conditioned else [""] * len(self.prompts.texts),
+            self.seeds,
+            lambda step, steps: step_weights(steps, sampling.weighting, sampling.alpha_min, sampling.alpha_max)[step],
+            self.structures,
+            self.state,
+            lambda step, report: self.tracker.tell("layer", step, report.as_dict()),
+        )
+        with self.watch.stage("pruning"):
+            reports = walk.prune()
+        self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in walk.seconds.items()}
+        record.data["packages"] = [vars(package) for package in walk.facts]
+        engine = settings.engine
+        found = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
+        record.pruned([report.as_dict() for report in reports], found, settings.reorder.build() is not None)
+
+    def _render(self, what: str, on_batch: OnBatch | None) -> Rendering:
+        prompts = self.evaluated.texts
+        return render(self.sampler, prompts, noise_seeds(EVALUATION_NOISE, len(prompts)), what, on_batch)
+
+    def measure(self) -> None:
+        """Sparsity, then what remains of heads and neurons, then the images."""
+        record, settings = self.record, self.settings
+        reports = {report["name"]: report for report in record.data["layers"]}
+        saved, total = saved_and_total([self.layers[name] for name in self.chosen], reports)
+        record.data["metrics"]["sparsity"] = saved / total
+        before = sum(p.numel() for p in self.sampler.denoiser.parameters())
+        if settings.pruned and self.structures:
+            sparsity = settings.sparsity.build()
+            remove_masked(self.pipeline, {key_of(of): sparsity.count(of.groups) for of in self.structures})
+        record.data["parameters"] = {"dense": before, "pruned": sum(p.numel() for p in self.sampler.denoiser.parameters())}
+        if settings.evaluation.images is None:
+            return
+        with self.watch.stage("evaluation"):
+            what = "images of the pruned model" if settings.pruned else "images"
+            pruned = self._render(what, self.distances and self.distances.compare)
+            record.data["images"] = {"denoiser_ms": pruned.milliseconds}
+            if self.dense is not None:
+                self._compare(self.dense, pruned)
+            for name, score in self.scores.items():
+                record.measured(f"images.{name}", *score(pruned.images, self.evaluated.texts))
+        for name, value in record.data["metrics"].items():
+            if name.startswith("images."):
+                log.info("%s: %s %.4g", settings.label, name.removeprefix("images."), value)
+        self._draw(pruned)
+
+    def _compare(self, dense: Rendering, pruned: Rendering) -> None:
+        self.record.data["images"]["dense_denoiser_ms"] = dense.milliseconds
+        if self.structures:  # zeros that are stored make nothing faster
+            self.record.measured("images.speedup", dense.milliseconds / pruned.milliseconds)
+        if self.distances is not None:
+            self.record.data["images"]["latent_mse"] = self.distances.latent_mse()
+            for name, (value, error) in self.distances.metrics().items():
+                self.record.measured(f"images.{name}", value, error)
+
+    def _draw(self, pruned: Rendering) -> None:
+        count = min(self.settings.evaluation.images.sheet, len(pruned.images))
+        if not self.settings.figures.draw or not count or self.dense is None:
+            return
+        label = f"{self.settings.label}, {self.settings.sparsity.build()}"
+        path = self.folder / FOLDER / SHEET
+        draw_sheet(self.dense.images[:count], pruned.images[:count], self.evaluated.texts[:count], label, path)
+        self.tracker.tell("figure", "contact_sheet", path)
+
+    def finish(self) -> None:
+        """Save, tell and draw."""
+        settings, record = self.settings, self.record
+        if settings.save:
+            with self.watch.stage("saving"):
+                log.info("saved the pipeline to %s", save_pipeline(self.pipeline, self.folder / "model"))
+        model = self.folder / "model"
+        record.data["peak_disk_bytes"] = (self.state.peak_bytes if self.state is not None else 0) + (
+            folder_bytes(model) if model.exists() else 0
+        )
+        self.tracker.tell("results", record.data["metrics"], record.data["layers"])
+        if settings.figures.draw:
+            for name, path in draw_figures(record.data, self.folder).items():
+                self.tracker.tell("figure", name, path)
+        del self.pipeline, self.sampler
+        gc.collect()

@@ -1,0 +1,116 @@
+"""Doing a run once: a finished run is reused, and no two processes work on the same run."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..pruning import FirstBlock
+from ..runtime.errors import RoseExpError
+from ..runtime.ranks import Ranks
+from ..settings.schema import Settings
+from ..tracking import Identity, read_record
+from ..tracking.record import FILE_NAME
+from .identity import run_id
+from .language import STATE, run_experiment
+from .reuse import MODEL, lacking, supplement
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+def do_run(
+    settings: Settings,
+    config: Mapping[str, Any],
+    folder: Path,
+    identity: Identity | None = None,
+    wait: bool = False,
+    first_block: FirstBlock | None = None,
+) -> dict[str, Any]:
+    """Do what :func:`run_experiment` does, unless ``folder`` already has the result.
+
+    With ``rerun`` the run starts anew, whatever an earlier process has left.
+
+    Args:
+        wait: wait for another process that works on the same run; else that is an error.
+    Returns:
+        The run record, of this run or of the earlier one.
+    Raises:
+        RoseExpError: as :func:`run_experiment`; or the folder holds another run, or another process works on it.
+    """
+    ranks = Ranks()
+    folder = ranks.gather(folder)[0]
+    if len(set(ranks.gather(run_id(settings)))) > 1:
+        raise RoseExpError("torchrun: expected equal settings in all processes, got different ones")
+    with _locked(folder, wait, ranks):
+        earlier = ranks.gather(_reusable(settings, folder) if ranks.first else None)[0]
+        if earlier is None:
+            return run_experiment(settings, dict(config), folder, identity, first_block)
+        log.info("%s is finished already: %s", settings.label, folder / FILE_NAME)
+        return supplement(earlier, settings, config, folder, identity) if ranks.first else earlier
+
+
+def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
+    """The record of an earlier run, if it is finished and has left everything that the settings request. If not, removes its
+    saved model, and with ``rerun`` its state, so that this run does not find them.
+
+    Raises:
+        RoseExpError: the folder holds another run, or a model of unknown origin.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        if settings.save and (folder / MODEL).exists():
+            raise RoseExpError(f"hydra.run.dir: expected a folder without {MODEL}, to which save=true writes, got {folder}")
+        return None
+    record, own = read_record(path), run_id(settings)
+    if record.get("run_id") != own:
+        raise RoseExpError(
+            f"hydra.run.dir: expected an empty folder or one of the same run, {own}, got {folder} with run "
+            f"{record.get('run_id')} ({record['label']})"
+        )
+    if record["status"] == "finished" and not settings.rerun:
+        missing = lacking(settings, record, folder)
+        if not missing:
+            return record
+        log.info("%s is finished, but without %s: it runs again", settings.label, ", ".join(missing))
+    in_the_way = ([STATE] if settings.rerun else []) + ([MODEL] if settings.rerun or settings.save else [])
+    for name in in_the_way:
+        try:
+            shutil.rmtree(folder / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RoseExpError(f"cannot remove {folder / name}: {error.strerror or error}") from error
+    return None
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool, ranks: Ranks) -> Iterator[None]:
+    """Hold the folder's lock until the end of the block or of the process. Of several processes that share a run, the first one
+    holds it."""
+    if not ranks.first:
+        yield
+        return
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise RoseExpError(f"{folder}: another process is at this run; wait for it, or end it") from None
+            log.info("waiting for another process that works in %s", folder)
+            lock.acquire()
+    except OSError as error:
+        raise RoseExpError(f"cannot write to {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()

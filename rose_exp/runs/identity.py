@@ -1,0 +1,63 @@
+"""The name of a run: a hash of all settings that can change its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..runtime.errors import SettingsError
+from ..runtime.fingerprint import content_sha256, folder_sha256, model_sha256
+from ..runtime.wheels import WHEELS
+from ..settings.effects import Setting, settings_of
+from ..settings.schema import Settings, read_settings
+from ..settings.texts import PROMPTS, prompts_file, text_format
+
+LENGTH = 12  # hexadecimal digits: the chance of a collision among a million runs is 1 in 500
+UNKNOWN = "unknown"
+
+
+def run_id(settings: Settings) -> str:
+    """Return twelve hexadecimal digits, equal for settings that must lead to equal results.
+
+    The resolved settings count, so another default in a configuration file makes another run.
+    """
+    text = json.dumps(identifying(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def identifying(settings: Settings) -> dict[str, Any]:
+    """Return the settings that can change the result, by dotted name, with the contents of files in place of their paths.
+
+    :mod:`rose_exp.settings.effects` decides which settings these are.
+    """
+    return {setting.name: _contents(setting) for setting in settings_of(settings.model_dump(mode="json"))}
+
+
+def _contents(setting: Setting) -> Any:
+    """The fingerprint of what a setting names, if it names a file; else its value."""
+    kind, value = setting.effect.place, setting.value
+    if kind is None or value is None:
+        return value
+    if kind == "embedded":
+        return content_sha256(prompts_file(value)) if value in PROMPTS else WHEELS[value].sha256
+    place = Path(value).expanduser()
+    found = (model_sha256 if kind == "model" else folder_sha256)(place) if place.exists() else value
+    return f"{found} {text_format(value)}" if kind == "text" else found  # the format decides how a file is read
+
+
+def _resolved_run_id(*, _root_: DictConfig) -> str:
+    plain = OmegaConf.create({name: _root_._get_node(name) for name in _root_ if name != "hydra"})
+    try:
+        return run_id(read_settings(OmegaConf.to_container(plain, resolve=True)))
+    except SettingsError:
+        return UNKNOWN  # of a configuration that is shown, not run
+
+
+def register_resolver() -> None:
+    """Register ``${run_id:}`` and ``${unstructured_else:PATTERN,A,B}``, which is A for an unstructured pattern and else B."""
+    OmegaConf.register_new_resolver("run_id", _resolved_run_id, replace=True)
+    OmegaConf.register_new_resolver("unstructured_else", lambda kind, a, b: a if kind == "unstructured" else b, replace=True)

@@ -1,0 +1,248 @@
+"""How much memory and disk a run takes at its peak, reckoned from the model's configuration before any work, and whether that
+is there."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ..engine import METHODS, Refine
+from ..engine.moments import sums_dtype
+from ..models import ModelShape
+from ..runtime.batches import at_once
+from ..runtime.errors import RoseExpError
+from ..settings.effects import acting
+from ..settings.schema import Settings
+
+LIBRARIES = 700 * 2**20  # bytes of a process that has imported all and loaded nothing
+CONTROL_GROUPS = (  # folder, limit, usage, and what of the usage is a cache of files, which gives way
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "file "),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache "),
+)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the peak; ``device`` is None where the work is done on the host."""
+
+    host: int
+    device: int | None
+    disk: int
+
+    def as_dict(self) -> dict[str, int | None]:
+        return asdict(self)
+
+    def over(self, available: Footprint) -> list[str]:
+        """Which of the three is more than there is."""
+        pairs = [(name, getattr(self, name), getattr(available, name)) for name in ("device", "host", "disk")]
+        return [name for name, wanted, there in pairs if wanted is not None and there is not None and wanted > there]
+
+    def __str__(self) -> str:
+        device = f"{gib(self.device)} on the device, " if self.device is not None else ""
+        return f"{device}{gib(self.host)} on the host, {gib(self.disk)} on disk"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run keeps what is large.
+
+    Attributes:
+        weights: ``memory``, the whole model on the host, or ``disk``, a block at a time.
+        by_blocks: whether perplexity is measured block by block, since the model does not fit where it is run.
+    """
+
+    weights: str
+    by_blocks: bool
+
+
+def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placement) -> Footprint:
+    """Peaks of a run, each the largest of its stages.
+
+    While a block is pruned there are, where it is worked on, the block, the hidden states of all windows (or of a batch, where
+    they are kept elsewhere), the moments of its layers, and the more of a forward pass and of solving a group of layers (see
+    :attr:`Method.working`; moments of layers that are solved are let go). Evaluation has the whole model, or a block and the
+    hidden states of a text, and the logits of a batch.
+    """
+    width, kind = torch.finfo(shape.dtype).bits // 8, "cuda" if cuda else "cpu"
+    whole, block, outside = (count * width for count in (shape.parameters, shape.largest, shape.outside))
+    on_disk, place = placed.weights == "disk", settings.pipeline.activations
+    pruning, states, kept = 0, 0, 0
+    if settings.pruned:
+        calibration = settings.calibration
+        batch = at_once(settings.pipeline.batch, kind)
+        passing = calibration.window * batch * shape.widest * (4 * width + 4)
+        streams = 2 if settings.target.build() else 1  # the dense model's hidden states, and its layers' inputs
+        passing *= streams
+        pruning = _solving(settings, shape, passing, sums_dtype(kind, torch.float32).itemsize)
+        if streams > 1 and settings.pipeline.true_sequential:
+            pruning += block  # the dense one, beside the one that is pruned part by part
+        copies = 2 if streams > 1 or settings.allocation.build() else 1  # a survey's are gone before the dense ones are made
+        states = copies * calibration.samples * calibration.window * shape.hidden * width
+        kept = _kept_on_disk(settings, shape, states // copies * streams, width)
+    measuring, texts = _measuring(settings, shape, width, kind)
+    texts = texts if placed.by_blocks else 0
+    large = max(states, texts)
+    if place == "device":
+        pruning, measuring = pruning + states, measuring + texts
+    disk = kept + (large if place == "disk" else 0) + (whole if settings.save else 0)
+    held = LIBRARIES + (outside + block if on_disk else whole)
+    if settings.pruned and on_disk:
+        held += block  # a copy while it is written
+    if cuda:
+        device = max(block + pruning, (block + outside if placed.by_blocks else whole) + measuring)
+        return Footprint(held + (large if place == "host" else 0), device, disk)
+    return Footprint(held + max(pruning, measuring) + (large if place == "host" else 0), None, disk)
+
+
+def _solving(settings: Settings, shape: ModelShape, passing: int, sums: int) -> int:
+    """Moments, whose sums take ``sums`` bytes a number, and the larger of a forward pass and of solving, at the worst of a
+    block's groups."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for layer in shape.block:
+        groups.setdefault(layer.group, []).append((layer.rows, layer.columns))
+    # attention's output projection is as wide as what it shares a module with, and has an input of its own
+    moments = {name: (1 + (len(layers) > 2)) * layers[0][1] ** 2 * sums for name, layers in groups.items()}
+    if settings.target.build():  # drift is as large as moments, and once more where hidden states are part of it
+        moments = {name: 2 * size + shape.hidden * groups[name][0][1] * sums for name, size in moments.items()}
+    square, flat = METHODS[settings.method.name].working
+    if settings.refine.build():
+        square, flat = max(square, Refine.working[0]), max(flat, Refine.working[1])
+    if settings.target.build():
+        square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their moves
+    if "permutation" in acting(settings.model_dump(mode="json")):
+        square += 1  # what is known of the inputs, once more in another order
+    peak, left = passing + sum(moments.values()), sum(moments.values())
+    for name, layers in groups.items():
+        solving = square * layers[0][1] ** 2 * 4 + flat * 4 * sum(rows * columns for rows, columns in layers)
+        rounded = moments[name] * 4 // sums  # see InputMoments.finish
+        peak = max(peak, left + rounded, left - moments[name] + rounded + int(solving))
+        left -= moments[name]
+    return peak
+
+
+def _kept_on_disk(settings: Settings, shape: ModelShape, states: int, width: int) -> int:
+    """The run's state: every pruned block, and while it changes the inputs of two."""
+    if settings.pipeline.resume == "none" and settings.pipeline.weights != "disk":
+        return 0
+    blocks = (shape.parameters - shape.outside) * width
+    return blocks + (2 * states if settings.pipeline.resume == "activations" else 0)
+
+
+def _measuring(settings: Settings, shape: ModelShape, width: int, kind: str) -> tuple[int, int]:
+    """What evaluating takes beside the model, and the hidden states of the longest text where it is done by blocks."""
+    evaluation = settings.evaluation
+    windows = [text.window for text in evaluation.perplexity.values()] + ([512] if evaluation.zero_shot.tasks else [])
+    token = shape.vocabulary * (width + 8) + shape.widest * width * 4
+    logits = at_once(evaluation.batch, kind) * max(windows, default=0) * token
+    limits = [(t.window, [n for n in (t.windows, evaluation.at_most) if n]) for t in evaluation.perplexity.values()]
+    texts = [window * min(counts or [UNKNOWN_WINDOWS]) * shape.hidden * width for window, counts in limits]
+    return logits, max(texts, default=0)
+
+
+UNKNOWN_WINDOWS = 170  # of a whole text: WikiText-2 in windows of 2048
+
+
+def choose(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> Placement:
+    """Where to keep what is large: as the settings say, and where they say ``auto`` in memory if that fits."""
+    wanted, by_blocks = settings.pipeline.weights, settings.pipeline.by_blocks
+    weights = [wanted] if wanted != "auto" else ["memory", "disk"]
+    ways = [by_blocks] if by_blocks != "auto" else [False, True]
+    placements = [Placement(w, b or w == "disk") for w in weights for b in ways]
+    fitting = [p for p in placements if not footprint(settings, shape, cuda, p).over(available)]
+    return (fitting or placements[-1:])[0]
+
+
+def check_fits(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> tuple[Placement, Footprint]:
+    """Where to keep what is large, and what the run takes there.
+
+    Raises:
+        RoseExpError: more than there is; the message has the numbers, and the settings that would make it fit.
+    """
+    placed = choose(settings, shape, cuda, available)
+    found = footprint(settings, shape, cuda, placed)
+    over = found.over(available)
+    if not over or not settings.preflight:
+        return placed, found
+    way_out = _way_out(settings, shape, cuda, available)
+    raise RoseExpError(
+        f"{settings.model.name} does not fit ({' and '.join(over)}): this run takes {found}; there is {available}. {way_out}. "
+        f"preflight=false runs it all the same"
+    )
+
+
+def _way_out(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> str:
+    """The first few changes, one after the other, that bring the run under what there is."""
+    changes: list[tuple[str, dict[str, Mapping[str, Any]]]] = []
+    tried = settings
+    for name, value in (
+        ("pipeline.weights", "disk"),
+        ("pipeline.by_blocks", True),
+        ("pipeline.activations", "host" if cuda else "disk"),
+        ("pipeline.activations", "disk"),
+        ("pipeline.batch", 1),
+        ("evaluation.batch", 1),
+        ("pipeline.resume", "recompute"),
+        ("save", False),
+    ):
+        tried = _changed(tried, name, value)
+        changes = [change for change in changes if change[0] != name] + [(name, value)]
+        if not footprint(tried, shape, cuda, choose(tried, shape, cuda, available)).over(available):
+            needed = [(n, v) for n, v in changes if not _fits_without(settings, changes, n, shape, cuda, available)]
+            return "It would fit with " + " ".join(f"{n}={str(v).lower()}" for n, v in needed or changes)
+    least = footprint(tried, shape, cuda, choose(tried, shape, cuda, available))
+    return f"No setting that leaves the result as it is makes it fit: at least {least}; fewer calibration.samples take less"
+
+
+def _fits_without(settings, changes, left_out: str, shape: ModelShape, cuda: bool, available: Footprint) -> bool:
+    for name, value in changes:
+        if name != left_out:
+            settings = _changed(settings, name, value)
+    return not footprint(settings, shape, cuda, choose(settings, shape, cuda, available)).over(available)
+
+
+def _changed(settings: Settings, name: str, value: Any) -> Settings:
+    section, _, own = name.rpartition(".")
+    if not section:
+        return settings.model_copy(update={own: value})
+    return settings.model_copy(update={section: getattr(settings, section).model_copy(update={own: value})})
+
+
+def available(folder: Path, device: torch.device) -> Footprint:
+    """What this process could take in all, what it has already among it.
+
+    On the host the least of what the machine has free and of every limit on the process or its group; on a CUDA device, and on
+    the disk of ``folder``, what is free.
+    """
+    process = psutil.Process()
+    used = process.memory_info()
+    host = [psutil.virtual_memory().available + used.rss]
+    for group, limit, current, cache in CONTROL_GROUPS:
+        try:
+            most = Path(group, limit).read_text().strip()
+            lines = Path(group, "memory.stat").read_text().splitlines()
+            cached = sum(int(line.split()[1]) for line in lines if line.startswith(cache))
+            if most.isdigit():
+                host.append(int(most) - int(Path(group, current).read_text()) + cached + used.rss)
+        except OSError:  # no such group here
+            continue
+    for kind, here in ((resource.RLIMIT_AS, used.vms - used.rss), (resource.RLIMIT_DATA, getattr(used, "data", 0) - used.rss)):
+        soft = resource.getrlimit(kind)[0]
+        if soft != resource.RLIM_INFINITY:
+            host.append(soft - here)
+    on_device = None
+    if device.type == "cuda":
+        on_device = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    while not folder.exists():
+        folder = folder.parent
+    return Footprint(min(host), on_device, shutil.disk_usage(folder).free)
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,123 @@
+"""From settings to what the stages of a run work with: the device, windows of tokens, and the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data import Windows, contiguous_windows, draw_windows, load_text
+from ..engine.kernels.backends import resolve
+from ..pruning import PruningPlan
+from ..runtime.errors import RoseExpError
+from ..runtime.ranks import Ranks
+from ..settings.effects import settings_of
+from ..settings.schema import Settings
+from ..settings.texts import Bos
+
+
+def find_device(name: str, ranks: Ranks) -> torch.device:
+    """The device that the settings call ``name``.
+
+    Raises:
+        RoseExpError: there is none.
+    """
+    if name == "auto":
+        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # each rank has set its own
+    elif ranks.size > 1 and name != "cpu":
+        raise RoseExpError(f"device: expected auto or cpu with {ranks.size} processes, each of which has its own, got {name!r}")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where kernels are launched, and memory and time are measured
+    except (RuntimeError, AssertionError) as error:
+        raise RoseExpError(f"device: expected auto, cpu or a CUDA device of this machine, got {name!r}: {error}") from error
+    return device
+
+
+def resolved_backend(settings: Settings, device: torch.device) -> str:
+    """The engine's backend for this device, its name as resolved (layers of float64 models are solved in plain torch)."""
+    try:
+        return resolve(settings.engine.backend, device, torch.float32)
+    except ValueError as error:
+        raise RoseExpError(f"engine.{error}") from error
+
+
+def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Windows:
+    """Draw random windows from the calibration text."""
+    wanted = settings.calibration
+    text = load_text(wanted, "calibration")
+    return draw_windows(text, tokenizer, wanted.window, wanted.samples, settings.seed, wanted.draw, "calibration", bos)
+
+
+def evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> dict[str, Windows]:
+    """Cut each text on which perplexity is measured into windows; return them by the text's name."""
+    windows = {}
+    for name, wanted in settings.evaluation.perplexity.items():
+        where = f"evaluation.perplexity.{name}"
+        limit = at_most(settings, wanted.windows)
+        windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, limit, where, bos)
+    return windows
+
+
+def at_most(settings: Settings, limit: int | None) -> int | None:
+    """The limit of a set, or that of all sets, where it is less."""
+    limits = [n for n in (limit, settings.evaluation.at_most) if n is not None]
+    return min(limits, default=None)
+
+
+def check_window_lengths(settings: Settings, model: torch.nn.Module) -> None:
+    """See that no window is longer than the positions that the model has."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    wanted = {f"evaluation.perplexity.{name}.window": text.window for name, text in settings.evaluation.perplexity.items()}
+    if settings.pruned:
+        wanted["calibration.window"] = settings.calibration.window
+    if settings.evaluation.speed is not None:
+        wanted["evaluation.speed.window"] = settings.evaluation.speed.window
+    for where, window in wanted.items():
+        if limit is not None and window > limit:
+            raise RoseExpError(f"{where}: expected at most {limit}, the positions that the model has, got {window}")
+
+
+def pruning_plan(settings: Settings) -> PruningPlan:
+    """What to do with each layer."""
+    method, engine, pipeline = settings.method, settings.engine, settings.pipeline
+    return PruningPlan(
+        method=method.build(),
+        methods={pattern: method.build((pattern,)) for pattern in method.layer_options},
+        sparsity=settings.sparsity.build(),
+        ordering=settings.reorder.build(),
+        block_size=engine.block_size,
+        damping=engine.damping,
+        refine=settings.refine.build(),
+        target=settings.target.build(),
+        allocation=settings.allocation.build(),
+        permute=engine.permute,
+        backend=engine.backend,
+        precision=engine.precision,
+        layers=pipeline.layers,
+        skip=pipeline.skip,
+        true_sequential=pipeline.true_sequential,
+        batch=pipeline.batch,
+        activations=pipeline.activations,
+        blocks=settings.model.blocks,
+        study=settings.figures.study,
+        expert_tokens=pipeline.expert_tokens,
+        starved_experts=pipeline.starved_experts,
+    )
+
+
+def first_key(settings: Settings, protocol: Mapping[str, Any]) -> str:
+    """Return a key that differs for runs whose moments of the first block can differ.
+
+    It holds the settings that can change them, and the protocol's facts about the model, the windows and the device.
+    """
+    evaluated = ("evaluation", "zero_shot", "speed", "seed")
+    facts = {name: value for name, value in protocol.items() if name not in evaluated}
+    config = settings.model_dump(mode="json")
+    own = {setting.name: setting.value for setting in settings_of(config) if setting.effect.moments}
+    return json.dumps([facts, own], sort_keys=True)

@@ -1,0 +1,125 @@
+"""What a finished run lacks of what a command with the same run ID requests.
+
+A run ID covers everything that can change a result. It does not cover what a run leaves next to it, such as a saved model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..report.figures import FOLDER, SHEET, STUDIES, draw_figures
+from ..runtime.redaction import redacted
+from ..settings.effects import complete, effective, within
+from ..settings.schema import Settings, TrackingSettings
+from ..tracking import Guarded, Identity
+from ..tracking.record import FILE_NAME, write_atomically
+
+MODEL = "model"  # folder of the saved model, in the run's
+
+
+def lacking(settings: Settings, record: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the settings that a finished run has not followed, and that only running again can follow.
+
+    Args:
+        settings: of a run with the same ID.
+        record: of the finished run.
+        folder: of both.
+    """
+    saved = (folder / MODEL).is_dir()
+    followed = {
+        "figures.study": _studied(settings, record, folder),
+        "save": saved or not settings.save,
+        "sparsity_config": _described(folder) == settings.sparsity_config or not (saved and settings.save),
+        "evaluation.images.sheet": _has_sheet(settings, record, folder),
+        "evaluation.speed": _timed(settings, record),
+    }
+    return [name for name, done in followed.items() if not done]
+
+
+def supplement(
+    record: dict[str, Any], settings: Settings, config: Mapping[str, Any], folder: Path, identity: Identity | None = None
+) -> dict[str, Any]:
+    """Draw the figures and tell the tracker of a finished run, if the settings request them and the run did not do so.
+
+    Args:
+        config: the configuration of ``settings``.
+        identity: the name of the run for the tracker; None: its method, model and pattern.
+    Returns:
+        The run record, which says where the run is tracked.
+    """
+    if settings.figures.draw and not _drawn(record, folder):
+        draw_figures(record, folder)
+    if _tracked(settings.tracking, record):
+        return record
+    data = record | {"config": record["config"] | {"tracking": config["tracking"]}}
+    identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.build()}")
+    tracker = Guarded(settings.tracking, SimpleNamespace(data=data, kept=True), identity, folder, settings.tags)
+    for step, layer in enumerate(record["layers"]):
+        tracker.tell("layer", step, layer)
+    tracker.tell("results", record["metrics"], record["layers"])
+    for path in sorted((folder / FOLDER).glob("*.png")):
+        tracker.tell("figure", path.stem, path)
+    model = folder / MODEL
+    tracker.tell("keep", folder / FILE_NAME, model if settings.tracking.save_model and model.exists() else None)
+    tracker.finish(failed=False)
+    write_atomically(folder / FILE_NAME, redacted(json.dumps(data, indent=1, allow_nan=True)) + "\n")
+    return data
+
+
+def _studied(settings: Settings, record: Mapping[str, Any], folder: Path) -> bool:
+    """Whether all layers that match were studied. A pattern that matches none is an error, which running again reports."""
+    for pattern in settings.figures.study:
+        layers = [layer for layer in record["layers"] if fnmatchcase(layer["name"], pattern)]
+        pruned = [layer["name"] for layer in layers if layer.get("instead") != "dense"]
+        if not layers or not all((folder / FOLDER / f"{name}.json").is_file() for name in pruned):
+            return False
+    return True
+
+
+def _described(folder: Path) -> bool:
+    """Whether the saved model's configuration describes its sparsity."""
+    path = folder / MODEL / "config.json"
+    return path.is_file() and "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def _has_sheet(settings: Settings, record: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a contact sheet has as many prompts as requested."""
+    images = settings.evaluation.images
+    if images is None or not images.sheet or not settings.pruned or not settings.figures.draw:
+        return True
+    before = complete(record["config"])
+    drawn = before["evaluation.images.sheet"] if before["figures.draw"] else 0
+    return (folder / FOLDER / SHEET).is_file() and drawn >= min(images.sheet, images.samples)
+
+
+def _timed(settings: Settings, record: Mapping[str, Any]) -> bool:
+    """Whether the speed was measured, or cannot be measured here either."""
+    if not any(within(name, "evaluation.speed") for name in effective(settings.model_dump(mode="json"))):
+        return True
+    found = record["protocol"].get("speed")
+    on_cuda = str(record["protocol"].get("device")).startswith("cuda")
+    return bool(found) and (not found["not_measured"] or on_cuda or not torch.cuda.is_available())
+
+
+def _drawn(record: Mapping[str, Any], folder: Path) -> bool:
+    names = ["layers"] if record["layers"] else []
+    names += [f"{path.stem}.{study}" for path in (folder / FOLDER).glob("*.json") for study in STUDIES]
+    return all((folder / FOLDER / f"{name}.png").is_file() for name in names)
+
+
+def _tracked(wanted: TrackingSettings, record: Mapping[str, Any]) -> bool:
+    """Whether the tracker has the run, or none is requested."""
+    if wanted.kind == "none" or (wanted.kind == "wandb" and wanted.mode == "disabled"):
+        return True
+    if record.get("tracking", {}).get("failure", "not started") is not None:
+        return False
+    places = ("kind", "mode", "project", "entity", "save_model") if wanted.kind == "wandb" else ("kind",)
+    before = complete(record["config"])
+    return all(before[f"tracking.{name}"] == getattr(wanted, name) for name in places)

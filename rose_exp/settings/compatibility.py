@@ -1,0 +1,76 @@
+"""Settings that do not go together, where the kind of model or what is removed decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..engine import METHODS
+from ..engine.groups import METHODS_OF_GROUPS
+
+STRUCTURED = "structured"
+
+
+def kind_problems(sections: Mapping[str, Any]) -> list[str]:
+    """What a language model has no use for, or a diffusion model, of those sections that are sound."""
+    model = sections.get("model")
+    if model is None:
+        return []
+    found = []
+    diffusion = model.kind == "diffusion"
+    calibration, evaluation, method = (sections.get(name) for name in ("calibration", "evaluation", "method"))
+    dense = method is not None and method.name == "dense"
+    if calibration is not None and (calibration.draw == "prompts") != diffusion and not dense:
+        expected = "prompts for a diffusion model" if diffusion else "windows or documents for a language model"
+        found.append(f"calibration.draw: expected {expected}, got {calibration.draw}")
+    if evaluation is not None:
+        of_language = [name for name in ("perplexity", "speed") if getattr(evaluation, name)]
+        of_language += ["zero_shot"] if evaluation.zero_shot.tasks else []
+        if diffusion and of_language:
+            found.append(f"evaluation.{of_language[0]}: expected none for a diffusion model, which has images, got some")
+        if not diffusion and evaluation.images is not None:
+            found.append("evaluation.images: expected null for a language model, got some")
+    if diffusion:
+        for name in ("target", "allocation"):
+            section = sections.get(name)
+            if section is not None and section.build():
+                found.append(f"{name}: expected none for a diffusion model, whose steps share their layers, got {section}")
+        if sections.get("sparsity_config"):
+            found.append("sparsity_config: expected false for a diffusion model, got true")
+        engine, figures = sections.get("engine"), sections.get("figures")
+        if engine is not None and engine.permute:
+            found.append("engine.permute: expected false for a diffusion model, got true")
+        if figures is not None and figures.study:
+            found.append(f"figures.study: expected none for a diffusion model, got {figures.study}")
+    return found
+
+
+def structured_problems(sections: Mapping[str, Any]) -> list[str]:
+    """What does not go with removing whole heads and neurons."""
+    sparsity, method = sections.get("sparsity"), sections.get("method")
+    if sparsity is None or method is None or sparsity.pattern != STRUCTURED or method.name not in METHODS:
+        return []
+    found = []
+    if method.name not in METHODS_OF_GROUPS:
+        found.append(f"method: expected one of {', '.join(METHODS_OF_GROUPS)} with structured sparsity, got {method.name}")
+    for name in ("reorder", "refine", "target", "allocation"):
+        section = sections.get(name)
+        if section is not None and not section.problems(name) and section.build():
+            found.append(f"{name}: expected none with structured sparsity, which fits what stays already, got {section}")
+    engine, figures = sections.get("engine"), sections.get("figures")
+    if engine is not None and engine.permute:
+        found.append("engine.permute: expected false with structured sparsity, got true")
+    if figures is not None and figures.study:
+        found.append(f"figures.study: expected none with structured sparsity, got {figures.study}")
+    if method.layer_options:
+        found.append(f"method.layer_options: expected none with structured sparsity, got {method.layer_options}")
+    if sections.get("sparsity_config"):
+        found.append("sparsity_config: expected false with structured sparsity, which leaves no zeros, got true")
+    pipeline, model = sections.get("pipeline"), sections.get("model")
+    language = model is not None and model.kind == "language"
+    if language and sections.get("save") and pipeline is not None and (pipeline.layers != ["*"] or pipeline.skip):
+        found.append(
+            "save: expected false where structured sparsity leaves layers out, since a language model's configuration has one "
+            "width for all, got true"
+        )
+    return found

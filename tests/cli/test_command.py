@@ -1,0 +1,363 @@
+"""Every configuration file composes, and mistakes are all told before anything runs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from rose_exp.cli.command import check_command, config_folder
+from rose_exp.engine import Ordering, SemiStructured, Unstructured
+from rose_exp.runtime.errors import SettingsError
+from rose_exp.settings.schema import Settings, read_settings
+from rose_exp.tracking import read_record
+
+from .test_app import rose_exp as command
+
+CHOICES = [
+    (path.parent.name, path.stem)
+    for path in sorted(config_folder().glob("*/*.yaml"))
+    if not path.stem.startswith("_")
+]  # fmt: skip
+METHOD_CHOICES = "alps, dense, dsnot, dsnot_sparsegpt, magnitude, oats, rose, rose_plus, sparsegpt, wanda"
+TO_BE_SET = {
+    ("model", "local"): ["model.path=."],
+    ("calibration", "local"): ["calibration.path=README.md"],
+    ("evaluation", "local"): ["evaluation.perplexity.local.path=README.md"],
+    ("model", "diffusion-local"): ["model.path=."],
+    ("calibration", "gcc3m"): ["model=small-sd3", "calibration.path=README.md"],
+    ("calibration", "prompts"): ["model=small-sd3"],
+    ("evaluation", "images"): ["model=small-sd3"],
+    ("evaluation", "images_paper"): [
+        "model=small-sd3",
+        "evaluation.images.path=README.md",
+        "evaluation.images.metrics=[clip_score]",
+        "evaluation.images.reference=.",
+    ],
+    ("sparsity", "structured"): ["method=sparsegpt"],
+}
+
+
+def settings_of(*overrides: str) -> Settings:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("config", overrides=list(overrides))
+    return read_settings(OmegaConf.to_container(config, resolve=True))
+
+
+def problems_of(*arguments: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        check_command(arguments)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_configuration_file_composes(group, choice, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    overrides = [f"{group}={choice}", *TO_BE_SET.get((group, choice), [])]
+    settings_of(*overrides)
+    text = (config_folder() / group / f"{choice}.yaml").read_text()
+    assert text.startswith("#"), "a configuration file opens with what it is"
+
+
+def test_the_groups_are_those_of_the_settings():
+    assert {group for group, _ in CHOICES} <= {*Settings.model_fields, "experiment", "debug"}
+
+
+def test_rose_is_sparsegpt_with_its_order():
+    rose = settings_of("method=rose")
+    assert rose.method.name == "sparsegpt"
+    assert rose.reorder.build() == Ordering.rose()
+    assert rose.label == "ROSE"
+    assert settings_of("method=sparsegpt").label == "SparseGPT"
+    assert settings_of("method=rose", "reorder=none").label == "SparseGPT"  # the order decides, not the file's name
+    assert "ascending" in settings_of("method=sparsegpt", "reorder=ascending").label
+    assert settings_of().label == "ROSE"
+
+
+def test_patterns_build():
+    assert settings_of().sparsity.build() == Unstructured(0.5)
+    assert settings_of("sparsity=2:4").sparsity.build() == SemiStructured(2, 4)
+    assert settings_of("sparsity.pattern=3:8", "sparsity.ratio=null").sparsity.build() == SemiStructured(3, 8)
+
+
+def test_dsnot_leaves_the_mlp_as_its_authors_do():
+    method = settings_of("method=dsnot").method
+    assert method.build().max_cycles == 50
+    assert method.build(("*mlp*",)).max_cycles == 0
+
+
+def test_all_mistakes_are_told_together():
+    assert problems_of(
+        "method=sparsgpt", "calibration.sample=3", "engine.damping=-1", "seed=x", "sparsity.pattern=5:4", "device"
+    ) == [
+        "'device' is no override: expected setting=value (missing EQUAL at '<EOF>')",
+        f"method: expected one of {METHOD_CHOICES}, got 'sparsgpt'; did you mean 'sparsegpt'?",
+        "calibration.sample: no such setting; did you mean 'calibration.samples'?",
+        "engine.damping: expected at least 0, got -1",
+        "seed: expected a valid integer, got 'x'",
+        "sparsity.pattern: expected N:M with N at most M and M at least 1, got '5:4'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("model=llama2-7", "did you mean 'llama2-7b'?"),
+        ("sparsity.pattern=unstructurd", "did you mean 'unstructured'?"),
+        ("sparsity.ratio=1.5", "sparsity.ratio: expected at most 1, got 1.5"),
+        ("sparsity.ratio=null", "sparsity.ratio: expected a number from 0 to 1, got null"),
+        ("model.embedded=smollm", "model.embedded: expected one of smollm2-135m, got 'smollm'"),
+        ("model.path=./nothing", "model.path: expected a folder or file that exists, got './nothing'"),
+        ("calibration.path=READMEE.md", "did you mean 'README.md'?"),
+        ("calibration.window=1", "calibration.window: expected at least 2, got 1"),
+        ("reorder.columns=down", "reorder.columns: expected 'descending', 'ascending' or 'none', got 'down'"),
+        ("+engine.dampling=1", "engine.dampling: no such setting, got 1; did you mean 'damping'?"),
+        ("+method.options.cycles=3", "method.options.cycles: expected none, sparsegpt has no options"),
+        ("method=dsnot method.options.max_cycles=-3", "method.options.max_cycles: expected at least 0, got -3"),
+        ("method=wanda reorder=rose", "reorder: expected none, since method wanda prunes no column before another"),
+        ("sparsity=2:4 sparsity.ratio=0.7", "sparsity.ratio: expected null or 0.5, as pattern 2:4 says, got 0.7"),
+        ("calibration=local", "calibration: expected one of path, embedded or dataset, got none of them"),
+        ("model=local", "model.path: expected a value, got none"),
+        ("engine.damping=nan", "engine.damping: expected"),
+        ("device=3", "device: expected text or a list of texts, got 3"),
+        ("+evaluation.perplexity.embedded.windws=3", "no such setting, got 3; did you mean 'windows'?"),
+        ("+evaluation.sped.window=3", "evaluation.sped: no such setting"),
+        (
+            "allocation=owl sparsity=2:4",
+            "allocation.rule: expected uniform with pattern 2:4, which takes the same share of every",
+        ),
+        ("method=rose_plus sparsity=2:4 allocation=losses", "allocation.rule: expected uniform with pattern 2:4"),
+        ("refine=masks refine.relaxation=2", "refine.relaxation: expected less than 2, got 2"),
+        ("method=oats refine=least_squares", "refine: expected none with oats, which adds a matrix to the pruned one, got 8"),
+        ("reorder.score=wnda", "reorder.score: expected one of magnitude, obs, wanda, got 'wnda'; did you mean 'wanda'?"),
+        (
+            "engine.backend=nmba",
+            "engine.backend: expected 'auto', 'torch', 'numba' or 'triton', got 'nmba'; did you mean 'numba'?",
+        ),
+    ],
+)
+def test_each_mistake_is_named(argument, expected, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    found = problems_of(*argument.split())
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def test_every_job_of_a_sweep_is_checked():
+    assert problems_of("-m", "method=sparsegpt,wnda", "sparsity.ratio=0.5,1.7") == [
+        f"method: expected one of {METHOD_CHOICES}, got 'wnda'; did you mean 'wanda'?",
+        "sparsity.ratio: expected at most 1, got 1.7",
+    ]
+    assert problems_of("-m", "sparsity.ratio=0.5,1.7,2.5") == [
+        "sparsity.ratio: expected at most 1, got 1.7",
+        "sparsity.ratio: expected at most 1, got 2.5",
+    ]
+    assert problems_of("-m", "experiment=demo", "reorder=rose")[0].startswith("reorder: expected none, since method dense")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "-m experiment=demo", "sparsity=4:8 method=wanda", "-m method=rose,sparsegpt seed=0,1,2", "evaluation=[wikitext2,c4]"],
+)
+def test_sound_commands_pass(command):
+    check_command(command.split())
+
+
+def test_of_a_setting_given_twice_the_last_counts_as_for_hydra():
+    jobs = check_command(["-m", "seed=0,1", "method=wanda", "seed=2,3", "method=sparsegpt"]).jobs
+    assert [(job.settings.seed, job.settings.method.name) for job in jobs] == [(2, "sparsegpt"), (3, "sparsegpt")]
+
+
+def test_a_search_by_several_processes_is_refused(monkeypatch, capsys):
+    from rose_exp.cli import app
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["rose-exp", "-m", "hydra/sweeper=optuna"])
+    with pytest.raises(SystemExit):
+        app.main()
+    assert "torchrun: expected a run or a sweep, got a search" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study", sorted(p.stem for p in config_folder().glob("experiment/rose_*.yaml")))
+def test_every_study_of_the_paper_can_be_had_small(study):
+    command = ["-m", f"experiment={study}", "model=smollm2-135m", "calibration=embedded", "debug=smoke"]
+    jobs = check_command(command).jobs
+    assert {job.settings.model.embedded for job in jobs} == {"smollm2-135m"}
+    assert {job.settings.calibration.embedded for job in jobs} == {"c4"}
+    assert all(job.settings.evaluation.at_most == 2 for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rule", "label"),
+    [("unstructured", "owl", "ROSE + owl 0.08 + target"), ("2:4", "uniform", "ROSE + permuted + target")],
+)
+def test_rose_plus_suits_the_pattern(pattern, rule, label):
+    """In a process of its own, in which nothing else has been imported."""
+    code = (
+        "from rose_exp.cli.command import check_command;"
+        f"settings = check_command(['method=rose_plus', 'sparsity={pattern}']).jobs[0].settings;"
+        "print(settings.allocation.rule, settings.label)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{rule} {label} 0.5/0.5 + masks again 12 + refine 6")
+
+
+def conf_with(folder: Path, ratio: float) -> Path:
+    """A copy of the configuration files in which unstructured sparsity has another ratio."""
+    copy = folder / "conf"
+    shutil.copytree(config_folder(), copy)
+    file = copy / "sparsity" / "unstructured.yaml"
+    file.write_text(file.read_text().replace("ratio: 0.5", f"ratio: {ratio}"))
+    return copy
+
+
+def ratios_of(*arguments: str) -> list[float]:
+    return [job.settings.sparsity.ratio for job in check_command(arguments).jobs]
+
+
+def test_configuration_files_elsewhere_are_those_of_the_run(tmp_path):
+    """Of each of Hydra's flags that say where they are."""
+    copy = conf_with(tmp_path, 0.9)
+    (copy / "mine.yaml").write_text((copy / "config.yaml").read_text().replace("seed: 0", "seed: 7"))
+    more = tmp_path / "more"
+    (more / "sparsity").mkdir(parents=True)
+    (more / "sparsity" / "mine.yaml").write_text("pattern: unstructured\nratio: 0.8\n")
+    assert ratios_of() == [0.5]
+    assert ratios_of("--config-path", str(copy)) == [0.9]
+    assert ratios_of("-cp", str(copy), "-m", "seed=0,1") == [0.9, 0.9]
+    assert ratios_of("--config-dir", str(more), "sparsity=mine") == [0.8]
+    assert ratios_of(f"hydra.searchpath=[file://{more}]", "sparsity=mine") == [0.8]
+    (jobs,) = (check_command(["--config-path", str(copy), "--config-name", "mine"]).jobs,)
+    assert [(job.settings.sparsity.ratio, job.settings.seed) for job in jobs] == [(0.9, 7)]
+    assert problems_of("sparsity=mine")[0].startswith("sparsity: expected one of 2:4, 4:8, structured, unstructured")
+    assert problems_of("--config-dir", str(more), "sparsity=other")[0].startswith("sparsity: expected one of 2:4, 4:8, mine,")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config-name", "nothing"], "cannot read the configuration nothing: Cannot find primary config 'nothing'"),
+        (["--config-path", "/nowhere"], "Primary config directory not found"),
+        (["--config-path", "relative"], "Primary config module 'rose_exp.relative' not found"),  # as Hydra reads it
+        (["--config-dir", "/nowhere"], "--config-dir: expected a folder that exists, got '/nowhere'"),
+        (["--experimental-rerun", "a.pickle"], "--experimental-rerun: not supported"),
+    ],
+)
+def test_configuration_files_that_are_not_there_are_an_error(arguments, expected):
+    (problem,) = problems_of(*arguments)
+    assert expected in problem
+
+
+@pytest.mark.parametrize("flag", ["--config-path", "--config-dir", "hydra.searchpath"])
+def test_the_run_does_what_the_check_has_shown(flag, small, tmp_path):
+    """The command as a whole: its plan, and its record."""
+    copy = conf_with(tmp_path, 0.25)
+    (copy / "experiment" / "mine.yaml").write_text("# @package _global_\nsparsity: {ratio: 0.25}\n")
+    where = [f"{flag}=[file://{copy}]"] if flag == "hydra.searchpath" else [flag, str(copy)]
+    own = [*where, *small, *([] if flag == "--config-path" else ["experiment=mine"]), "evaluation=none"]
+    own = [argument for argument in own if not argument.startswith("evaluation.perplexity")]
+    (job,) = check_command(own).jobs
+    assert job.settings.sparsity.ratio == 0.25
+    planned = command(*own, "plan=true", folder=tmp_path)
+    assert job.run_id in planned.stdout
+    done = command(*own, "pipeline.layers=['*.0.mlp.*']", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = [read_record(path) for path in tmp_path.glob("outputs/*/run.json")]
+    assert record["config"]["sparsity"]["ratio"] == 0.25
+    assert record["metrics"]["sparsity"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_mode_of_hydra_in_the_configuration_counts():
+    swept = check_command(["hydra.mode=MULTIRUN", "seed=0,1"])
+    assert (len(swept.jobs), swept.sweep) == (2, Path("outputs"))
+    assert swept.without_multirun() is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["method=[wanda,rose]"],
+        ["+method=[wanda,rose]"],
+        ["-m", "seed=0,1", "method=[wanda,rose]"],
+        ["-m", "method=[wanda,rose],alps"],
+        ["experiment=listed", "--config-dir"],
+        ["experiment=overridden", "--config-dir"],
+        ["experiment=added", "--config-dir"],
+        ["-m", "experiment=swept", "--config-dir"],
+    ],
+)
+def test_several_choices_of_a_group_are_refused_wherever_they_are(arguments, tmp_path):
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    defaults = {
+        "listed": "defaults:\n  - override /method: [wanda, rose]\n",
+        "overridden": "defaults:\n  - /method@_global_: rose\n  - override /method: wanda\n",
+        "added": "defaults:\n  - /method/rose\n  - override /method: wanda\n",
+        "swept": "hydra:\n  sweeper:\n    params:\n      method: '[wanda,rose]'\n",
+    }
+    for name, text in defaults.items():
+        (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+    problems = problems_of(*arguments, *([str(tmp_path)] if "--config-dir" in arguments else []))
+    assert problems[0].startswith("method: expected one choice, got the list [wanda, rose]"), problems
+    assert "-m method=wanda,rose runs one job per choice" in problems[0]
+
+
+def test_a_list_of_one_choice_is_refused_too():
+    assert problems_of("method=[wanda]") == ["method: expected one choice, got the list [wanda]; give method=wanda"]
+
+
+def test_choices_that_build_on_others_of_their_group_are_no_list():
+    for choice in ("rose_plus", "dsnot_sparsegpt"):
+        check_command([f"method={choice}"])
+    check_command(["evaluation=[wikitext2,c4]"])
+
+
+def test_a_forgotten_m_is_named(monkeypatch, capsys):
+    from rose_exp.cli import app
+
+    for argument, expected in {
+        "method=wanda,rose": "method: expected one value, got several; add -m to run one job per value\n",
+        "evaluation=wikitext2,c4": "add -m to run one job per value; evaluation=[a,b] gives one run both\n",
+        "plan=true seed=1,2": "seed: expected one value, got several; add -m to run one job per value\n",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["rose-exp", *argument.split()])
+        with pytest.raises(SystemExit) as caught:
+            app.main()
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.endswith(expected)
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_job_that_was_not_checked_is_refused(multirun, small, tmp_path, monkeypatch, capsys):
+    """Whatever makes the run differ from its check; here the configuration changes in between."""
+    from rose_exp.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    real = app.check_command
+    copy = conf_with(tmp_path, 0.9)
+    arguments = [*(["-m"] if multirun else []), "--config-path", str(copy), *small, *(["seed=0,1"] if multirun else [])]
+
+    def checked(given):
+        found = real(given)
+        file = copy / "sparsity" / "unstructured.yaml"
+        file.write_text(file.read_text().replace("ratio: 0.9", "ratio: 0.8"))
+        return found
+
+    monkeypatch.setattr(app, "check_command", checked)
+    monkeypatch.setattr("sys.argv", ["rose-exp", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        app.main()
+    assert caught.value.code == 1
+    assert not list(tmp_path.glob("outputs/*/run.json"))
+    if multirun:
+        assert "2 not run, of 2 jobs" in capsys.readouterr().out
+
+
+def test_settings_of_hydra_can_be_part_of_the_configuration():
+    (job,) = check_command(["tracking=wandb", "tracking.name=${hydra:job.name}"]).jobs
+    assert job.settings.tracking.name == "rose-exp"

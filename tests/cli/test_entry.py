@@ -1,0 +1,87 @@
+"""What the command shows before it runs anything: help, completion, and the smoke test's settings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rose_exp.cli.entry import GROUPS, help_text
+from rose_exp.cli.paths import config_folder
+
+from ..conftest import REPOSITORY
+from .test_app import rose_exp
+
+SCRIPTS = os.path.dirname(sys.executable)
+
+
+def test_help_explains_every_group_and_every_choice():
+    text = help_text()
+    for path in config_folder().glob("**/*.yaml"):
+        group = str(path.parent.relative_to(config_folder()))
+        if group == "." or path.stem.startswith("_"):
+            continue
+        assert f"\n{group}: {GROUPS[group]}\n" in text
+        line = next(line for line in text.splitlines() if line.split()[:1] == [path.stem])
+        assert len(line.split()) > 3, line  # more than a name
+    for setting in ("pipeline:", "seed: 0 #", "plan: false #", "rerun: false #"):
+        assert setting in text
+
+
+def test_help_loads_no_heavy_library():
+    code = (
+        "import sys; sys.argv = ['', '--help']; from rose_exp.cli.entry import main; main(); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("rose-exp: one-shot pruning")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("rose-exp meth", "method="),
+        ("rose-exp method=spar", "method=sparsegpt"),
+        ("rose-exp engine.da", "engine.damping="),
+        ("rose-exp experiment=rose_table", "experiment=rose_table3"),
+    ],
+)
+def test_the_tab_key_completes(line, expected):
+    environment = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line)), "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [f"{SCRIPTS}/rose-exp", "-sc", "query=bash"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert expected in done.stdout.split(), done.stderr
+
+
+def test_the_configuration_is_shown_and_nothing_is_made(tmp_path):
+    done = rose_exp("--cfg", "job", "method=wanda", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "name: wanda" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_smoke_makes_any_run_small():
+    from .test_command import settings_of
+
+    settings = settings_of("experiment=rose_table3", "evaluation=[wikitext2,zero_shot]", "debug=smoke", "tracking=wandb")
+    assert (settings.calibration.samples, settings.calibration.window) == (2, 64)
+    assert settings.evaluation.at_most == 2
+    assert settings.pipeline.layers == ["*.0.*"]
+    assert settings.tracking.kind == "none"
+    assert not settings.figures.draw
+
+
+@pytest.mark.parametrize("study", ["", "table9", "table2 --model x"])
+def test_reproduce_tells_what_it_expects(study):
+    script = REPOSITORY / "scripts" / "reproduce.sh"
+    done = subprocess.run(["bash", str(script), *study.split()], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    expected = {
+        "": "usage",
+        "table9": "expected one of obsdiff_rose obsdiff_table1",
+        "table2 --model x": "expected --models, --seeds",
+    }[study]
+    assert expected in done.stderr

@@ -1,0 +1,214 @@
+"""Heads and neurons of language models: found, masked, removed, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
+
+import rose_exp
+from rose_exp.engine import Magnitude, SparseGPT, Structured, Unstructured
+from rose_exp.models import BlockList, check_removable, find_blocks, find_structures, remove_masked
+from rose_exp.pruning import FirstBlock, PruningPlan, RunState, prune_model
+from rose_exp.runs.preparation import first_key
+from rose_exp.runtime.errors import RoseExpError, SettingsError
+
+from ..cli.test_command import settings_of
+from .families import build, tokens
+
+
+def answers(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens()[:2]).logits
+
+
+def all_structures(model):
+    blocks: BlockList = find_blocks(model)
+    return [s for i, block in enumerate(blocks.blocks) for s in find_structures(block, blocks.block_name(i))]
+
+
+def consumers(model) -> set[str]:
+    return {part.layer.name for structure in all_structures(model) for part in structure.consumers}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral"])
+def test_removing_what_is_masked_changes_no_answer(family):
+    model = build(family)
+    dense, sparsity = answers(model), Structured(0.5)
+    for structure in all_structures(model):
+        removed = torch.zeros(structure.groups, dtype=torch.bool)
+        removed[torch.randperm(structure.groups)[: sparsity.count(structure.groups)]] = True
+        structure.mask(removed)
+        assert torch.equal(structure.masked(), removed)
+    masked = answers(model)
+    assert not torch.allclose(dense, masked, atol=1e-3)
+    parameters = remove_masked(model, find_blocks(model), sparsity, consumers(model), configure=True)
+    torch.testing.assert_close(answers(model), masked, rtol=1e-4, atol=1e-4)
+    assert parameters["pruned"] == sum(p.numel() for p in model.parameters()) < parameters["dense"]
+
+
+def test_query_heads_that_share_a_key_go_together():
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    heads = next(s for s in all_structures(model) if s.kind == "heads")
+    assert heads.groups == model.config.num_key_value_heads
+    shared = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert heads.consumers[0].places.shape == (heads.groups, shared * attention.head_dim)
+    widths = {part.layer.name.rpartition(".")[2]: part.places.shape[1] for part in heads.makers}
+    assert widths == {
+        "q_proj": shared * attention.head_dim,
+        "k_proj": attention.head_dim,
+        "v_proj": attention.head_dim,
+    }
+
+
+@pytest.mark.parametrize("method", [SparseGPT(), Magnitude()])
+def test_the_walk_prunes_what_heads_and_neurons_are_read_by(method):
+    model, sparsity = build("llama"), Structured(0.5)
+    reports = prune_model(model, tokens(), PruningPlan(method, sparsity, batch=2))
+    assert {report.name.rpartition(".")[2] for report in reports} == {"o_proj", "down_proj"}
+    for structure in all_structures(model):
+        assert int(structure.masked().sum()) == sparsity.count(structure.groups)
+        for part in structure.makers:
+            rows = (part.layer.weight == 0).all(dim=1)[part.places].all(dim=1)
+            assert torch.equal(rows, structure.masked())
+    kept = PruningPlan(method, Structured(0.5, heads=False), batch=2, skip=["*.layers.0.*"])
+    other = build("llama")
+    assert {r.name for r in prune_model(other, tokens(), kept)} == {
+        f"model.layers.{i}.mlp.down_proj" for i in range(1, len(other.model.layers))
+    }
+
+
+def test_the_second_block_sees_what_the_first_has_become():
+    model = build("llama")
+    prune_model(model, tokens(), PruningPlan(SparseGPT(), Structured(0.5), batch=2))
+    other = build("llama")
+    prune_model(other, tokens(), PruningPlan(SparseGPT(), Structured(0.5), batch=2, skip=["*.layers.0.*"]))
+    second = "layers.1.mlp.down_proj.weight"
+    assert not torch.equal(model.model.get_parameter(second), other.model.get_parameter(second))
+
+
+def test_a_saved_model_has_its_new_widths(small, tmp_path):
+    overrides = [*small, "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.5", "save=true"]
+    record = rose_exp.run(overrides, tmp_path)
+    folder = tmp_path / record["run_id"] / "model"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
+    assert config["intermediate_size"] == 86
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"]["pruned"] < record["parameters"]["dense"]
+    assert 0.4 < record["metrics"]["sparsity"] < 0.6
+    measured = [f"model.path={folder}" if text.startswith("model.path") else text for text in small]
+    again = rose_exp.run([*measured, "method=dense"], tmp_path)
+    assert again["metrics"]["perplexity.local"] == pytest.approx(record["metrics"]["perplexity.local"], rel=1e-4)
+
+
+def test_widths_that_a_configuration_cannot_say_are_told_before_anything_is_pruned(small, tmp_path):
+    overrides = [*small, "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.25"]
+    with pytest.raises(RoseExpError, match="num_attention_heads 6"):
+        rose_exp.run([*overrides, "save=true"], tmp_path)
+    record = rose_exp.run(overrides, tmp_path)  # measured all the same
+    assert record["parameters"]["pruned"] < record["parameters"]["dense"]
+    assert record["layers"][0]["removed"] == 1
+
+
+def test_models_without_heads_or_neurons_that_are_known_are_refused_and_not_pruned_by_half():
+    for family, kinds, told in (
+        ("opt", {}, r"sparsity\.heads: expected a model whose heads are known"),
+        ("phi", {"heads": False}, r"sparsity\.neurons: expected a model whose neurons are known"),
+        ("mixtral", {}, r"sparsity\.neurons: expected a model whose neurons are known"),
+    ):
+        with pytest.raises(RoseExpError, match=told):
+            prune_model(build(family), tokens(), PruningPlan(SparseGPT(), Structured(0.5, **kinds), batch=2))
+    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected enough to remove one of"):
+        prune_model(build("llama"), tokens(), PruningPlan(SparseGPT(), Structured(0.01, neurons=False), batch=2))
+
+
+def test_heads_that_are_normalised_together_stay_and_neurons_go():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Olmo2ForCausalLM(Olmo2Config(vocab_size=256, **sizes)).eval()
+    with pytest.raises(RoseExpError, match="q_norm normalises over all heads"):
+        prune_model(model, tokens(), PruningPlan(SparseGPT(), Structured(0.5), batch=2))
+    plan = PruningPlan(SparseGPT(), Structured(0.5, heads=False), batch=2)
+    assert {report.groups for report in prune_model(model, tokens(), plan)} == {48}
+    check_removable(model, find_blocks(model), plan.sparsity)
+
+
+def test_layers_that_were_not_pruned_stay_and_those_that_should_be_masked_must_be():
+    model, sparsity = build("llama"), Structured(0.5)
+    plan = PruningPlan(SparseGPT(), sparsity, batch=2, skip=["*.layers.0.*"])
+    pruned = {report.name for report in prune_model(model, tokens(), plan)}
+    expected = answers(model)
+    remove_masked(model, find_blocks(model), sparsity, pruned, configure=False)
+    torch.testing.assert_close(answers(model), expected, rtol=1e-4, atol=1e-4)
+    widths = [block.mlp.down_proj.in_features for block in model.model.layers]
+    assert widths == [52, *([26] * (len(widths) - 1))]
+    with pytest.raises(ValueError, match="heads that are masked, got 0"):
+        remove_masked(build("llama"), find_blocks(build("llama")), sparsity, pruned, configure=False)
+
+
+def test_what_could_not_be_loaded_again_is_not_saved():
+    model = build("llama")
+    check_removable(model, find_blocks(model), Structured(0.5))
+    model.model.layers[1].mlp = torch.nn.Linear(4, 4)
+    with pytest.raises(RoseExpError, match=r"save: expected \d+ neurons in each block.*got \[\] in model\.layers\.1"):
+        check_removable(model, find_blocks(model), Structured(0.5))
+
+
+def test_runs_of_a_sweep_do_not_take_each_others_moments():
+    shared, alone = FirstBlock(), build("llama")
+    first = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2)
+    second = PruningPlan(SparseGPT(), Structured(0.5), batch=2)
+    prune_model(build("llama"), tokens(), first, first_block=shared, first_key="a")
+    with pytest.raises(RuntimeError, match="kept moments are not of these layers"):
+        prune_model(build("llama"), tokens(), second, first_block=shared, first_key="a")
+    keys = {
+        first_key(settings_of("method=sparsegpt", *own), {})
+        for own in ([], ["sparsity=structured"], ["sparsity=structured", "sparsity.heads=false"])
+    }
+    assert len(keys) == 3
+    assert prune_model(alone, tokens(), second)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["method=dsnot"], "method: expected one of sparsegpt, wanda, magnitude with structured sparsity, got dsnot"),
+        (["method=rose"], "reorder: expected none with structured sparsity"),
+        (["method=sparsegpt", "refine=masks"], "refine: expected none with structured sparsity"),
+        (["method=sparsegpt", "sparsity.ratio=1"], "sparsity.ratio: expected a number from 0 up to but not 1"),
+        (["method=sparsegpt", "save=true", "pipeline.skip=['*.0.*']"], "save: expected false where structured sparsity leaves"),
+        (["method=sparsegpt", "save=true", "sparsity_config=true"], "sparsity_config: expected false with structured"),
+        (["method=sparsegpt", "engine.permute=true"], "engine.permute: expected false with structured sparsity"),
+        (["method=sparsegpt", "figures.study=['*']"], "figures.study: expected none with structured sparsity"),
+        (["method=magnitude", "+method.layer_options.x={}"], "method.layer_options: expected none with structured"),
+        (["method=sparsegpt", "sparsity.heads=false", "sparsity.neurons=false"], "sparsity.heads: expected true"),
+    ],
+)
+def test_what_does_not_go_with_it_is_told(overrides, told, tmp_path):
+    with pytest.raises(SettingsError) as caught:
+        rose_exp.run(["sparsity=structured", *overrides], tmp_path)
+    assert any(told in problem for problem in caught.value.problems)
+
+
+def test_a_walk_that_is_stopped_goes_on(tmp_path):
+    plan = PruningPlan(SparseGPT(), Structured(0.5), batch=2)
+    whole = build("llama")
+    prune_model(whole, tokens(), plan)
+
+    def stop(number: int, _report) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(build("llama"), tokens(), plan, state=RunState(tmp_path, {"code": "a"}), on_layer=stop)
+    state, again = RunState(tmp_path, {"code": "a"}), build("llama")
+    assert state.progress.blocks == 1
+    assert len(prune_model(again, tokens(), plan, state=state)) == 2 * len(again.model.layers)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    for model in (again, whole):
+        remove_masked(model, find_blocks(model), plan.sparsity, consumers(model), configure=False)
+    assert torch.equal(answers(again), answers(whole))

@@ -1,0 +1,63 @@
+"""Moments of the first block are shared by runs with the same inputs, bit for bit, and by no others."""
+
+from __future__ import annotations
+
+import torch
+
+from rose_exp.engine import InputMoments, Unstructured
+from rose_exp.pruning import FirstBlock, PassSeconds, prune_model
+
+from ..models.families import build, tokens
+from .test_loop import plan
+
+
+def test_only_the_same_key_finds_copies():
+    moments = InputMoments(4)
+    moments.update(torch.randn(10, 4))
+    kept = FirstBlock()
+    kept.keep("a", [moments], 1.5)
+    (found,), seconds = kept.find("a", "cpu")
+    assert seconds == 1.5
+    assert torch.equal(found.gram, moments.gram)
+    found.gram.zero_()
+    assert torch.equal(kept.find("a", "cpu")[0][0].gram, moments.gram)  # a run may do with its copy what it likes
+    assert kept.find("b", "cpu") is None
+    assert kept.find(None, "cpu") is None
+    kept.keep(None, [found], 0.0)
+    assert kept.find("a", "cpu") is not None
+
+
+def weights_after(
+    first_block: FirstBlock | None, windows, ratio=0.5, key="k", **options
+) -> tuple[list[torch.Tensor], PassSeconds]:
+    model, seconds = build("llama"), PassSeconds()
+    chosen = plan(sparsity=Unstructured(ratio), **options)
+    prune_model(model, windows, chosen, seconds=seconds, first_block=first_block, first_key=key)
+    return [parameter.detach() for parameter in model.parameters()], seconds
+
+
+def test_a_run_with_shared_moments_equals_one_without():
+    shared, windows = FirstBlock(), tokens()
+    for ratio in (0.5, 0.7, 0.5):
+        with_them, seconds = weights_after(shared, windows, ratio)
+        without, _ = weights_after(None, windows, ratio)
+        assert all(torch.equal(a, b) for a, b in zip(with_them, without, strict=True))
+    assert seconds.shared > 0  # told, so that times can be compared
+
+
+def test_the_pass_through_the_first_block_is_saved(monkeypatch):
+    shared, updates = FirstBlock(), []
+    real = InputMoments.update
+    monkeypatch.setattr(InputMoments, "update", lambda self, *a: updates.append(1) or real(self, *a))
+    weights_after(shared, tokens())
+    first = len(updates)
+    weights_after(shared, tokens())
+    assert len(updates) == first + first * 2 // 3  # two blocks of three
+    weights_after(shared, tokens(), key="another")
+    assert len(updates) == 2 * first + first * 2 // 3
+
+
+def test_group_by_group_nothing_is_shared():
+    shared = FirstBlock()
+    weights_after(shared, tokens(), true_sequential=True)
+    assert shared.find("k", "cpu") is None

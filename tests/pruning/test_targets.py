@@ -1,0 +1,140 @@
+"""Targets in the walk: two models side by side, against whole models that are run for every block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rose_exp.engine import Drift, InputMoments, Ordering, Refine, SparseGPT, Target, Unstructured, prune_layer
+from rose_exp.models import all_linear_layers, find_blocks, one_by_one
+from rose_exp.pruning import PruningPlan, events, prune_model
+from rose_exp.pruning.capture import probe
+
+from ..models.families import build, tokens
+from .test_state import Cut, assert_equal, cut_after, prune
+
+OPTIONS = {"block_size": 16, "refine": Refine(3, mask_iterations=4, damping=0.01)}
+TARGET = Target(0.6, 0.4)
+ADDING = {  # layers whose output is added to the hidden states as it is
+    "llama": ["self_attn.o_proj", "mlp.down_proj"],
+    "gpt2": ["attn.c_proj", "mlp.c_proj"],
+    "phi": ["self_attn.dense", "mlp.fc2"],  # side by side
+    "gpt_neox": ["attention.dense", "mlp.dense_4h_to_h"],
+    "gemma2": [],  # which normalises both first
+    "mixtral": ["self_attn.o_proj"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", sorted(ADDING))
+def test_layers_that_add_to_the_hidden_states_are_found(family, dtype):
+    model = build(family).to(dtype)
+    blocks = find_blocks(model)
+    found = probe(model, blocks, tokens(), adding=True).adding
+    assert [sorted(names) for names in found] == [
+        sorted(f"{blocks.block_name(index)}.{name}" for name in ADDING[family]) for index in range(3)
+    ]
+
+
+def watched(model, windows):
+    """Inputs of layers and what enters and leaves every block, from a run of the whole model."""
+    blocks, seen, handles = find_blocks(model), {}, []
+
+    def note(key):
+        def hook(_module, args, output):
+            seen[key] = args[0]
+            seen[key, "out"] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for layer in all_linear_layers(blocks):
+        handles.append(layer.module.register_forward_hook(note(layer.name)))
+    for index, block in enumerate(blocks.blocks):
+        handles.append(block.register_forward_hook(note(index)))
+    with torch.no_grad(), one_by_one(model):
+        model(input_ids=windows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma2", "mixtral"])
+def test_walking_two_models_equals_running_both_each_time(family, sequential):
+    """Of a mixture of experts, attention alone: after it other layers add to the hidden states."""
+    walked, slow, dense = (build(family).double() for _ in range(3))
+    windows = tokens()
+    options = {"target": TARGET, "true_sequential": sequential, "skip": ["*.experts.*"] if family == "mixtral" else []}
+    plan = PruningPlan(SparseGPT(), Unstructured(0.5), Ordering.rose(), batch=2, **options, **OPTIONS)
+    reports = prune_model(walked, windows, plan)
+    there = watched(dense, windows)
+    layers = {layer.name: layer for layer in all_linear_layers(find_blocks(slow))}
+    found = probe(slow, find_blocks(slow), windows, adding=True)
+    for index, (groups, adding) in enumerate(zip(found.layers, found.adding, strict=True)):
+        last = groups[-1]  # after it there is nothing
+        groups = [group for group in groups if plan.wants(group[0])]
+        for stage in groups if sequential else [[name for group in groups for name in group]]:
+            here = watched(slow, windows)
+            solved = {}
+            for name in stage:
+                x, weight = here[name], layers[name].weight
+                moments = InputMoments(x.shape[-1], dtype=torch.float64)
+                moments.update(x)
+                missing = None
+                if name in last and name in adding:  # what is missing after the block, but for what the layer itself misses
+                    missing = there[index, "out"] - here[index, "out"] - (there[name] - x) @ weight.T
+                elif name in adding:
+                    missing = there[index] - here[index]
+                drift = Drift(x.shape[-1], None if missing is None else missing.shape[-1], dtype=torch.float64)
+                drift.update(x, there[name], missing)
+                options = {"sparsity": Unstructured(0.5), "ordering": Ordering.rose(), "drift": drift, "target": TARGET}
+                solved[name] = prune_layer(weight, moments, **options, **OPTIONS).weight
+            for name, weight in solved.items():
+                layers[name].set_weight(weight)
+    for layer in all_linear_layers(find_blocks(walked)):
+        torch.testing.assert_close(layer.weight, layers[layer.name].weight, rtol=1e-5, atol=1e-7, msg=layer.name)
+    assert any(report.error != report.target_error for report in reports)
+    assert all(report.error == report.target_error for report in reports if ".0." in report.name and not sequential)
+
+
+def test_experts_are_asked_to_be_the_dense_layer():
+    reports = prune_model(build("mixtral"), tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, target=TARGET))
+    moved = {report.name for report in reports if report.error != report.target_error}
+    assert moved
+    assert not any("experts" in name for name in moved)
+    assert {r.target for r in reports if "experts" in r.name} == {"dense"}
+    assert {r.target for r in reports if r.name.endswith("o_proj")} == {"hidden_states"}
+    assert {r.target for r in reports if r.name.endswith("q_proj")} == {"outputs"}
+
+
+def test_a_layer_that_refining_would_spoil_stays_and_is_told_of():
+    plan = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, refine=Refine(0, mask_iterations=1, penalty=1e-6))
+    reports = prune_model(build("llama"), tokens(), plan)
+    left = [report for report in reports if report.unrefined]
+    assert left
+    assert all(report.target_error == report.unrefined_error and report.rechosen == 0 for report in left)
+    assert [event["kind"] for event in events(left[0], plan.damping)].count("not_refined") == 1
+    assert all(report.target_error <= report.unrefined_error for report in reports)
+
+
+@pytest.mark.parametrize("skipped", ["*.1.*", "*mlp*", "*.down_proj"])
+def test_the_dense_model_goes_on_where_nothing_is_pruned(skipped):
+    plan = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, target=TARGET, skip=[skipped])
+    walked = build("llama").double()
+    reports = prune_model(walked, tokens(), plan)
+    moved = {report.name for report in reports if report.error != report.target_error}
+    assert any(name.startswith("model.layers.2.") for name in moved)
+    assert all(0 <= report.target_error < 1 for report in reports)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("resume", ["activations", "recompute"])
+def test_a_run_with_targets_goes_on_where_it_was_cut_off(tmp_path, resume, sequential):
+    options = {"target": TARGET, "refine": OPTIONS["refine"], "true_sequential": sequential}
+    expected = prune(tmp_path / "whole", resume, **options)
+    for after in (1, 2):
+        folder = tmp_path / f"{after}"
+        with pytest.raises(Cut):
+            prune(folder, resume, on_layer=cut_after(after - 1), **options)
+        assert (folder / f"dense-{after:05}.0.bin").exists() == (resume == "activations")
+        assert_equal(prune(folder, resume, **options), expected)

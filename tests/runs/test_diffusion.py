@@ -1,0 +1,272 @@
+"""Whole runs of diffusion models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from diffusers import DiffusionPipeline
+
+import rose_exp
+import rose_exp.diffusion
+from rose_exp.cli.command import check_command
+from rose_exp.cli.report import write_report
+from rose_exp.engine.weighting import step_weights
+from rose_exp.runs.execution import diffusion as experiment
+from rose_exp.runtime.errors import RoseExpError, SettingsError
+from rose_exp.tracking.record import read_record
+
+from ..diffusion.pipelines import NAMES
+
+OTHERS = (
+    [],
+    ["diffusion.weighting=uniform"],
+    ["diffusion.packages=1"],
+    ["diffusion.alpha_min=0.1"],
+    ["diffusion.alpha_max=9"],
+    ["diffusion.guidance=2"],
+)
+FAST = ["calibration.samples=1", "diffusion.steps=2", "evaluation=none", "figures.draw=false"]
+FEW = ["calibration.samples=3", "evaluation.images.samples=2", "diffusion.steps=3"]
+
+
+def run(folder, *overrides):
+    return rose_exp.run(["model=small-sd3", *FEW, "method=sparsegpt", *overrides], folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_pipeline_runs(name, tmp_path):
+    record = run(tmp_path, f"model=small-{name}")
+    assert record["status"] == "finished"
+    assert record["label"] == "OBS-Diff"
+    assert record["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert {"images.latent_mse", "images.psnr", "images.ssim"} <= set(record["metrics"])
+    assert "images.speedup" not in record["metrics"]  # zeros that are stored make nothing faster
+    assert min(record["images"]["denoiser_ms"], record["images"]["dense_denoiser_ms"]) > 0
+    assert ("images.vae_distance" in record["metrics"]) == (name != "ddpm")
+    assert len(record["images"]["latent_mse"]) == 3
+    assert len(record["packages"]) == 4
+    assert [layer for package in record["packages"] for layer in package["layers"]] == [x["name"] for x in record["layers"]]
+    protocol = record["protocol"]
+    assert protocol["versions"]["diffusers"]
+    assert protocol["calibration"]["prompts"] == 3
+    assert protocol["images"]["noise_seed"] == 24432
+    assert (tmp_path / record["run_id"] / "figures" / "contact_sheet.png").exists()
+    assert not (tmp_path / record["run_id"] / "state").exists()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_low_rank_part_counts_as_what_it_is_stored_as(tmp_path, pattern):
+    sparsity = [] if pattern == "unstructured" else [f"sparsity='{pattern}'"]
+    record = rose_exp.run([*FAST, "model=small-sd3", "method=oats", "method.options.iterations=2", *sparsity], tmp_path)
+    layers = record["layers"]
+    assert any(layer["rank"] for layer in layers)
+    weights = [layer["rows"] * layer["columns"] for layer in layers]
+    total = sum(layer["sparsity"] * weight for layer, weight in zip(layers, weights, strict=True))
+    assert record["metrics"]["sparsity"] == pytest.approx(total / sum(weights))
+    differs = {event["layer"] for event in record["events"] if event["kind"] == "sparsity_differs"}
+    if pattern == "unstructured":
+        assert record["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.03)
+        assert not differs
+    else:
+        assert 0.2 < record["metrics"]["sparsity"] < 0.5
+        assert differs == {layer["name"] for layer in layers if layer["rank"]}
+
+
+@pytest.mark.parametrize("model", ["sd3", "flux"])
+def test_the_sparsity_of_removed_heads_and_neurons_is_that_of_the_zeros(model, tmp_path, monkeypatch):
+    counted, real = [], experiment.saved_and_total
+
+    def count(layers, reports):
+        counted.append((sum(int((layer.weight == 0).sum()) for layer in layers), sum(layer.weight.numel() for layer in layers)))
+        return real(layers, reports)
+
+    monkeypatch.setattr(experiment, "saved_and_total", count)
+    own = [f"model=small-{model}", "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.4"]
+    record = rose_exp.run([*FAST, *own], tmp_path)
+    assert record["metrics"]["sparsity"] == counted[0][0] / counted[0][1] > 0.3
+
+
+def test_weights_of_steps_and_packages_change_the_result_and_the_run(tmp_path):
+    records = [run(tmp_path, *own) for own in OTHERS]
+    assert len({record["run_id"] for record in records}) == len(OTHERS)
+    assert len({record["metrics"]["images.latent_mse"] for record in records}) == len(OTHERS)
+    assert run(tmp_path)["ended"] == records[0]["ended"]  # done once
+    assert step_weights(3)[0] != step_weights(3)[-1]
+
+
+def test_another_seed_is_another_noise_to_calibrate_and_the_same_to_measure(tmp_path, monkeypatch):
+    measured, calibrated = [], []
+    real_render, real_walk = experiment.render, experiment.DenoiserWalk
+
+    def render(of, prompts, seeds, *others):
+        measured.append(list(seeds))
+        return real_render(of, prompts, seeds, *others)
+
+    def walk(of, layers, parts, plan, prompts, seeds, *others):
+        calibrated.append(list(seeds))
+        return real_walk(of, layers, parts, plan, prompts, seeds, *others)
+
+    monkeypatch.setattr(experiment, "render", render)
+    monkeypatch.setattr(experiment, "DenoiserWalk", walk)
+    first, second = run(tmp_path), run(tmp_path, "seed=1")
+    assert len(measured) == 4  # the dense and the pruned model of each
+    assert all(seeds == measured[0] for seeds in measured)
+    assert len({*measured[0], *calibrated[0], *calibrated[1]}) == 2 + 3 + 3  # none twice
+    assert first["protocol"]["calibration"]["noise_sha256"] != second["protocol"]["calibration"]["noise_sha256"]
+    assert first["protocol"]["images"] == second["protocol"]["images"]
+
+
+def test_a_saved_pipeline_is_what_was_measured(tmp_path):
+    overrides = ["sparsity=structured", "sparsity.ratio=0.4", "save=true", "pipeline.skip=['transformer_blocks.0.*']"]
+    record = run(tmp_path, *overrides)
+    assert record["parameters"]["pruned"] < record["parameters"]["dense"]
+    own = record["images"]
+    assert record["metrics"]["images.speedup"] == pytest.approx(own["dense_denoiser_ms"] / own["denoiser_ms"])
+    folder = tmp_path / record["run_id"] / "model"
+    loaded = DiffusionPipeline.from_pretrained(folder)
+    assert sum(p.numel() for p in loaded.transformer.parameters()) == record["parameters"]["pruned"]
+    assert loaded.transformer.transformer_blocks[0].attn.heads == 4  # left out
+    assert loaded.transformer.transformer_blocks[1].attn.heads == 2
+    own = ["model=diffusion-local", f"model.path={folder}", "diffusion.height=32", "diffusion.width=32"]
+    dense = rose_exp.run([*own, "method=dense", "evaluation.images.samples=2", "diffusion.text_length=16"], tmp_path)
+    assert dense["parameters"]["dense"] == record["parameters"]["pruned"]
+    again = run(tmp_path, *own, "diffusion.text_length=16", "sparsity.ratio=0.25")
+    assert again["metrics"]["sparsity"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_folder_that_names_its_class_is_loaded_by_diffusers_in_a_process_of_its_own(tmp_path):
+    record = run(tmp_path, "sparsity=structured", "sparsity.ratio=0.4", "save=true")
+    folder = tmp_path / record["run_id"] / "model"
+    program = (
+        "import rose_exp.diffusion, diffusers; "
+        f"print(type(diffusers.DiffusionPipeline.from_pretrained({str(folder)!r}).transformer).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "NarrowedSD3Transformer2DModel"
+
+
+def test_columns_of_reports_tell_heads_from_neurons(tmp_path):
+    for overrides in (
+        [],
+        ["sparsity.heads=false"],
+        ["sparsity.saliency=exact"],
+        ["method=magnitude", "sparsity.neurons=false"],
+    ):
+        run(tmp_path, "sparsity=structured", "sparsity.ratio=0.4", *overrides)
+    table = write_report([tmp_path], baseline="OBS-Diff (saliency=diagonal)").partition("images.psnr")[2].partition("##")[0]
+    assert "|  | structured 0.4 | structured heads 0.4 | structured neurons 0.4 |" in table
+    assert "| OBS-Diff (saliency=exact) |" in table
+
+
+def test_a_pipeline_with_nothing_to_remove_is_refused(tmp_path):
+    own = ["model=small-ddpm", "sparsity=structured"]
+    with pytest.raises(RoseExpError, match=r"sparsity\.neurons: expected a model whose neurons are known"):
+        run(tmp_path, *own)
+    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected enough to remove one of 4 heads"):
+        run(tmp_path, *own, "sparsity.neurons=false", "sparsity.ratio=0.05")
+    record = run(tmp_path, *own, "sparsity.neurons=false", "sparsity.ratio=0.5")
+    assert record["parameters"]["pruned"] < record["parameters"]["dense"]
+
+
+def test_another_scheduler(tmp_path):
+    record = run(tmp_path, "model=small-sd", "diffusion.scheduler=EulerDiscreteScheduler")
+    assert record["protocol"]["model"]["scheduler"] == "EulerDiscreteScheduler"
+    with pytest.raises(RoseExpError, match=r"diffusion\.scheduler: .*did you mean 'DDIMScheduler'"):
+        run(tmp_path, "model=small-sd", "diffusion.scheduler=DDIMSheduler")
+    heun = run(tmp_path, "model=small-sd", "diffusion.scheduler=HeunDiscreteScheduler")
+    assert len(heun["images"]["latent_mse"]) == 2 * 3 - 1  # of each call of the denoiser
+
+
+def test_a_report_of_several(tmp_path):
+    for overrides in (["seed=0"], ["seed=1"], ["method=magnitude"], ["method=magnitude", "seed=1"], ["method=rose"]):
+        run(tmp_path, *overrides)
+    run(tmp_path, "method=dense")
+    text = write_report([tmp_path], baseline="OBS-Diff")
+    assert "## small-sd3: images.psnr" in text
+    psnr = text.partition("## small-sd3: images.psnr")[2].partition("##")[0]
+    best = next(line for line in psnr.splitlines() if "**" in line)
+    assert not best.startswith("| Magnitude")  # more is better
+    assert "calibrated on 3 prompts; 3 steps, guidance 5.0; steps weighted log_decrease, 4 packages" in text
+    assert "seeds 0, 1" in text
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.count("images of the dense model above those of the pruned one") == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["calibration=embedded"], "calibration.draw: expected prompts for a diffusion model, got windows"),
+        (["evaluation=embedded"], "evaluation.perplexity: expected none for a diffusion model"),
+        (["target=half"], "target: expected none for a diffusion model"),
+        (["allocation=owl"], "allocation: expected none for a diffusion model"),
+        (["model.path=./nowhere"], "model: expected one of path and built, got both"),
+        (["diffusion.alpha_min=2"], "diffusion.alpha_min: expected at most alpha_max, 1.2, got 2"),
+        (["diffusion.height=null"], "diffusion.height: expected null where width is"),
+        (["diffusion.weighting=log"], "diffusion.weighting: expected"),
+        (["diffusion.height=30"], "diffusion.height: expected"),
+        (["calibration.embedded=calibration_promts"], "did you mean 'calibration_prompts'?"),
+        (["evaluation.images.metrics=[distance,psnr]"], "evaluation.images.metrics: expected some of distance"),
+        (["engine.permute=true", "sparsity=2:4"], "engine.permute: expected false for a diffusion model"),
+        (["sparsity=2:4", "sparsity_config=true", "save=true"], "sparsity_config: expected false for a diffusion model"),
+    ],
+)
+def test_what_does_not_go_together_is_told(overrides, told, tmp_path):
+    with pytest.raises(SettingsError) as caught:
+        run(tmp_path, *overrides)
+    assert any(told in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_language_models_have_no_images(tmp_path):
+    with pytest.raises(SettingsError) as caught:
+        rose_exp.run(["evaluation=images", "calibration=prompts"], tmp_path)
+    told = " ".join(caught.value.problems)
+    assert "calibration.draw: expected windows or documents for a language model, got prompts" in told
+    assert "evaluation.images: expected null for a language model" in told
+
+
+def test_settings_that_a_pipeline_has_no_use_for_and_folders_that_are_none_are_told(tmp_path):
+    with pytest.raises(RoseExpError, match="expected null for guidance_scale, which DDPMPipeline has no use for"):
+        run(tmp_path, "model=small-ddpm", "diffusion.guidance=3")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(RoseExpError, match=r"model\.path: cannot load the pipeline"):
+        run(tmp_path, "model=diffusion-local", f"model.path={empty}")
+    with pytest.raises(RoseExpError, match=r"pipeline\.skip: expected a pattern of layer names"):
+        run(tmp_path, "pipeline.skip=['*nothing*']")
+
+
+def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    from rose_exp.diffusion import packages as walk
+    from rose_exp.runtime.signals import Interrupted
+
+    whole = run(tmp_path / "whole")
+    real = walk.DenoiserWalk._package
+
+    def stopping(self, index):
+        if index == 2:
+            raise Interrupted("told to stop")
+        return real(self, index)
+
+    monkeypatch.setattr(walk.DenoiserWalk, "_package", stopping)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut")
+    folder = tmp_path / "cut" / whole["run_id"]
+    assert read_record(folder / "run.json")["status"] == "interrupted"
+    monkeypatch.setattr(walk.DenoiserWalk, "_package", real)
+    again = run(tmp_path / "cut")
+    assert again["resumed"] == 2
+    assert again["metrics"]["images.latent_mse"] == whole["metrics"]["images.latent_mse"]
+    assert [layer["name"] for layer in again["layers"]] == [layer["name"] for layer in whole["layers"]]
+
+
+def test_a_plan_lists_the_jobs_without_an_estimate(tmp_path, monkeypatch):
+    from rose_exp.sweeps.plan import format_plan
+
+    monkeypatch.chdir(tmp_path)
+    sweep = ["calibration=prompts", "evaluation=images", "model=small-sd3,small-sd", "method=magnitude,sparsegpt"]
+    command = check_command(["-m", *sweep, "plan=true"])
+    text = format_plan(command.jobs, command.sweep)
+    assert "4 of 4 jobs to run" in text
+    assert "memory and time unknown: no estimate is made for diffusion models" in text

@@ -1,0 +1,328 @@
+"""A run is done once, from Python or from a sweep, and never by two processes at a time."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import fcntl
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import rose_exp
+from rose_exp.cli import app
+from rose_exp.cli.command import check_command
+from rose_exp.pruning import RunState
+from rose_exp.runs.execution import LOCK
+from rose_exp.runs.execution import language as experiment
+from rose_exp.runs.reuse import lacking
+from rose_exp.runtime import signals as interruption
+from rose_exp.runtime.errors import RoseExpError, SettingsError
+from rose_exp.runtime.signals import EXIT_STATUS, Interrupted
+from rose_exp.sweeps.plan import format_plan
+
+from ..conftest import small_overrides
+
+
+def counted(monkeypatch) -> list[str]:
+    """Labels of the runs that were really done."""
+    done = []
+    real = experiment.prune_model
+    monkeypatch.setattr(experiment, "prune_model", lambda *a, **k: done.append("pruned") or real(*a, **k))
+    return done
+
+
+def test_a_finished_run_is_reused(small, tmp_path, monkeypatch):
+    done = counted(monkeypatch)
+    first = rose_exp.run([*small, "method=rose"], tmp_path)
+    assert (tmp_path / first["run_id"] / "run.json").exists()
+    assert rose_exp.run([*small, "method=rose", "device=cpu", "tags=[again]"], tmp_path) == first
+    assert len(done) == 1
+    again = rose_exp.run([*small, "method=rose", "rerun=true"], tmp_path)
+    assert len(done) == 2
+    assert again["metrics"] == first["metrics"]
+    assert again["started"] > first["started"]
+
+
+def test_what_was_not_made_is_made(small, tmp_path, monkeypatch):
+    done = counted(monkeypatch)
+    record = rose_exp.run([*small, "figures.draw=false"], tmp_path)
+    folder = tmp_path / record["run_id"]
+    rose_exp.run([*small, "figures.draw=false", "save=true"], tmp_path)
+    assert (folder / "model" / "model.safetensors").exists()
+    assert len(done) == 2
+    assert not (folder / "figures").exists()
+    rose_exp.run([*small, "save=true"], tmp_path)
+    assert (folder / "figures" / "layers.png").exists()  # drawn from the record
+    assert len(done) == 2
+    rose_exp.run([*small, "figures.study=['*.0.self_attn.o_proj']"], tmp_path)
+    assert len(done) == 3
+    assert (folder / "figures" / "model.layers.0.self_attn.o_proj.json").exists()
+    assert (folder / "model" / "model.safetensors").exists()  # what was saved stays
+
+
+def test_one_that_was_cut_off_or_failed_is_done_again(small, tmp_path, monkeypatch):
+    record = rose_exp.run(small, tmp_path)
+    path = tmp_path / record["run_id"] / "run.json"
+    for status in ("running", "failed"):
+        path.write_text(json.dumps(record | {"status": status}))
+        done = counted(monkeypatch)
+        assert rose_exp.run(small, tmp_path)["metrics"] == record["metrics"]
+        assert done == ["pruned"]
+        monkeypatch.undo()
+
+
+def test_a_folder_with_another_run_is_refused(small, tmp_path):
+    from rose_exp.runs.execution import do_run
+
+    record = rose_exp.run(small, tmp_path)
+    other = check_command([*small, "seed=7"]).jobs[0]
+    with pytest.raises(RoseExpError, match=f"hydra.run.dir: expected an empty folder .* with run {record['run_id']}"):
+        do_run(other.settings, other.config, tmp_path / record["run_id"])
+    assert json.loads((tmp_path / record["run_id"] / "run.json").read_text()) == record
+
+
+def test_two_at_one_run_are_told_apart(small, tmp_path):
+    from rose_exp.runs.execution import do_run
+
+    job = check_command(small).jobs[0]
+    with (tmp_path / LOCK).open("w") as other:  # as another process would
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RoseExpError, match="another process is at this run"):
+            do_run(job.settings, job.config, tmp_path)
+        threading.Timer(1, fcntl.flock, (other, fcntl.LOCK_UN)).start()
+        assert do_run(job.settings, job.config, tmp_path, wait=True)["status"] == "finished"
+
+
+def test_a_sweep_from_python(small, tmp_path):
+    overrides = [*small, "method=dense,sparsegpt,rose", "seed=0,1", "sparsity.ratio=0.5,0.6"]
+    records = rose_exp.sweep(overrides, tmp_path)
+    assert len(records) == 12
+    assert len({record["run_id"] for record in records}) == 9  # a dense model is measured once
+    drawn = {
+        (r["config"]["seed"], r["protocol"]["calibration"]["tokens_sha256"]) for r in records if r["protocol"]["calibration"]
+    }
+    assert len(drawn) == 2  # a seed draws the same windows for every method
+    single = rose_exp.run([*small, "method=rose", "seed=1", "sparsity.ratio=0.6"], tmp_path / "alone")
+    shared = next(r for r in records if r["run_id"] == single["run_id"])
+    assert shared["metrics"] == single["metrics"]  # moments of the first block were shared in the sweep, and not alone
+    assert [x["error"] for x in shared["layers"]] == [x["error"] for x in single["layers"]]
+
+
+def test_a_failed_job_of_a_sweep_from_python_is_told(small, tmp_path):
+    records = rose_exp.sweep([*small, "calibration.window=64,1024"], tmp_path)
+    assert [record["status"] for record in records] == ["finished", "failed"]
+
+
+def test_several_runs_are_no_single_one(small, tmp_path):
+    with pytest.raises(SettingsError, match="expected those of one run, got those of 2"):
+        rose_exp.run([*small, "seed=1,2"], tmp_path)
+
+
+def test_a_bug_in_one_job_does_not_end_the_others(small, tmp_path, monkeypatch):
+    def broken(_model, tokens, *_, **__):
+        raise ZeroDivisionError("a bug") if tokens.shape[1] == 64 else torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(experiment, "prune_model", broken)
+    records = rose_exp.sweep([*small, "calibration.window=64,128"], tmp_path)
+    assert [record["error"] for record in records] == ["ZeroDivisionError: a bug", "OutOfMemoryError: no memory"]
+
+
+def test_all_that_the_first_blocks_moments_hang_on_is_in_their_key(small, tmp_path):
+    from rose_exp.runs.preparation import first_key
+
+    protocol = rose_exp.run(small, tmp_path)["protocol"]
+    key = first_key(check_command(small).jobs[0].settings, protocol)
+    for override in ("pipeline.layers=['*.mlp.*']", "pipeline.batch=2", "engine.precision=bf16x2", "model.dtype=float16"):
+        assert first_key(check_command([*small, override]).jobs[0].settings, protocol) != key, override
+    for name, value in {"threads": 99, "backend": "torch", "device": "cuda: H100", "ranks": 2}.items():
+        assert first_key(check_command(small).jobs[0].settings, protocol | {name: value}) != key, name
+    calibration = protocol["calibration"] | {"tokens_sha256": "others"}
+    assert first_key(check_command(small).jobs[0].settings, protocol | {"calibration": calibration}) != key
+    for override in ("sparsity.ratio=0.7", "method=wanda", "engine.damping=0.1"):  # these change nothing about the inputs
+        assert first_key(check_command([*small, override, "reorder=none"]).jobs[0].settings, protocol) == key, override
+
+
+def stopping_after_a_block(monkeypatch) -> None:
+    """From here on every run is told to stop once it has kept a block."""
+    real = RunState.commit
+
+    def commit(self, *arguments, **options):
+        real(self, *arguments, **options)
+        interruption._stop.signal = "SIGTERM"
+
+    monkeypatch.setattr(RunState, "commit", commit)
+
+
+def stopped(overrides: list[str], folder: Path, monkeypatch) -> Path:
+    """The folder of a run that has kept one block."""
+    with monkeypatch.context() as patch:
+        stopping_after_a_block(patch)
+        with pytest.raises(Interrupted):
+            rose_exp.run(overrides, folder)
+    (own,) = folder.iterdir()
+    assert json.loads((own / "state" / "state.json").read_text())["progress"]["blocks"] == 1
+    return own
+
+
+def test_a_run_that_was_stopped_resumes_and_with_rerun_starts_anew(small, tmp_path, monkeypatch):
+    whole = rose_exp.run(small, tmp_path / "whole")
+    stopped(small, tmp_path / "resumed", monkeypatch)
+    resumed = rose_exp.run(small, tmp_path / "resumed")
+    assert resumed["resumed"] == 1
+    own = stopped(small, tmp_path / "anew", monkeypatch)
+    (own / "model").mkdir()  # of an attempt before that
+    anew = rose_exp.run([*small, "rerun=true"], tmp_path / "anew")
+    assert "resumed" not in anew
+    assert not (own / "state").exists()
+    assert not (own / "model").exists()
+    assert resumed["metrics"] == anew["metrics"] == whole["metrics"]
+
+
+def test_a_run_that_was_stopped_with_rerun_can_be_resumed_without(small, tmp_path, monkeypatch):
+    stopped([*small, "rerun=true"], tmp_path, monkeypatch)
+    stopped([*small, "rerun=true"], tmp_path, monkeypatch)  # from the first block again
+    assert rose_exp.run(small, tmp_path)["resumed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [("rerun=false", "the same command goes on from there"), ("rerun=true", "rerun=true starts anew: drop it to resume")],
+)
+def test_the_command_says_how_to_resume(override, hint, small, tmp_path, monkeypatch, capsys):
+    stopping_after_a_block(monkeypatch)
+    monkeypatch.setattr("sys.argv", ["rose-exp", *small, override, f"hydra.run.dir={tmp_path}"])
+    with pytest.raises(SystemExit) as caught:
+        app.main()
+    assert caught.value.code == EXIT_STATUS
+    assert capsys.readouterr().err.strip().endswith(hint)
+
+
+def test_files_of_unknown_origin_are_not_removed(small, tmp_path):
+    """A folder that holds no run may hold anything."""
+    from rose_exp.runs.execution import do_run
+
+    job = check_command([*small, "save=true", "rerun=true"]).jobs[0]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "state").mkdir()
+    with pytest.raises(RoseExpError, match="hydra.run.dir: expected a folder without model"):
+        do_run(job.settings, job.config, tmp_path)
+    assert (tmp_path / "model").exists()
+    assert (tmp_path / "state").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(shared, tmp_path_factory):
+    """A finished run at 2:4, its overrides, record and folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    overrides = [*small_overrides(shared), "sparsity=2:4", "save=true", "figures.study=['*.0.self_attn.[qo]_proj']"]
+    record = rose_exp.run(overrides, folder)
+    return overrides, record, folder / record["run_id"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("figures.study=['*.0.self_attn.q_proj']", []),  # studied under a wider pattern
+        ("figures.study=['*.0.self_attn.*_proj']", ["figures.study"]),
+        ("figures.study=['*.9.*']", ["figures.study"]),  # matches nothing, which running again reports
+        ("figures.draw=false", []),
+        ("sparsity_config=true", ["sparsity_config"]),
+        ("save=false", []),
+        ("tracking=csv", []),
+        ("tags=[a]", []),
+        ("preflight=false", []),
+        ("pipeline.weights=disk", []),
+        ("pipeline.resume=recompute", []),
+        ("device=cpu", []),
+    ],
+)
+def test_what_a_finished_run_lacks(finished, override, expected):
+    overrides, record, folder = finished
+    job = check_command([*overrides, override]).jobs[0]
+    assert job.run_id == record["run_id"]
+    assert lacking(job.settings, record, folder) == expected
+
+
+def test_a_plan_says_what_a_finished_run_lacks(finished):
+    overrides, _, folder = finished
+    assert "finished already" in format_plan(check_command(overrides).jobs, folder.parent)
+    assert "to run" in format_plan(check_command([*overrides, "sparsity_config=true"]).jobs, folder.parent)
+    assert "to run" in format_plan(check_command([*overrides, "rerun=true"]).jobs, folder.parent)
+
+
+def test_a_finished_run_without_a_saved_model_lacks_one(finished, tmp_path):
+    overrides, record, _ = finished
+    assert "save" in lacking(check_command(overrides).jobs[0].settings, record, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "cuda", "expected"),
+    [
+        ({"device": "cpu: x", "speed": {"not_measured": "expected a CUDA device"}}, False, []),
+        ({"device": "cpu: x", "speed": {"not_measured": "expected a CUDA device"}}, True, ["evaluation.speed"]),
+        ({"device": "cuda: H100", "speed": {"not_measured": "expected model.dtype float16"}}, True, []),
+        ({"device": "cuda: H100", "speed": {"not_measured": None}}, True, []),
+        ({"device": "cuda: H100"}, True, ["evaluation.speed"]),
+    ],
+)
+def test_a_speed_that_could_not_be_measured_is_measured_where_it_can(finished, protocol, cuda, expected, monkeypatch):
+    overrides, record, folder = finished
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    settings = check_command([*overrides, "evaluation=[local,speed]"]).jobs[0].settings
+    assert lacking(settings, record | {"protocol": record["protocol"] | protocol}, folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("drawn", "sheet", "wanted", "draw", "expected"),
+    [
+        (True, 6, 6, True, []),
+        (True, 6, 4, True, []),
+        (True, 6, 8, True, ["evaluation.images.sheet"]),
+        (True, 32, 50, True, []),  # there are 32 prompts
+        (False, 6, 6, True, ["evaluation.images.sheet"]),
+        (False, 6, 6, False, []),
+        (False, 6, 0, True, []),
+    ],
+)
+def test_a_contact_sheet_with_fewer_prompts_is_drawn_again(drawn, sheet, wanted, draw, expected, tmp_path):
+    job = check_command(["model=small-sd3", f"evaluation.images.sheet={wanted}", f"figures.draw={draw}"]).jobs[0]
+    config = copy.deepcopy(job.config)
+    config["evaluation"]["images"]["sheet"], config["figures"]["draw"] = sheet, drawn
+    record = {"config": config, "layers": [], "protocol": {}}
+    if drawn:
+        (tmp_path / "figures").mkdir()
+        (tmp_path / "figures" / "contact_sheet.png").touch()
+    assert lacking(job.settings, record, tmp_path) == expected
+
+
+def test_a_tracker_is_told_of_a_finished_run_once(small, tmp_path, monkeypatch):
+    done = counted(monkeypatch)
+    first = rose_exp.run(small, tmp_path)
+    record = rose_exp.run([*small, "tracking=csv"], tmp_path)
+    folder = tmp_path / first["run_id"]
+    with (folder / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [layer["name"] for layer in first["layers"]]
+    assert f"perplexity.local,{first['metrics']['perplexity.local']}" in (folder / "metrics.csv").read_text().splitlines()
+    assert record["tracking"] == {"kind": "csv", "failure": None}
+    assert json.loads((folder / "run.json").read_text()) == record
+    assert record["metrics"] == first["metrics"]
+    (folder / "layers.csv").unlink()
+    assert rose_exp.run([*small, "tracking=csv"], tmp_path) == record
+    assert not (folder / "layers.csv").exists()  # told once
+    assert len(done) == 1
+
+
+def test_figures_that_were_not_drawn_are_drawn_from_the_record(small, tmp_path, monkeypatch):
+    done = counted(monkeypatch)
+    study = "figures.study=['*.0.self_attn.o_proj']"
+    record = rose_exp.run([*small, study, "figures.draw=false"], tmp_path)
+    folder = tmp_path / record["run_id"] / "figures"
+    assert [path.suffix for path in folder.iterdir()] == [".json"]
+    rose_exp.run(small, tmp_path)
+    assert {"layers.png", "model.layers.0.self_attn.o_proj.orders.png"} <= {path.name for path in folder.iterdir()}
+    assert len(done) == 1

@@ -1,0 +1,76 @@
+"""Small runs of every kind give exactly the results in ``frozen.json``; :mod:`tests.runs.frozen` describes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from . import frozen
+
+EQUAL_WEIGHTS = [  # configurations that differ only in what they measure, or in the number of processes
+    ["wanda", "by_blocks", "zero_shot"],
+    ["sparsegpt", "study"],
+    ["rose", "ranks"],
+    ["rose_plus", "ranks rose_plus"],
+    ["dense", "zero_shot dense"],
+]
+SHOWN = 20  # differences
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return frozen.read()["results"]
+
+
+@pytest.fixture(scope="module")
+def same_environment(shared) -> None:
+    assert frozen.DATA.parent == shared
+    changes = frozen.differences(frozen.read()["environment"], frozen.environment())
+    if changes:
+        pytest.skip(f"frozen.json is of another environment: {'; '.join(changes)}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("same_environment")
+@pytest.mark.parametrize("name", frozen.NAMES)
+def test_a_run_gives_its_frozen_result(name, results, tmp_path):
+    changes = frozen.deviations(results, name, frozen.result_of(name, tmp_path))
+    assert not changes, "\n".join([f"{len(changes)} values changed:", *changes[:SHOWN]])
+
+
+def test_every_configuration_has_a_result(results):
+    assert set(results) == set(frozen.NAMES) - set(frozen.SAME)
+    assert {of for of, _, _ in frozen.SAME.values()} <= set(results)
+
+
+def test_configurations_differ_in_their_weights(results):
+    assert sorted(frozen.equal_weights(results)) == sorted(EQUAL_WEIGHTS)
+
+
+def test_the_options_of_the_configurations_act(results):
+    """A configuration of an option that changes nothing would freeze nothing."""
+    fields = {name: result.get("layers", {}) for name, result in results.items()}
+    acts = {
+        "reordered": ["rose", "rose 4:8", "rose_plus", "flux", "gpt2", "opt", "experts magnitude", "ranks rose_plus"],
+        "rank": ["oats"],
+        "dead_columns": ["opt"],
+        "fallback": ["experts", "experts magnitude"],
+        "target": ["target half", "target outputs", "rose_plus", "gpt2"],
+        "mask_changes": ["refine masks", "rose_plus", "sd3 refine"],
+        "refinement_rejected": ["refine masks"],
+        "permuted": ["permute", "rose_plus 2:4"],
+        "removed": ["structured", "gemma2 structured", "sd3 structured", "ddpm heads"],
+    }
+    neutral = {"target": "dense", "fallback": None}
+    for field, names in acts.items():
+        assert [name for name in names if fields[name][field] in (neutral.get(field, 0),)] == []
+    assert fields["damping raised"]["damping"] != 0
+    assert results["study"]["studies"]
+
+
+def test_a_difference_is_reported_by_name():
+    assert frozen.differences({"a": {"b": 0.1, "c": float("nan")}}, {"a": {"b": 0.2, "c": float("nan")}}) == [
+        "a: b: expected 0.1, got 0.2"
+    ]
+    assert frozen.differences({"a": 1}, {}) == ["a: expected 1, got null"]

@@ -1,0 +1,177 @@
+"""What a run will take is reckoned before it starts, and what does not fit is refused with a way out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+import rose_exp
+from rose_exp.cli.command import check_command
+from rose_exp.models import model_shape
+from rose_exp.runs.memory import Footprint, Placement, available, check_fits, footprint
+from rose_exp.runtime.errors import RoseExpError
+
+from ..conftest import REPOSITORY
+
+GIB = 2**30
+LIMIT = 900 * 2**20  # bytes of memory that a process may have
+
+
+@pytest.fixture(scope="module")
+def preflight():
+    spec = importlib.util.spec_from_file_location("preflight", REPOSITORY / "scripts" / "preflight.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def settings_of(*overrides: str):
+    return check_command(list(overrides)).jobs[0].settings
+
+
+def test_memory_grows_with_what_is_kept(small):
+    def bytes_of(*overrides: str) -> int:
+        settings = settings_of(*small, *overrides)
+        return footprint(settings, model_shape(settings.model), False, Placement("memory", False)).host
+
+    more = bytes_of("calibration.samples=8004") - bytes_of()
+    assert more == pytest.approx(8000 * 128 * 64 * 4, rel=0.2)  # hidden states, float32
+    assert bytes_of("calibration.samples=8004", "pipeline.activations=disk") < bytes_of("calibration.samples=8004")
+
+
+def test_a_second_stream_of_hidden_states_counts(small):
+    """The dense model's for a target, or that of a survey, which is gone before the other is made."""
+
+    def bytes_of(*overrides: str) -> int:
+        settings = settings_of(*small, "calibration.samples=8000", *overrides)
+        return footprint(settings, model_shape(settings.model), False, Placement("memory", False)).host
+
+    stream = 8000 * 128 * 64 * 4
+    plain = bytes_of()
+    for second in (["allocation=owl"], ["target=half"], ["allocation=owl", "target=half"]):
+        assert bytes_of(*second) - plain == pytest.approx(stream, rel=0.2)
+
+
+def test_the_papers_models_fit_where_they_should(preflight):
+    placed, found = preflight.fitting("LLaMA2-70B", "80 GB GPU, 64 GB host")
+    assert placed == Placement("disk", True)
+    assert found.device < 80e9
+    assert found.host < 64e9
+    preflight.fitting("LLaMA2-70B", "24 GB GPU, 64 GB host", "pipeline.batch=1", "pipeline.activations=host")
+    preflight.fitting("LLaMA2-70B", "CPU, 24 GB", "pipeline.batch=1", "pipeline.activations=disk")
+    table = preflight.table()
+    assert "does not fit" not in table
+    assert (REPOSITORY / "scripts" / "preflight.md").read_text().rstrip().endswith(table)  # what is committed is what it says
+    assert preflight.shape("LLaMA2-70B").parameters == 68_976_648_192  # as published
+    assert preflight.shape("LLaMA3-8B").parameters == 8_030_261_248
+
+
+def test_what_does_not_fit_is_refused_with_what_would(preflight):
+    with pytest.raises(RoseExpError) as error:
+        preflight.fitting("LLaMA2-70B", "24 GB GPU, 64 GB host")
+    text = str(error.value)
+    assert "does not fit (device): this run takes" in text
+    assert "there is 22.4 GiB on the device" in text
+    wanted = text.partition("It would fit with ")[2].partition(". preflight=false")[0].split()
+    assert wanted
+    preflight.fitting("LLaMA2-70B", "24 GB GPU, 64 GB host", *wanted)  # what it says is true
+    shape, settings = preflight.shape("LLaMA2-70B"), settings_of(*preflight.PROTOCOL)
+    with pytest.raises(RoseExpError, match="No setting that leaves the result as it is makes it fit: at least"):
+        check_fits(settings, shape, False, Footprint(GIB, None, 10**15))
+    with pytest.raises(RoseExpError, match=r"does not fit \(disk\)"):
+        check_fits(settings, shape, False, Footprint(10**15, None, GIB))
+    check_fits(settings.model_copy(update={"preflight": False}), shape, False, Footprint(GIB, None, GIB))
+
+
+def test_limits_of_the_process_count(tmp_path):
+    code = (
+        "import resource, torch; from pathlib import Path; from rose_exp.runs.memory import available;"
+        "resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30));"
+        f"print(available(Path({str(tmp_path)!r}), torch.device('cpu')).host)"
+    )
+    limited = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert limited < 1.5 * GIB < available(tmp_path, torch.device("cpu")).host
+
+
+def test_a_record_has_the_estimate_beside_the_true_peaks(small, tmp_path):
+    record = rose_exp.run([*small, "pipeline.weights=disk", "save=true"], tmp_path)
+    estimate, peak = record["estimate"], record["peak_memory_bytes"]
+    assert (estimate["weights"], estimate["by_blocks"]) == ("disk", True)
+    assert estimate["device"] is None
+    assert 0.3 < peak["host"] / estimate["host"] < 3  # of a process that other tests have run in
+    assert 0.5 < record["peak_disk_bytes"] / estimate["disk"] < 1.1
+    whole = rose_exp.run([*small, "pipeline.weights=memory", "pipeline.by_blocks=false"], tmp_path / "whole")
+    assert record["metrics"] == whole["metrics"]  # to the last digit
+    assert [layer["error"] for layer in record["layers"]] == [layer["error"] for layer in whole["layers"]]
+
+
+def synthetic(folder: Path, blocks: int) -> int:
+    """A sharded Llama checkpoint of random float32 weights, made a block at a time; its bytes."""
+    hidden, inner = 1024, 2816
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        dtype="float32",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    weight_map, total = {}, 0
+    for block in range(blocks):
+        shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+        shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+        tensors = {f"model.layers.{block}.{name}.weight": torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{block}.{name}.weight"] = torch.ones(hidden)
+        if block == 0:
+            tensors |= {"model.embed_tokens.weight": torch.randn(512, hidden), "model.norm.weight": torch.ones(hidden)}
+        shard = f"model-{block:05}.safetensors"
+        save_file(tensors, folder / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += (folder / shard).stat().st_size
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return total
+
+
+@pytest.mark.slow
+def test_a_checkpoint_four_times_larger_than_the_memory_allowed_is_pruned_and_measured(small, shared, tmp_path):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    total = synthetic(folder, 72)
+    assert total > 3.9 * LIMIT
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((shared / "data/models/stories260k-llama" / name).read_bytes())
+    overrides = [x for x in small if not x.startswith("model.path")]
+    overrides += [f"model.path={folder}", "method=wanda", "calibration.window=64", "evaluation.perplexity.local.window=64"]
+    overrides += ["evaluation.perplexity.local.windows=4", "pipeline.layers=['*.q_proj']"]
+    code = (
+        "import resource, json;"
+        f"resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT}, {LIMIT}));"
+        "import rose_exp;"
+        f"print(json.dumps(rose_exp.run({overrides!r}, {str(tmp_path / 'out')!r})))"
+    )
+    # freed memory goes back at once, not into the C library's stock: the limit counts what is held, used or not
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["estimate"]["weights"] == "disk"  # chosen, not asked for
+    assert record["metrics"]["sparsity"] == 0.5
+    assert record["peak_memory_bytes"]["host"] < total / 3.5
+    assert len(record["layers"]) == 72

@@ -1,0 +1,34 @@
+"""The fingerprint of the code that decides a result."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import rose_exp
+from rose_exp.runtime.fingerprint import CODE, IRRELEVANT, code_sha256
+
+PACKAGE = Path(rose_exp.__file__).parent
+
+
+def test_every_file_of_the_code_counts_except_what_is_listed(tmp_path):
+    copy = tmp_path / "rose_exp"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert code_sha256(copy) == code_sha256()
+    files = [path for path in sorted(copy.rglob("*")) if path.suffix in CODE]
+    counting = [path for path in files if path.relative_to(copy).parts[0] not in IRRELEVANT]
+    packages = {path.relative_to(copy).parts[0] for path in counting if path.parent != copy}
+    assert packages == {path.name for path in copy.iterdir() if path.is_dir()} - set(IRRELEVANT)
+    assert {path.name for path in counting if path.suffix == ".txt"} == {"calibration_prompts.txt", "evaluation_prompts.txt"}
+    before = code_sha256(copy)
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(f"{text}\n", encoding="utf-8")
+        assert (code_sha256(copy) != before) == (path in counting), path
+        path.write_text(text, encoding="utf-8")
+    (copy / "engine" / "new.py").write_text("")
+    assert code_sha256(copy) != before
+
+
+def test_the_list_of_what_does_not_count_is_not_stale():
+    assert [name for name in IRRELEVANT if not (PACKAGE / name).exists()] == []

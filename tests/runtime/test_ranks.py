@@ -1,0 +1,117 @@
+"""Several processes at one run: real ones, two, joined by gloo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from rose_exp.engine import Allocation, InputMoments, Ordering, SemiStructured, SparseGPT, Structured, Target, Unstructured
+from rose_exp.pruning import PruningPlan, prune_model
+from rose_exp.runtime.ranks import Ranks
+
+from ..cli.test_app import rose_exp
+from ..conftest import REPOSITORY
+from ..models.families import build, tokens
+
+PLAN = {"method": SparseGPT(), "sparsity": Unstructured(0.5), "ordering": Ordering.rose(), "block_size": 16, "batch": 2}
+
+
+def two_ranks(*arguments: str, folder=REPOSITORY) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"true_sequential": True},
+        {"target": Target(0.6, 0.4), "allocation": Allocation("losses", 0.1)},
+        {"sparsity": SemiStructured(2, 4), "permute": True},
+        {"sparsity": Structured(0.5), "ordering": None},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_two_ranks_prune_as_one_does(options, tmp_path):
+    """Five windows, so that the shares differ; float64, so that no mask bit hangs on the order of sums."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+        from tests.runtime.test_ranks import *
+        from rose_exp.runtime.ranks import process_group
+        with process_group():
+            ranks, model = Ranks(), build("llama").double()
+            plan = PruningPlan(**PLAN | {options!r})
+            reports = prune_model(model, tokens(), plan, ranks=ranks)
+            torch.save((model.state_dict(), [(r.name, r.tokens, r.error) for r in reports]), sys.argv[1] + str(ranks.rank))
+        """)
+    )
+    done = two_ranks(str(script), str(tmp_path / "rank"))
+    assert done.returncode == 0, done.stderr
+    alone = build("llama").double()
+    reports = prune_model(alone, tokens(), PruningPlan(**PLAN | options))
+    assert any(report.permuted for report in reports) == ("permute" in options)
+    first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    assert first[1] == second[1]
+    assert [(name, count) for name, count, _ in first[1]] == [(r.name, r.tokens) for r in reports]
+    for (_, _, error), report in zip(first[1], reports, strict=True):
+        assert error == pytest.approx(report.error, rel=1e-9)
+    for name, expected in alone.state_dict().items():
+        assert torch.equal(first[0][name], second[0][name]), name
+        assert torch.equal(first[0][name] == 0, expected == 0), name
+        torch.testing.assert_close(first[0][name], expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_the_command_under_torchrun(small, tmp_path):
+    done = two_ranks("-m", "rose_exp", *small, "hydra.run.dir=two", "save=true", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("full record") == 1
+    assert rose_exp(*small, "hydra.run.dir=one", folder=tmp_path).returncode == 0
+    one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    assert (one["protocol"]["ranks"], two["protocol"]["ranks"]) == (1, 2)
+    assert two["metrics"]["perplexity.local"] == pytest.approx(one["metrics"]["perplexity.local"], rel=1e-2)
+    assert [layer["name"] for layer in two["layers"]] == [layer["name"] for layer in one["layers"]]
+    assert {layer["tokens"] for layer in two["layers"]} == {4 * 128}
+    assert (tmp_path / "two/model/config.json").exists()
+
+
+def test_a_failure_on_one_rank_ends_all_of_them(small, tmp_path):
+    done = two_ranks("-m", "rose_exp", *small, "hydra.run.dir=out", "calibration.samples=1", folder=tmp_path)
+    assert done.returncode != 0
+    assert "calibration.samples: expected at least one window for each of 2 ranks, got 1" in done.stdout + done.stderr
+    assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"
+
+
+def test_a_sweep_ends_with_the_job_that_failed(small, tmp_path):
+    """Here the first rank alone fails, before the others would meet it; nothing must wait for ever."""
+    local = [override for override in small if not override.startswith("evaluation")]
+    tasks = ["evaluation=zero_shot", "evaluation.zero_shot.tasks=[nothing]"]
+    done = two_ranks("-m", "rose_exp", "-m", *local, *tasks, "seed=0,1", "hydra.sweep.dir=out", folder=tmp_path)
+    assert done.returncode != 0
+    assert "evaluation.zero_shot.tasks: expected names of lm-eval's tasks, got 'nothing'" in done.stdout + done.stderr
+    assert json.loads(next((tmp_path / "out").glob("*/run.json")).read_text())["status"] == "failed"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_dearest_tasks_are_spread_first():
+    ranks = Ranks()
+    ranks.size = 2
+    assert ranks.owners([1, 5, 3, 3]) == [0, 0, 1, 1]
+
+
+def test_alone_everything_stays_as_it_is():
+    ranks = Ranks()
+    moments = InputMoments(3)
+    moments.update(torch.ones(2, 3))
+    ranks.reduce(moments, 0)
+    assert moments.tokens == 2
+    assert torch.equal(ranks.share(torch.arange(5)), torch.arange(5))
+    assert ranks.gather("x") == ["x"]
+    assert ranks.owners([3, 1]) == [0, 0]

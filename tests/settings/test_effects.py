@@ -1,0 +1,303 @@
+"""The table of effects: complete, true, and the only one. Its cases are generated from the leaves of the settings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rose_exp.cli.command import check_command
+from rose_exp.engine import InputMoments
+from rose_exp.engine.groups import GroupedLayer, prune_groups
+from rose_exp.models import linear_layers
+from rose_exp.report.conditions import SPARSITY, column_of, conditions, variant
+from rose_exp.runs.identity import identifying, run_id
+from rose_exp.runs.preparation import first_key, pruning_plan
+from rose_exp.settings.effects import EFFECTS, acting, complete, effect_of, effective, settings_of, within
+from rose_exp.settings.schema import Settings
+
+from .effects_cases import LEAVES, at, bases_in, cases, changed, metrics_of, moved, recorded, view
+from .effects_modes import (
+    DENSE,
+    LANGUAGE,
+    MATTERS,
+    MODES,
+    MOMENTS,
+    NEVER,
+    NOWHERE,
+    PLACES,
+    PRUNED,
+    PRUNED_LANGUAGE,
+    ROWS,
+    STRUCTURED,
+    concerns,
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
+def bases(files) -> dict[str, dict[str, Any]]:
+    """A configuration of each mode."""
+    return bases_in(files)
+
+
+def test_every_leaf_has_one_entry_and_every_entry_a_leaf():
+    for name in LEAVES:
+        assert len([entry for entry in EFFECTS if within(name, entry)]) == 1, name
+    for entry in EFFECTS:
+        assert any(within(name, entry) for name in LEAVES), f"{entry} is no setting any more"
+
+
+def test_what_this_test_expects_is_complete():
+    never = {name for name in LEAVES if any(within(name, entry) for entry in NEVER)}
+    assert set(MATTERS) | never == set(LEAVES)
+    assert not set(MATTERS) & never
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_run_id_changes_exactly_when_the_report_does(bases, files, mode):
+    """And a setting is a condition of the metrics that it can change, unless rows compare it or tables average over it."""
+    base = bases[mode]
+    identity, seen = run_id(Settings(**base)), view(base)
+    for name, known, other in cases(base, files):
+        matters = mode in MATTERS.get(known, NOWHERE)
+        found = view(other)
+        assert (run_id(Settings(**other)) != identity) == matters, f"{name} and the run ID"
+        assert (found != seen) == matters, f"{name} and the report"
+        if known in ("model.kind", "method.name", "sparsity.pattern"):  # which change what else counts
+            continue
+        of_row = known == "seed" or any(within(known, row) for row in ROWS)
+        for metric in set(metrics_of(base)) & set(metrics_of(other)):
+            expected = matters and not of_row and concerns(known, metric, mode in DENSE)
+            assert (found[metric] != seen[metric]) == expected, f"{name} and {metric}"
+
+
+def test_rows_compare_what_is_expected():
+    roles = {name: effect_of(name).role for name in LEAVES}
+    assert {name for name, role in roles.items() if role == "row"} == {
+        name for name in LEAVES if any(within(name, row) for row in ROWS)
+    }
+    assert [name for name, role in roles.items() if role == "seed"] == ["seed"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_metric_has_the_settings_that_can_change_it(bases, mode):
+    everything = effective(bases[mode])
+    for metric in metrics_of(bases[mode]):
+        expected = {name for name in everything if concerns(name.replace(".local.", ".*."), metric, mode in DENSE)}
+        assert set(effective(bases[mode], metric)) == expected, metric
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sparsity_in_the_columns_is_no_condition(bases, mode):
+    for metric in metrics_of(bases[mode]):
+        found, expected = (conditions(recorded(bases[mode]), metric, columns) for columns in (SPARSITY, "seed"))
+        assert found == {name: value for name, value in expected.items() if not within(name, SPARSITY)}
+
+
+def test_a_setting_without_an_entry_is_an_error(bases, monkeypatch):
+    whole = changed(bases["n:m"], "evaluation.images", bases["images"]["evaluation"]["images"])
+    effective(whole)
+    for name in list(EFFECTS):
+        with monkeypatch.context() as patch:
+            patch.delitem(EFFECTS, name)
+            with pytest.raises(LookupError, match="EFFECTS: expected an entry for"):
+                effective(whole)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_files_count_by_their_content(bases, mode, tmp_path):
+    elsewhere = moved(bases[mode], tmp_path)
+    assert run_id(Settings(**elsewhere)) == run_id(Settings(**bases[mode]))
+    assert view(elsewhere) == view(bases[mode])
+
+
+@pytest.mark.parametrize("mode", ["unstructured", "embedded", "hub", "images", "dense embedded"])
+def test_a_text_with_a_fingerprint_is_no_place(bases, mode):
+    """Neither in the run ID, as far as its content is known before the run, nor in reports."""
+    places = {f"{group}.{name}" for group in ("calibration", "evaluation.perplexity.local") for name in PLACES}
+    places |= {"model.embedded"} | ({"model.path"} if mode != "hub" else set())  # of which no content is known
+    for metric in metrics_of(bases[mode]):
+        found = conditions(recorded(bases[mode]), metric, SPARSITY)
+        assert not places & {name for name, value in found.items() if value is not None}
+    counted = identifying(Settings(**bases[mode]))
+    for name in ("model.embedded", "calibration.embedded", "evaluation.perplexity.local.embedded"):
+        assert counted.get(name) is None or len(counted[name]) == 64
+
+
+@pytest.mark.parametrize("mode", sorted(PRUNED))
+def test_rows_of_a_table_have_equal_conditions(bases, files, mode):
+    base = bases[mode]
+    rows = {s.name for s in settings_of(base) if s.effect.role == "row"}
+    for name, _, other in cases(base, files):
+        if name not in rows or other["method"]["name"] == "dense":
+            continue
+        for metric in metrics_of(base):
+            assert conditions(recorded(other), metric, SPARSITY) == conditions(recorded(base), metric, SPARSITY), name
+
+
+def test_an_option_that_acts_in_some_columns_only_is_in_all_of_them(bases):
+    other = bases["images uniform"]
+    found = [conditions(recorded(c), "images.distance", "diffusion.weighting") for c in (bases["images"], other)]
+    assert found[0] == found[1]
+    narrower = changed(other, "diffusion.alpha_min", 0.9)
+    assert conditions(recorded(narrower), "images.distance", "diffusion.weighting") != found[0]
+
+
+@pytest.mark.parametrize("mode", sorted(PRUNED_LANGUAGE))
+def test_the_key_of_the_first_block_changes_with_its_moments_alone(bases, files, mode):
+    base = bases[mode]
+    key = first_key(Settings(**base), {})
+    for name, known, other in cases(base, files):
+        if known == "model.kind":
+            continue
+        expected = mode in MATTERS.get(known, NOWHERE) and any(within(known, group) for group in MOMENTS)
+        expected |= known == "sparsity.pattern" and mode in STRUCTURED  # whose heads and neurons count no more
+        assert (first_key(Settings(**other), {}) != key) == expected, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_acts_is_what_settings_build(bases, mode):
+    settings, pruned = Settings(**bases[mode]), mode in PRUNED
+    language = mode in LANGUAGE  # a diffusion model has neither allocation nor target
+    built = {
+        "order": settings.reorder.build() is not None,
+        "allocation": language and settings.allocation.build() is not None,
+        "target": language and settings.target.build() is not None,
+        "refinement": bool(settings.refine.build()),
+    }
+    assert acting(bases[mode]) == {name for name, there in built.items() if there and pruned}
+    permuted = changed(bases[mode], "engine.permute", True)
+    plan = pruning_plan(Settings(**permuted)) if pruned and mode in LANGUAGE else None
+    assert ("permutation" in acting(permuted)) == bool(plan and plan.permutes)
+
+
+@pytest.mark.parametrize("mode", ["unstructured", "ordered", "n:m", "4:8", "wanda", "least squares", "masks"])
+def test_the_engine_agrees_that_an_option_does_not_act(bases, files, mode):
+    """A layer is solved bit for bit the same, whatever the options that do not act."""
+    base = bases[mode]
+    expected = solved(base)
+    tried = 0
+    for name, known, other in cases(base, files):
+        if known.split(".")[0] in ("reorder", "refine", "engine", "sparsity") and mode not in MATTERS[known]:
+            assert torch.equal(solved(other), expected), name
+            tried += 1
+    assert tried > 4
+
+
+def solved(config: dict[str, Any]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    block = nn.ModuleDict({"layer": nn.Linear(48, 24, bias=False)})
+    block["layer"].weight.data = torch.randn(24, 48, generator=generator)
+    inputs = torch.randn(200, 48, generator=generator) * torch.linspace(0.1, 3, 48)
+    moments = InputMoments(48)
+    moments.update(inputs)
+    pruning_plan(Settings(**config)).solve(linear_layers(block, "block"), moments)
+    return block["layer"].weight.data
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("width", [1, 8])
+def test_the_engine_agrees_which_options_remove_groups(method, width):
+    """A neuron is one column, a head several: heads go one by one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 64, generator=generator)
+    moments = InputMoments(64)
+    moments.update(torch.randn(400, 64, generator=generator) @ torch.randn(64, 64, generator=generator))
+    layer = GroupedLayer(weight, moments, torch.arange(64).view(-1, width))
+    found = {
+        (saliency, at_once): prune_groups([layer], 3, method=method, saliency=saliency, at_once=at_once).weights[0]
+        for saliency, at_once in itertools.product(("diagonal", "exact"), (1, 3))
+    }
+    by_obs = method == "sparsegpt"
+    assert torch.equal(found["diagonal", 1], found["exact", 1]) == (not by_obs or width == 1)
+    assert by_obs or torch.equal(found["diagonal", 1], found["diagonal", 3])
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("sparsity.ratio", 1, 1.0),
+        ("sparsity.ratio", "0.5", 0.5),
+        ("reorder.threshold", 0, 0.0),
+        ("calibration.samples", 4.0, 4),
+        ("calibration.samples", "4", 4),
+        ("pipeline.true_sequential", "false", False),
+        ("sparsity.heads", 1, True),
+        ("pipeline.layers", ("*.0.*",), ["*.0.*"]),
+        ("pipeline.layers", ["a", "b"], ["b", "a"]),
+        ("method.options", {"a": 1, "b": 2.0}, {"b": 2, "a": 1.0}),
+        ("method.options", {"a": {"x": 1, "y": 2}}, {"a": {"y": 2, "x": 1}}),
+        ("evaluation.speed", None, ...),
+        ("evaluation.at_most", None, ...),
+        ("evaluation.zero_shot", None, ...),
+        ("diffusion", None, ...),
+        ("target", {"strength": 0.5}, {"strength": 0.5, "residual": 0.0, "damping": 0.1}),
+    ],
+)
+def test_equal_settings_have_equal_effects(bases, name, first, second):
+    """Whatever they look like: as text, as whole numbers, in another order, or left to their defaults (``...``)."""
+    base = changed(bases["ordered"], "evaluation.zero_shot.tasks", [])
+    one, other = changed(base, name, first), changed(base, name, second)
+    if second is ...:
+        group, _, last = name.rpartition(".")
+        del (at(other, group) if group else other)[last]
+    assert json.dumps(effective(one), sort_keys=True) == json.dumps(effective(other), sort_keys=True)
+    assert complete(one) == complete(other)
+    assert json.dumps(view_of(one)) == json.dumps(view_of(other))
+
+
+def view_of(config: dict[str, Any]) -> list[Any]:
+    record = {"config": config, "protocol": {"evaluation": {"local": {}}}}
+    return [conditions(record, "perplexity.local", SPARSITY), variant(record), column_of(record, SPARSITY)]
+
+
+@pytest.mark.parametrize(
+    "command", ["", "method=rose_plus sparsity=2:4", "model=small-sd3 method=dsnot", "evaluation=[c4,zero_shot,speed]"]
+)
+def test_a_configuration_has_the_effects_of_its_settings(command):
+    """Records keep the configuration, run IDs come from the settings."""
+    job = check_command(command.split()).jobs[0]
+    assert effective(job.config) == effective(job.settings.model_dump(mode="json"))
+    assert complete(job.config) == complete(job.settings.model_dump(mode="json"))
+
+
+def test_the_order_of_layer_options_counts(bases):
+    options = {"*mlp*": {"a": 1}, "*down*": {"a": 2}}
+    one, other = (
+        changed(bases["unstructured"], "method.layer_options", dict(order))
+        for order in (options.items(), reversed(options.items()))
+    )
+    assert effective(one) != effective(other)
+    assert variant(recorded(one)) != variant(recorded(other))
+    assert run_id(Settings(**one)) != run_id(Settings(**other))
+
+
+def test_different_ratios_have_different_columns(bases):
+    ratios = (0.5, 0.50001, 0.5000001, 0.7)
+    assert len({column_of(recorded(changed(bases["unstructured"], "sparsity.ratio", r)), SPARSITY) for r in ratios}) == 4
+
+
+def test_a_setting_that_only_a_record_knows_is_a_condition(bases):
+    record = recorded(bases["unstructured"] | {"of_another_version": {"option": 1}, "hydra": {"job": {}}})
+    found = conditions(record, "perplexity.local", SPARSITY)
+    assert found["of_another_version.option"] == 1
+    assert not any(within(name, "hydra") for name in found)
+
+
+def test_files_are_identified_by_their_content_and_format(bases, tmp_path):
+    base = bases["unstructured"]
+    for name in ("x.jsonl", "y.jsonl", "z.txt"):
+        (tmp_path / name).write_text('{"text": "equal"}')
+    x, y, z = (Settings(**changed(base, "calibration.path", str(tmp_path / name))) for name in ("x.jsonl", "y.jsonl", "z.txt"))
+    assert run_id(x) == run_id(y) != run_id(z)
+    assert str(tmp_path) not in json.dumps(identifying(x))

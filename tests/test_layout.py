@@ -1,0 +1,101 @@
+"""The layout of the package: what stands where, and which way imports go."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "rose_exp"
+LAYERS = [  # a package imports from packages of lower layers only
+    {"engine"},
+    {"runtime"},
+    {"settings"},
+    {"models", "data", "tracking"},
+    {"pruning", "evaluation", "report"},
+    {"diffusion"},
+    {"runs"},
+    {"sweeps"},
+    {"cli"},
+    {"api"},
+    {"__init__", "__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ENGINE_NEEDS = {"__future__", "numba", "numpy", "scipy", "torch", "triton"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, lazy: bool = True) -> Iterator[str]:
+    """Full names of the modules that a module imports; not ``lazy``: only those that it imports when it is loaded."""
+    name = name_of(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+    inside |= {node for check in tree.body if isinstance(check, ast.If) for node in ast.walk(check)}  # TYPE_CHECKING
+    for node in ast.walk(tree):
+        if node in inside and not lazy:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")
+            base = ".".join(above[: len(above) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield inner if inner in NAMES else module
+
+
+NAMES = {name_of(path) for path in MODULES}
+
+
+def test_the_package_has_packages_and_its_entry_points_alone():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "api.py"}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LEVEL) - {"api", "__init__", "__main__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_down(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for target in imports(path):
+        if target.startswith("rose_exp.") and target.split(".")[1] != own:
+            assert LEVEL[target.split(".")[1]] < LEVEL[own], f"{name_of(path)} imports {target}"
+        elif own == "engine" and not target.startswith("rose_exp."):
+            import sys
+
+            assert target.split(".")[0] in ENGINE_NEEDS | sys.stdlib_module_names, f"the engine imports {target}"
+
+
+def test_no_modules_import_each_other():
+    edges = {name_of(path): {t for t in imports(path, lazy=False) if t in NAMES} for path in MODULES}
+    for name in list(edges):  # importing a module loads the packages that it is in
+        for target in list(edges[name]):
+            parents = [target.rpartition(".")[0]]
+            while "." in parents[-1]:
+                parents.append(parents[-1].rpartition(".")[0])
+            edges[name] |= {p for p in parents if p and not name.startswith(p)}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name in done:
+            return
+        for target in sorted(edges[name] - {name}):
+            visit(target, (*above, name))
+        done.add(name)
+
+    for name in sorted(edges):
+        visit(name, ())
+
+
+def test_tests_mirror_the_package():
+    folders = {path.parent.name for path in (REPOSITORY / "tests").glob("*/__init__.py")}
+    assert folders == set(LEVEL) - {"api", "__init__", "__main__"}
