@@ -16,6 +16,8 @@ OPTIONS = {
     **{"target.strength": 0.5, "evaluation.speed": SPEED, "evaluation.zero_shot.tasks": ["piqa"]},
 }
 TEXTS = {"evaluation.perplexity": {"local": {"path": "a.jsonl", "window": 64}}}
+SCORES = {f"evaluation.images.{n}": v for n, v in {"metrics": ["clip_score", "fid"], "clip": "one", "reference": "two"}.items()}
+TASKS_OF_FOLDERS = {"evaluation.zero_shot.data_dir": "one", "evaluation.zero_shot.include_path": "two"}
 PROMPTS = {"embedded": "evaluation_prompts", "samples": 32, "metrics": ["clip_score", "fid"]}
 LANGUAGE: dict[str, dict[str, Any]] = {
     "unstructured": {},
@@ -29,7 +31,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "structured wanda": {"sparsity.pattern": "structured", "method.name": "wanda"},
     "wanda": {"method.name": "wanda"},
     "owl": {"allocation.rule": "owl"},
-    "losses": {"allocation.rule": "losses"},
+    "losses": {"allocation.rule": "losses", "evaluation.images": PROMPTS},
     "least squares": {"refine.steps": 8},
     "masks": {"refine.mask_iterations": 12},
     "target": {"target.strength": 0.5},
@@ -37,7 +39,8 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "embedded": EMBEDDED_MODEL | EMBEDDED_TEXT | {"calibration.path": None, "calibration.embedded": "c4"},
     "hub": HUB | {f"calibration.{name}": value for name, value in HUB_TEXT.items()},
     "plain texts": {"calibration.path": "a.txt", "evaluation.perplexity.local.path": "a.txt"},
-    "tasks from a folder": {"evaluation.zero_shot.data_dir": "one"},
+    "tasks from a folder": TASKS_OF_FOLDERS,
+    "dense tasks from a folder": {"method.name": "dense"} | TASKS_OF_FOLDERS,
     "no tasks": {"evaluation.zero_shot.tasks": []},
     "nothing measured": {"evaluation.perplexity": {}, "evaluation.zero_shot.tasks": []},
     "dense": {"method.name": "dense", "evaluation.speed": SPEED, "sparsity.pattern": "2:4"},
@@ -51,14 +54,14 @@ DIFFUSION: dict[str, dict[str, Any]] = {
     "images structured wanda": {"sparsity.pattern": "structured", "method.name": "wanda"},
     "images ordered": {"reorder.columns": "descending"},
     "images uniform": {"diffusion.weighting": "uniform"},
-    "images scored": {"evaluation.images.metrics": ["clip_score", "fid"]},
+    "images scored": SCORES,
     "images with options": {"sparsity.pattern": "2:4", "evaluation.images.metrics": ["fid"]} | OPTIONS | TEXTS,
     "images of prompts": {"calibration.path": "a.txt", "evaluation.images.path": "a.txt"},
     "images of rows": {"calibration.path": "a.jsonl", "evaluation.images.path": "a.jsonl"},
     "images of hub": {"model.built": None, "model.path": "owner/name"},
     "no images": {"evaluation.images": None},
     "dense images": {"method.name": "dense"},
-    "dense images scored": {"method.name": "dense", "evaluation.images.metrics": ["clip_score", "fid"]},
+    "dense images scored": {"method.name": "dense"} | SCORES,
     "dense images of rows": {"method.name": "dense", "evaluation.images.path": "a.jsonl"},
     "dense images of hub": {"method.name": "dense", "model.built": None, "model.path": "owner/name"},
     "dense images with options": {"method.name": "dense", "sparsity.pattern": "2:4"} | OPTIONS | TEXTS,
@@ -126,7 +129,7 @@ MATTERS: dict[str, set[str]] = {
     "evaluation.zero_shot.limit": TASKS,
     "evaluation.zero_shot.batch": TASKS,
     "evaluation.zero_shot.include_path": TASKS,
-    "evaluation.zero_shot.data": TASKS - {"tasks from a folder"},
+    "evaluation.zero_shot.data": TASKS - {"tasks from a folder", "dense tasks from a folder"},
     "evaluation.zero_shot.data_dir": TASKS,
     "evaluation.speed.windows": {"n:m"},
     "evaluation.speed.window": {"n:m"},

@@ -271,6 +271,12 @@ def test_a_configuration_has_the_effects_of_its_settings(command):
     assert complete(job.config) == complete(job.settings.model_dump(mode="json"))
 
 
+def test_the_order_of_scores_does_not_count(bases):
+    orders = (["clip_score", "fid"], ["fid", "clip_score"])
+    one, other = (effective(changed(bases["images scored"], "evaluation.images.metrics", order)) for order in orders)
+    assert one == other
+
+
 def test_the_order_of_layer_options_counts(bases):
     options = {"*mlp*": {"a": 1}, "*down*": {"a": 2}}
     one, other = (
