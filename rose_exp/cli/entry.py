@@ -1,4 +1,4 @@
-"""Where the ``rose-exp`` command starts. What only shows something is answered here, without libraries that take seconds."""
+"""Entry point of the ``rose-exp`` command. Answers ``--help`` and shell completion without slow imports."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from omegaconf import DictConfig
 
 from .paths import config_folder
 
-GROUPS = {  # of conf/, in the order of a run, and what each decides
+GROUPS = {  # the groups of conf/ in the order of a run, with their descriptions for --help
     "model": "the model to prune",
-    "method": "how weights are chosen and the others updated",
-    "reorder": "in which order SparseGPT prunes columns and blocks",
-    "sparsity": "how many weights go, and in what pattern",
-    "calibration": "the text whose activations tell which weights matter",
-    "evaluation": "what is measured afterwards; several with [a,b]",
-    "engine": "how a layer is solved",
-    "refine": "what is made better of a layer once it is pruned",
-    "allocation": "how layers share what is pruned",
-    "target": "what a layer is asked to be",
-    "tracking": "where a run is told as it goes, beside its record",
-    "experiment": "a study as a whole: any of the above, and the axes of its sweep",
-    "debug": "a run made tiny, to see that it works",
-    "hydra/launcher": "where the jobs of a sweep run; one after the other without it",
-    "hydra/sweeper": "how a sweep chooses its jobs; every combination without it",
+    "method": "the pruning method",
+    "reorder": "the order in which SparseGPT prunes columns and blocks",
+    "sparsity": "the sparsity and its pattern",
+    "calibration": "the calibration data",
+    "evaluation": "the metrics of the pruned model; [a,b] selects several",
+    "engine": "numerical options of the layer solver",
+    "refine": "post-pruning refinement",
+    "allocation": "sparsity allocation across layers",
+    "target": "the layers' regression target",
+    "tracking": "the experiment tracker, in addition to the run record",
+    "experiment": "a complete study: choices of the groups above and the axes of its sweep",
+    "debug": "a tiny version of any run, as a smoke test",
+    "hydra/launcher": "where the jobs of a sweep run (default: one after the other in this process)",
+    "hydra/sweeper": "how a sweep chooses its jobs (default: every combination)",
 }
-USAGE = """rose-exp: one-shot pruning of large language models, one run or a sweep
+USAGE = """rose-exp: one-shot pruning of large language and diffusion models
 
-  rose-exp SETTING=VALUE …                    one run, in outputs/RUN, where RUN is made of all settings that count
-  rose-exp -m SETTING=A,B … experiment=NAME   a sweep over every combination; what is finished is reused
-  rose-exp … plan=true                        list the jobs, their time and memory, and run none
-  rose-exp … --cfg job                        every setting, as it would be
-  rose-exp-report DIR …                       tables and figures of finished runs
-  eval "$(rose-exp -sc install=bash)"         completion with the tab key; also zsh and fish
+  rose-exp SETTING=VALUE …                    start one run in outputs/RUN_ID; RUN_ID is a hash of the settings
+  rose-exp -m SETTING=A,B … experiment=NAME   sweep over all combinations; finished runs are reused
+  rose-exp … plan=true                        list the jobs with estimated time and memory, without running them
+  rose-exp … --cfg job                        print the composed configuration, without running it
+  rose-exp-report DIR …                       generate tables and figures from finished runs
+  eval "$(rose-exp -sc install=bash)"         enable tab completion (bash, zsh, fish)
 
-Settings are chosen by group (GROUP=CHOICE) or one by one (GROUP.NAME=VALUE):
+Set a whole group with GROUP=CHOICE, and a single setting with GROUP.NAME=VALUE. Groups and their choices:
 """
 
 
 def main() -> None:
-    """``rose-exp``."""
+    """Run the ``rose-exp`` command."""
     parsed = get_args_parser().parse_args()
     if parsed.help:
         print(help_text())
@@ -55,11 +55,14 @@ def main() -> None:
 
 
 def _nothing(_: DictConfig) -> None:
-    """What is run where nothing is."""
+    """Do nothing: Hydra needs a task function even if it only completes a command line."""
 
 
 def help_text() -> str:
-    """Every group with its choices, each explained by the first sentence of its file; then the settings of no group."""
+    """Return the usage, every group with its choices, and the ungrouped settings.
+
+    The first sentence of a choice's file describes it.
+    """
     lines = [USAGE]
     for group, what in GROUPS.items():
         choices = sorted(p for p in (config_folder() / group).glob("*.yaml") if not p.stem.startswith("_"))
@@ -67,7 +70,7 @@ def help_text() -> str:
         lines.append(f"{group}: {what}")
         lines += [f"  {path.stem.ljust(width)}  {_first_sentence(path)}" for path in choices]
         lines.append("")
-    lines += ["settings of no group, and those of Hydra are told by --cfg job and --hydra-help:", *_single_settings()]
+    lines += ["Ungrouped settings with their defaults (--hydra-help lists Hydra's own options):", *_single_settings()]
     return "\n".join(lines)
 
 

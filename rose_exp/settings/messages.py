@@ -1,4 +1,4 @@
-"""Mistakes in settings, told in the user's words: which setting, what was expected, what came."""
+"""Error messages for settings, in the form "setting: expected …, got …"."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..runtime.wheels import WHEELS
 
 
 def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
-    """One of pydantic's errors about ``root`` as 'setting: expected …, got …'."""
+    """Return one of pydantic's errors about ``root`` in the form "setting: expected …, got …"."""
     where = ".".join(str(part) for part in mistake["loc"])
     got = f"got {mistake['input']!r}"
     kind, context = mistake["type"], mistake.get("ctx", {})
-    if mistake["loc"][-1] in ("str", "list[str]"):  # one of two types that a setting may have
+    if mistake["loc"][-1] in ("str", "list[str]"):  # the setting is a union of two types
         return f"{where.rpartition('.')[0]}: expected text or a list of texts, {got}"
     if kind == "extra_forbidden":
         return f"{where}: no such setting, {got}{_nearest_setting(mistake['loc'], root)}"
@@ -40,10 +40,10 @@ def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
 
 
 def _nearest_setting(location: tuple, root: type[BaseModel]) -> str:
-    """A hint at the setting that may have been meant, in the section that ``location`` is in."""
+    """Return a hint with the most similar setting in the section of ``location``."""
     section: Any = root
     for part in location[:-1]:
-        if get_origin(section) is dict:  # ``part`` is a name of the user's own
+        if get_origin(section) is dict:  # ``part`` is a name that the user chooses
             section = get_args(section)[-1]
         else:
             section = getattr(section, "model_fields", {})[part].annotation
@@ -53,7 +53,7 @@ def _nearest_setting(location: tuple, root: type[BaseModel]) -> str:
 
 
 def embedded_problem(where: str, name: str | None, kind: str) -> list[str]:
-    """What is wrong with the name of an embedded file of a kind, if anything."""
+    """Return the error of an unknown embedded file of this kind, or an empty list."""
     known = [key for key, wheel_file in WHEELS.items() if wheel_file.kind == kind]
     if name in known:
         return []
@@ -61,12 +61,12 @@ def embedded_problem(where: str, name: str | None, kind: str) -> list[str]:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a model path can only be meant as one of this machine: hub ids are 'name' or 'owner/name'."""
+    """Return whether a model path must be local, because a hub ID is 'name' or 'owner/name'."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf") or Path(path).exists()
 
 
 def file_problem(where: str, path: str, folder: bool = True) -> list[str]:
-    """What is wrong with a path, if anything: that there is nothing, with the nearest name beside it."""
+    """Return the error of a path that does not exist, with the most similar name in its folder, or an empty list."""
     place = Path(path).expanduser()
     if place.is_file() or (folder and place.is_dir()):
         return []

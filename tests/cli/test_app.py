@@ -97,7 +97,7 @@ def test_a_run_repeats_itself_bit_for_bit(small, tmp_path):
 def test_mistakes_are_told_before_anything_is_made(tmp_path):
     done = rose_exp("method=sparsgpt", "seed=-1", folder=tmp_path)
     assert done.returncode == 2
-    assert "2 mistakes in the configuration" in done.stderr
+    assert "2 errors in the configuration" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
