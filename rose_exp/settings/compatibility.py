@@ -1,4 +1,4 @@
-"""Settings that do not go together, where the kind of model or what is removed decides."""
+"""Checks for settings that are incompatible with the kind of model or with structured sparsity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ STRUCTURED = "structured"
 
 
 def kind_problems(sections: Mapping[str, Any]) -> list[str]:
-    """What a language model has no use for, or a diffusion model, of those sections that are sound."""
+    """Return the errors of settings that the kind of model does not support.
+
+    Args:
+        sections: the sections without errors of their own, by name.
+    """
     model = sections.get("model")
     if model is None:
         return []
@@ -27,14 +31,14 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
         of_language = [name for name in ("perplexity", "speed") if getattr(evaluation, name)]
         of_language += ["zero_shot"] if evaluation.zero_shot.tasks else []
         if diffusion and of_language:
-            found.append(f"evaluation.{of_language[0]}: expected none for a diffusion model, which has images, got some")
+            found.append(f"evaluation.{of_language[0]}: expected none for a diffusion model, got some; use evaluation.images")
         if not diffusion and evaluation.images is not None:
             found.append("evaluation.images: expected null for a language model, got some")
     if diffusion:
         for name in ("target", "allocation"):
             section = sections.get(name)
             if section is not None and section.build():
-                found.append(f"{name}: expected none for a diffusion model, whose steps share their layers, got {section}")
+                found.append(f"{name}: expected none for a diffusion model, whose steps share all layers, got {section}")
         if sections.get("sparsity_config"):
             found.append("sparsity_config: expected false for a diffusion model, got true")
         engine, figures = sections.get("engine"), sections.get("figures")
@@ -46,7 +50,11 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
 
 
 def structured_problems(sections: Mapping[str, Any]) -> list[str]:
-    """What does not go with removing whole heads and neurons."""
+    """Return the errors of settings that structured sparsity does not support.
+
+    Args:
+        sections: the sections without errors of their own, by name.
+    """
     sparsity, method = sections.get("sparsity"), sections.get("method")
     if sparsity is None or method is None or sparsity.pattern != STRUCTURED or method.name not in METHODS:
         return []
@@ -56,7 +64,7 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
     for name in ("reorder", "refine", "target", "allocation"):
         section = sections.get(name)
         if section is not None and not section.problems(name) and section.build():
-            found.append(f"{name}: expected none with structured sparsity, which fits what stays already, got {section}")
+            found.append(f"{name}: expected none with structured sparsity, which updates the weights itself, got {section}")
     engine, figures = sections.get("engine"), sections.get("figures")
     if engine is not None and engine.permute:
         found.append("engine.permute: expected false with structured sparsity, got true")
@@ -70,7 +78,7 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
     language = model is not None and model.kind == "language"
     if language and sections.get("save") and pipeline is not None and (pipeline.layers != ["*"] or pipeline.skip):
         found.append(
-            "save: expected false where structured sparsity leaves layers out, since a language model's configuration has one "
-            "width for all, got true"
+            "save: expected false if structured sparsity excludes layers (pipeline.layers, pipeline.skip), because a language "
+            "model's configuration has one width for all blocks, got true"
         )
     return found

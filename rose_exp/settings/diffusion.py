@@ -1,4 +1,4 @@
-"""Settings of diffusion models: how they are run, and what is measured of their images."""
+"""Settings of diffusion models: sampling, and metrics of the images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..runtime.fingerprint import folder_sha256
 from .section import Count, Positive, Section
 from .texts import PromptSettings
 
-LIBRARIES = {  # that metrics of images need, by the name that they are imported by
+LIBRARIES = {  # modules that each image metric imports
     "distance": ("torchmetrics",),
     "clip_score": (),
     "image_reward": ("ImageReward",),
@@ -27,23 +27,23 @@ Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
 class DiffusionSettings(Section):
     """See :class:`rose_exp.diffusion.sampling.Sampler` and :func:`rose_exp.engine.weighting.step_weights`."""
 
-    steps: Positive = 25  # of denoising
-    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 7.0  # null: as the pipeline has it
-    height: Pixels | None = 512  # null: as the pipeline has it
+    steps: Positive = 25  # denoising steps
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 7.0  # null: the pipeline's default
+    height: Pixels | None = 512  # null: the pipeline's default
     width: Pixels | None = 512
-    text_length: Positive | None = None  # tokens of a T5 encoder; null: as the pipeline has it
-    batch: Positive = 4  # images at once on a GPU; a CPU makes one at a time
-    scheduler: str | None = None  # a class of diffusers; null: the pipeline's own
-    packages: Positive = 4  # of modules that are pruned together, one denoising of all prompts each
-    weighting: Weighting = "log_decrease"  # how much each step counts in the Hessian
+    text_length: Positive | None = None  # maximum sequence length of a T5 encoder; null: the pipeline's default
+    batch: Positive = 4  # batch size on a GPU; a CPU always uses 1
+    scheduler: str | None = None  # a scheduler class of diffusers; null: the pipeline's own
+    packages: Positive = 4  # module packages; each takes one denoising of all prompts
+    weighting: Weighting = "log_decrease"  # weights of the steps in the Hessian
     alpha_min: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.8
     alpha_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.2
-    convolutions: bool = False  # pruned as well, as the linear layers that they are of patches
+    convolutions: bool = False  # also prune convolutions, as linear layers on patches
 
     def problems(self, where: str) -> list[str]:
         found = []
         if (self.height is None) != (self.width is None):
-            found.append(f"{where}.height: expected null where width is, got {self.height} and width {self.width}")
+            found.append(f"{where}.height: expected null exactly if width is null, got {self.height} and width {self.width}")
         if self.alpha_min > self.alpha_max:
             expected = f"at most alpha_max, {self.alpha_max:g}"
             found.append(f"{where}.alpha_min: expected {expected}, got {self.alpha_min:g}")
@@ -55,12 +55,12 @@ class DiffusionSettings(Section):
 
 
 class ImagesSettings(PromptSettings):
-    """What is measured of a diffusion model's images, of prompts from noise that is the same for every run."""
+    """Metrics of a diffusion model's images, and their prompts. All runs use the same noise."""
 
-    metrics: list[str] = Field(["distance"])  # distance (to the dense model at equal noise), clip_score, image_reward, fid
-    clip: str = "openai/clip-vit-base-patch16"  # folder or hub id of the CLIP model that scores
-    reference: str | None = None  # folder of real images, for fid
-    sheet: Count = 6  # prompts whose images stand side by side on the contact sheet
+    metrics: list[str] = Field(["distance"])  # distance (to the dense model, same noise), clip_score, image_reward, fid
+    clip: str = "openai/clip-vit-base-patch16"  # folder or hub ID of the CLIP model for clip_score
+    reference: str | None = None  # folder of real images for fid
+    sheet: Count = 6  # prompts on the contact sheet, which compares dense and pruned images
 
     def problems(self, where: str) -> list[str]:
         found = super().problems(where)
@@ -78,7 +78,10 @@ class ImagesSettings(PromptSettings):
         return found
 
     def fingerprints(self) -> dict[str, str | None]:
-        """What scores hang on beside images and prompts: the CLIP model and the real images, local ones by their content."""
+        """Return the fingerprints of the CLIP model and the real images, on which the scores depend.
+
+        The fingerprint of a local folder is that of its content.
+        """
         clip = Path(self.clip).expanduser()
         known = folder_sha256(clip) if clip.is_dir() else self.clip
         real = folder_sha256(Path(self.reference).expanduser()) if "fid" in self.metrics and self.reference else None

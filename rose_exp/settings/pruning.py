@@ -1,4 +1,4 @@
-"""Settings of what is done to each layer: the groups sparsity, allocation, method, reorder, engine, refine and target."""
+"""Settings of layer pruning: the groups sparsity, allocation, method, reorder, engine, refine and target."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ DENSE = "dense"
 
 class SparsitySettings(Section):
     pattern: str  # unstructured, or N:M, which prunes N of every M consecutive weights of a row
-    ratio: Annotated[float, Field(ge=0, le=1)] | None = None  # not of N:M
-    heads: bool = True  # structured: attention heads are removed
-    neurons: bool = True  # structured: FFN neurons are removed
+    ratio: Annotated[float, Field(ge=0, le=1)] | None = None  # unstructured and structured only
+    heads: bool = True  # structured: remove attention heads
+    neurons: bool = True  # structured: remove FFN neurons
     saliency: Saliency = "diagonal"  # structured, see rose_exp.engine.Structured
-    at_once: Positive = 64  # structured: neurons from one updating of the inverse Hessian to the next
+    at_once: Positive = 64  # structured: neurons to remove between updates of the inverse Hessian
 
     def problems(self, where: str) -> list[str]:
         if self.pattern in ("unstructured", STRUCTURED):
@@ -58,7 +58,7 @@ class SparsitySettings(Section):
         if group < 1 or pruned > group:
             return [f"{where}.pattern: expected N:M with N at most M and M at least 1, got {self.pattern!r}"]
         if self.ratio is not None and not math.isclose(self.ratio, pruned / group):
-            expected = f"null or {pruned / group:g}, as pattern {self.pattern} says"
+            expected = f"null or {pruned / group:g}, the ratio of pattern {self.pattern}"
             return [f"{where}.ratio: expected {expected}, got {self.ratio:g}"]
         return []
 
@@ -72,8 +72,8 @@ class SparsitySettings(Section):
 
 class MethodSettings(Section):
     name: str
-    options: dict[str, Any] = Field({})  # of the method, for all layers
-    layer_options: dict[str, dict[str, Any]] = Field({})  # the same for layers whose full name matches a pattern
+    options: dict[str, Any] = Field({})  # the method's options for all layers
+    layer_options: dict[str, dict[str, Any]] = Field({})  # overrides of options for layers whose full names match a pattern
 
     def problems(self, where: str) -> list[str]:
         known = [DENSE, *METHODS]
@@ -93,7 +93,7 @@ class MethodSettings(Section):
         known = [field.name for field in dataclasses.fields(METHODS[self.name])]
         unknown = [name for name in options if name not in known]
         if unknown:
-            expected = f"one of {', '.join(known)}" if known else f"none, {self.name} has no options"
+            expected = f"one of {', '.join(known)}" if known else f"none, because {self.name} has no options"
             return [f"{where}.{name}: expected {expected}{suggest(name, known)}" for name in unknown]
         try:
             METHODS[self.name](**options)
@@ -102,7 +102,7 @@ class MethodSettings(Section):
         return []
 
     def build(self, patterns: tuple[str, ...] = ()) -> Method:
-        """The method with its options, and with those of the ``layer_options`` named."""
+        """Return the method with its options, overridden by the ``layer_options`` of ``patterns``."""
         options = dict(self.options)
         for pattern in patterns:
             options |= self.layer_options[pattern]
@@ -114,7 +114,7 @@ class ReorderSettings(Section):
 
     columns: Direction = "none"
     blocks: Direction = "none"
-    threshold: Annotated[float, Field(ge=0, le=1)] | None = 0.5  # null: every layer is reordered
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = 0.5  # null: reorder every layer
     score: str = "wanda"
 
     def problems(self, where: str) -> list[str]:
@@ -134,14 +134,14 @@ class EngineSettings(Section):
     block_size: Positive = 128
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     backend: Backend = "auto"
-    precision: Precision = "float32"  # of the moments' products, see InputMoments
-    permute: bool = False  # N:M: channels in the order in which the pattern loses least, where that is free
+    precision: Precision = "float32"  # of matrix products in the Hessian, see InputMoments
+    permute: bool = False  # N:M: permute input channels to minimize the pattern's loss, where this has no cost at inference
 
 
 class AllocationSettings(Section):
     """See :class:`rose_exp.engine.Allocation`."""
 
-    rule: Literal["uniform", "owl", "losses"] = "uniform"  # uniform: every layer loses the same share
+    rule: Literal["uniform", "owl", "losses"] = "uniform"  # uniform: the same sparsity in every layer
     spread: Annotated[float, Field(ge=0, le=1)] = 0.08
     outlier: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
 
@@ -173,5 +173,5 @@ class TargetSettings(Section):
     damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
 
     def build(self) -> Target | None:
-        """None: the dense layer, with nothing kept for anything else."""
+        """Return the regression target, or None if it is the dense layer's output."""
         return Target(**self.model_dump()) or None

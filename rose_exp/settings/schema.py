@@ -1,6 +1,6 @@
-"""Typed settings of a run, and every check of them that needs no model and no data.
+"""Typed settings of a run, and all checks that need neither the model nor data.
 
-Each section mirrors a group of ``conf/``. :func:`read_settings` reports all mistakes together.
+Each section mirrors a group of ``conf/``. :func:`read_settings` reports all errors at once.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from .texts import Bos, CalibrationSettings, PerplexitySettings
 
 
 class ModelSettings(Section):
-    """Which model to prune: ``path`` where it is set, else the embedded one, or of diffusion models the one that is built."""
+    """The model: ``path`` if it is set, else the embedded model or, for diffusion, a small pipeline with random weights."""
 
     kind: ModelKind = "language"
     embedded: str | None = None
     built: Built | None = None  # a small diffusion pipeline with random weights
-    path: str | None = None  # a folder in Hugging Face format, a GGUF file, or a hub id
-    revision: str | None = None  # of the hub's repository
-    # auto: as the checkpoint says; of a diffusion pipeline, which says nothing, float32
+    path: str | None = None  # a folder in Hugging Face format, a GGUF file, or a hub ID
+    revision: str | None = None  # branch, tag or commit on the hub
+    # auto: the checkpoint's; float32 for a diffusion pipeline, which does not state it
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    blocks: str | None = None  # dotted name of the list of decoder blocks; None: found by structure
-    # where a BOS token stands; auto: at the start of every window for families that need it, else as the tokenizer adds it
+    blocks: str | None = None  # dotted name of the list of decoder blocks; None: detected from the model's structure
+    # position of BOS tokens; auto: at the start of every window for families that need it, else where the tokenizer adds it
     bos: Literal["auto", Bos] = "auto"
     trust_remote_code: bool = False
 
@@ -54,7 +54,7 @@ class ModelSettings(Section):
         if self.kind == "diffusion":
             return self._diffusion_problems(where)
         if self.built is not None:
-            return [f"{where}.built: expected null but for diffusion models, got {self.built!r}"]
+            return [f"{where}.built: expected null unless model.kind is diffusion, got {self.built!r}"]
         if self.path is None:
             return embedded_problem(f"{where}.embedded", self.embedded, "model")
         return file_problem(f"{where}.path", self.path) if looks_local(self.path) else []
@@ -71,13 +71,13 @@ class ModelSettings(Section):
 class ZeroShotSettings(Section):
     """Tasks of lm-eval."""
 
-    tasks: list[str] = Field([])  # none: nothing is measured
-    few_shot: Count | None = None  # examples in each prompt; null: as the task says, none for the papers' seven
-    limit: Positive | None = None  # only the first so many questions of each task
-    batch: Positive | Literal["auto"] = "auto"  # auto: as many as fit on a GPU, 16 on a CPU
-    include_path: str | None = None  # a folder of task files beside lm-eval's own
-    data: Literal["embedded", "hub"] = "embedded"  # where the papers' seven read their rows; all others read the hub
-    data_dir: str | None = None  # a folder with rows of the papers' seven; takes the place of data
+    tasks: list[str] = Field([])  # none: no zero-shot evaluation
+    few_shot: Count | None = None  # examples in each prompt; null: the task's default, which is none for the papers' seven
+    limit: Positive | None = None  # use only the first N questions of each task
+    batch: Positive | Literal["auto"] = "auto"  # auto: the largest batch that fits on a GPU, 16 on a CPU
+    include_path: str | None = None  # a folder with additional task files
+    data: Literal["embedded", "hub"] = "embedded"  # source of the papers' seven tasks; other tasks always use the hub
+    data_dir: str | None = None  # a folder with files of the papers' seven tasks; takes precedence over data
 
     def problems(self, where: str) -> list[str]:
         found = []
@@ -88,12 +88,12 @@ class ZeroShotSettings(Section):
         if len(set(self.tasks)) != len(self.tasks):
             found.append(f"{where}.tasks: expected each task once, got {', '.join(self.tasks)}")
         if self.few_shot and (self.data_dir is not None or self.data == "embedded"):
-            found.append(f"{where}.few_shot: expected 0 or null with local rows, which bring no examples, got {self.few_shot}")
+            found.append(f"{where}.few_shot: expected 0 or null with local rows, which have no examples, got {self.few_shot}")
         return found
 
 
 class SpeedSettings(Section):
-    windows: Positive = 1  # at once
+    windows: Positive = 1  # batch size
     window: Annotated[int, Field(ge=1)] = 2048  # tokens
     repeats: Positive = 10
 
@@ -102,9 +102,9 @@ class EvaluationSettings(Section):
     perplexity: dict[str, PerplexitySettings] = Field({})
     zero_shot: ZeroShotSettings = ZeroShotSettings()
     speed: SpeedSettings | None = None  # null: not measured
-    images: ImagesSettings | None = None  # of diffusion models
-    batch: Positive = 4  # windows at once on a GPU; a CPU takes one at a time
-    at_most: Positive | None = None  # windows of each text, and questions of each task; null: as each says
+    images: ImagesSettings | None = None  # diffusion models only
+    batch: Positive = 4  # batch size on a GPU in windows; a CPU always uses 1
+    at_most: Positive | None = None  # limit of windows per text and of questions per task; null: only their own limits
 
     def problems(self, where: str) -> list[str]:
         found = [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
@@ -113,16 +113,16 @@ class EvaluationSettings(Section):
 
 
 class PipelineSettings(Section):
-    layers: list[str] = Field(["*"])  # patterns of full layer names to prune
-    skip: list[str] = Field([])  # patterns of full layer names to leave dense
-    true_sequential: bool = False  # each group of layers inside a block sees inputs made by the groups already pruned
-    batch: Positive = 4  # windows at once on a GPU; a CPU takes one at a time
-    activations: Literal["device", "host", "disk"] = "device"  # where the hidden states of all windows are kept
-    weights: Literal["auto", "memory", "disk"] = "auto"  # the model's: all in memory, or a block at a time
-    by_blocks: bool | Literal["auto"] = "auto"  # measure perplexity so, too; auto: where it must be
-    resume: Literal["activations", "recompute", "none"] = "activations"  # what a run that is cut off goes on from
-    expert_tokens: Positive = 1  # an expert that fewer calibration tokens are routed to is starved
-    starved_experts: Literal["dense", "magnitude", "stop"] = "dense"  # what becomes of it
+    layers: list[str] = Field(["*"])  # patterns of the full names of the layers to prune
+    skip: list[str] = Field([])  # patterns of the full names of layers to leave dense
+    true_sequential: bool = False  # calibrate each group of layers in a block on inputs from the groups already pruned
+    batch: Positive = 4  # batch size on a GPU in windows; a CPU always uses 1
+    activations: Literal["device", "host", "disk"] = "device"  # where to keep the hidden states of all windows
+    weights: Literal["auto", "memory", "disk"] = "auto"  # memory: the whole model; disk: load one block at a time
+    by_blocks: bool | Literal["auto"] = "auto"  # measure perplexity one block at a time; auto: only if necessary
+    resume: Literal["activations", "recompute", "none"] = "activations"  # what an interrupted run resumes from
+    expert_tokens: Positive = 1  # minimum of calibration tokens routed to an expert; below it, the expert counts as starved
+    starved_experts: Literal["dense", "magnitude", "stop"] = "dense"  # treatment of starved experts
 
     def problems(self, where: str) -> list[str]:
         if self.weights == "disk" and self.resume == "none":
@@ -132,13 +132,13 @@ class PipelineSettings(Section):
 
 class TrackingSettings(Section):
     kind: Literal["none", "wandb", "tensorboard", "csv"] = "none"
-    mode: Literal["online", "offline", "disabled"] = "offline"  # of W&B
+    mode: Literal["online", "offline", "disabled"] = "offline"  # W&B only
     project: str = "rose_exp"
     entity: str | None = None
-    group: str | None = None  # null: the sweep
-    name: str | None = None  # null: what differs from the other jobs of the sweep
+    group: str | None = None  # null: the name of the sweep
+    name: str | None = None  # null: the settings that differ from the other jobs of the sweep
     job_type: str = "prune"
-    save_model: bool = False  # the pruned model as an artifact
+    save_model: bool = False  # upload the pruned model as an artifact
 
     def problems(self, where: str) -> list[str]:
         needed = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(self.kind)
@@ -148,8 +148,8 @@ class TrackingSettings(Section):
 
 
 class FiguresSettings(Section):
-    draw: bool = True  # PNGs in the run's folder
-    study: list[str] = Field([])  # patterns of full layer names whose order is studied
+    draw: bool = True  # draw PNGs in the run's folder
+    study: list[str] = Field([])  # patterns of the full names of layers whose pruning order to study
 
 
 class Settings(Section):
@@ -168,18 +168,18 @@ class Settings(Section):
     tracking: TrackingSettings
     figures: FiguresSettings
     seed: Count
-    device: str | list[str]  # a list: any of these that no other job of a sweep is using
+    device: str | list[str]  # a list: any device in it that no other job of a sweep uses
     save: bool
-    sparsity_config: bool = False  # a saved N:M model says so in the terms of compressed-tensors
-    preflight: bool = True  # a run that does not fit is refused
-    tags: list[str] = Field([])  # for a person to find the run by
-    plan: bool = False  # the jobs are listed and none is run
-    rerun: bool = False  # also what is finished already
+    sparsity_config: bool = False  # describe N:M sparsity in a saved model in the format of compressed-tensors
+    preflight: bool = True  # refuse a run that does not fit into memory or on disk
+    tags: list[str] = Field([])  # tags in the run record and in W&B
+    plan: bool = False  # list the jobs without running them
+    rerun: bool = False  # repeat finished runs
 
     @property
     def label(self) -> str:
-        """The method as the literature calls it, followed by its ordering, unless it is ROSE's, and by the options that act."""
-        from .effects import acting, effective  # which read these settings
+        """The method's name in the literature, followed by its order, unless it is ROSE's, and by the options in effect."""
+        from .effects import acting, effective  # imports this module
 
         if not self.pruned:
             return "Dense"
@@ -211,7 +211,7 @@ class Settings(Section):
         return f"{label} (columns {ordering.columns}, blocks {ordering.blocks}, {always}, by {ordering.score})"
 
     def on(self, device: str) -> Settings:
-        """The same on one device."""
+        """Return these settings with one device."""
         return self.model_copy(update={"device": device})
 
     @property
@@ -223,7 +223,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     """Check a resolved configuration and turn it into settings.
 
     Raises:
-        SettingsError: with every mistake found, each naming the setting, what was expected and what came.
+        SettingsError: the configuration has errors. The message lists all of them.
     """
     problems = [f"{where}: expected a value, got none" for where in _missing(config)]
     if problems:
@@ -247,7 +247,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def _missing(config: Mapping[str, Any], where: str = "") -> list[str]:
-    """Names of the settings that a configuration file leaves to the user ('???') and nobody has set."""
+    """Return the names of required settings ('???') that have no value."""
     found = []
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -258,7 +258,11 @@ def _missing(config: Mapping[str, Any], where: str = "") -> list[str]:
 
 
 def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
-    """Mistakes that take two sections to see, of those sections that are sound."""
+    """Return the errors that involve several sections.
+
+    Args:
+        sections: the sections without errors of their own, by name.
+    """
     found = _order_problems(sections) + kind_problems(sections) + structured_problems(sections)
     method, refine = sections.get("method"), sections.get("refine")
     if (
@@ -269,7 +273,7 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
         and not METHODS[method.name].sparse
     ):
         found.append(
-            f"refine: expected none with {method.name}, which adds a matrix to the pruned one, got {refine.steps} steps and "
+            f"refine: expected none with {method.name}, whose result is not sparse, got {refine.steps} steps and "
             f"{refine.mask_iterations} mask_iterations"
         )
     tracking = sections.get("tracking")
@@ -277,13 +281,13 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     allocation = sections.get("allocation")
     if allocation is not None and allocation.build() and sparsity is not None and sparsity.pattern != "unstructured":
         found.append(
-            f"allocation.rule: expected uniform with pattern {sparsity.pattern}, which takes the same share of every layer, "
+            f"allocation.rule: expected uniform with pattern {sparsity.pattern}, which requires equal sparsity in every layer, "
             f"got {allocation.rule}"
         )
     if sections["sparsity_config"] and (not sections["save"] or (sparsity is not None and sparsity.pattern == "unstructured")):
         found.append("sparsity_config: expected false unless save=true and sparsity is N:M, got true")
     if tracking is not None and tracking.save_model and not sections["save"]:
-        found.append("tracking.save_model: expected false without save=true, got true: there is no saved model to keep")
+        found.append("tracking.save_model: expected false without save=true, got true")
     return found
 
 
@@ -295,6 +299,6 @@ def _order_problems(sections: Mapping[str, Any]) -> list[str]:
     if method.name in sequential or method.name not in (DENSE, *METHODS):
         return []
     return [
-        f"reorder: expected none, since method {method.name} prunes no column before another; "
-        f"an order goes with {', '.join(sequential)}"
+        f"reorder: expected none, because method {method.name} does not prune columns sequentially; "
+        f"reordering supports {', '.join(sequential)}"
     ]

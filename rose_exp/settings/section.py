@@ -1,4 +1,4 @@
-"""What every section of settings is."""
+"""The base class of all sections of settings, and types of their fields."""
 
 from __future__ import annotations
 
@@ -14,5 +14,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     def problems(self, where: str) -> list[str]:
-        """Mistakes that no single field shows; ``where`` is the section's name."""
+        """Return the errors that pydantic's checks of single fields do not cover.
+
+        Args:
+            where: the section's name, for the messages.
+        """
         return []

@@ -16,7 +16,7 @@ PROMPTS = ("calibration_prompts", "evaluation_prompts")  # embedded sets
 TextFormat = Literal["text", "json", "tsv"]
 
 Bos = Literal["tokenizer", "windows", "none"]
-"""Where a BOS token stands. ``tokenizer``: where the tokenizer adds it, once, at the start of a text, document or zero-shot
+"""Position of BOS tokens. ``tokenizer``: where the tokenizer adds one: once, at the start of a text, document or zero-shot
 request. ``windows``: at the start of every window and request. ``none``: nowhere; no special token is added."""
 
 JSON_SUFFIXES = (".json", ".jsonl", ".jsonlines", ".ndjson", ".ldjson", ".jl")
@@ -54,7 +54,7 @@ def prompts_file(name: str) -> Path:
 
 
 class TextSettings(Section):
-    """The source of a text: a local file, an embedded set, or a data set of the hub. The first one that is set counts."""
+    """The source of a text: a local file, an embedded text or a dataset on the hub. The first one that is set counts."""
 
     formats: ClassVar[tuple[TextFormat, ...]] = ("text", "json")  # of local files
 
@@ -106,7 +106,8 @@ class PromptSettings(TextSettings):
 class CalibrationSettings(TextSettings):
     samples: Positive  # windows, or prompts
     window: Annotated[int, Field(ge=2)] | None  # tokens; language models only
-    # windows: at random places of the joined text; documents: one from each of random long documents; prompts: diffusion models
+    # windows: from random positions of the joined text; documents: one window from each of several random long documents;
+    # prompts: diffusion models
     draw: Literal["windows", "documents", "prompts"] = "windows"
 
     def problems(self, where: str) -> list[str]:

@@ -215,5 +215,5 @@ def test_mistakes_in_the_settings():
     assert ZeroShotSettings(tasks=["piqa", "piqa"], few_shot=2, include_path="/nowhere").problems("z") == [
         "z.include_path: expected a folder that exists, got '/nowhere'",
         "z.tasks: expected each task once, got piqa, piqa",
-        "z.few_shot: expected 0 or null with local rows, which bring no examples, got 2",
+        "z.few_shot: expected 0 or null with local rows, which have no examples, got 2",
     ]

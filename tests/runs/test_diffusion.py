@@ -203,7 +203,7 @@ def test_a_report_of_several(tmp_path):
         (["allocation=owl"], "allocation: expected none for a diffusion model"),
         (["model.path=./nowhere"], "model: expected one of path and built, got both"),
         (["diffusion.alpha_min=2"], "diffusion.alpha_min: expected at most alpha_max, 1.2, got 2"),
-        (["diffusion.height=null"], "diffusion.height: expected null where width is"),
+        (["diffusion.height=null"], "diffusion.height: expected null exactly if width is null"),
         (["diffusion.weighting=log"], "diffusion.weighting: expected"),
         (["diffusion.height=30"], "diffusion.height: expected"),
         (["calibration.embedded=calibration_promts"], "did you mean 'calibration_prompts'?"),
