@@ -75,7 +75,7 @@ def overrides(family, folder, **tokenizer):
 
 @pytest.mark.parametrize(("family", "bos"), [("gemma3", "windows"), ("llama", "tokenizer")])
 def test_a_run_records_where_bos_stands(family, bos, tmp_path, monkeypatch):
-    from rose_exp.runs.execution import language as experiment
+    from rose_exp.runs import language as experiment
 
     seen = []
     prune_model = experiment.prune_model
@@ -95,7 +95,7 @@ def test_a_run_records_where_bos_stands(family, bos, tmp_path, monkeypatch):
 
 
 def test_a_run_without_the_bos_that_it_needs_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    from rose_exp.runs.execution import language as experiment
+    from rose_exp.runs import language as experiment
 
     monkeypatch.setattr(experiment, "load_model", lambda _: pytest.fail("the model is loaded"))
     with pytest.raises(RoseExpError, match=r"model\.bos: expected tokenizer or none"):

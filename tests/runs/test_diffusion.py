@@ -13,7 +13,7 @@ import rose_exp.diffusion
 from rose_exp.cli.command import check_command
 from rose_exp.cli.report import write_report
 from rose_exp.engine.weighting import step_weights
-from rose_exp.runs.execution import diffusion as experiment
+from rose_exp.runs import diffusion as experiment
 from rose_exp.runtime.errors import RoseExpError, SettingsError
 from rose_exp.tracking.record import read_record
 

@@ -16,8 +16,8 @@ import rose_exp
 from rose_exp.cli import app
 from rose_exp.cli.command import check_command
 from rose_exp.pruning import RunState
+from rose_exp.runs import language as experiment
 from rose_exp.runs.execution import LOCK
-from rose_exp.runs.execution import language as experiment
 from rose_exp.runs.reuse import lacking
 from rose_exp.runtime import signals as interruption
 from rose_exp.runtime.errors import RoseExpError, SettingsError

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rose_exp import run
-from rose_exp.runs.execution import language as experiment
+from rose_exp.runs import language as experiment
 from rose_exp.runtime.signals import EXIT_STATUS, Interrupted
 
 from ..cli.test_app import rose_exp as command
