@@ -1,4 +1,4 @@
-"""One block while it is pruned: a dense pass that collects moments, solving, and a pass with the pruned weights."""
+"""Pruning of one block: collect moments with dense weights, solve the layers, and run the pruned block."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 
 
 class BlockWalk:
-    """One block while it is pruned.
+    """Prunes the layers of one block.
 
     Args:
-        groups: names of the block's layers, those with the same input together, in the order of their calls.
+        groups: names of the block's layers in call order, grouped by shared input.
         adding: names of the layers whose output is added to the hidden states.
-        channels: the layers whose input channels are put in another order before they are pruned.
-        calls: how the block is called with each batch, by the number of its first window.
+        channels: layers whose input channels can be reordered before pruning.
+        calls: arguments of the block for each batch, by the index of its first window.
         dense_calls: the same for the dense model's hidden states.
-        dense: the dense model's hidden states, beside those of the pruned model, where the plan has a target.
+        dense: hidden states of the dense model; None if the plan has no regression target.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class BlockWalk:
         self.ranks, self.seconds, self.on_study, self.dense = ranks, seconds, on_study, dense
         layers = self.layers = {layer.name: layer for layer in linear_layers(block, name)}
         wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
-        self.groups = [group for group in wanted if group]  # of layers that share their input
+        self.groups = [group for group in wanted if group]  # each group shares its input
         called = [name for group in groups for name in group]
         closing = called[-1] if called and called[-1] in adding else None
         self.collector = Collector(block, name, (calls, dense_calls), plan, device, adding, closing, self._check_stop)
@@ -79,24 +79,24 @@ class BlockWalk:
         }
         if isinstance(plan.sparsity, Structured):
             self.groups = [group for group in self.groups if group[0].name in self.structures]
-        alone = [group[0] for group in groups if len(group) == 1]  # none other is fed with the same
+        alone = [group[0] for group in groups if len(group) == 1]  # reordering would affect other readers
         self.channels = ChannelOrders(layers, [of_layer for of_layer in channels if of_layer.layer in alone])
         self.first_block: FirstBlock | None = None
         self.first_key: str | None = None
-        self.part: tuple[list[LayerReport], dict[str, Tensor]] = ([], {})  # what an earlier process has done of the block
+        self.part: tuple[list[LayerReport], dict[str, Tensor]] = ([], {})  # layers pruned by an earlier process
         self.keep_part: Callable[[Sequence[LayerReport], Mapping[str, Tensor]], None] | None = None
 
     def advance(self, hidden: Activations, weights: str = "pruned") -> None:
-        """Replace the block's inputs by its outputs.
+        """Run the block on all hidden states and replace them by its outputs.
 
         Args:
-            weights: ``pruned``, or ``dense`` where ``hidden`` is the dense model's stream.
+            weights: ``pruned`` or ``dense``, for the error message.
         Raises:
             RoseExpError: the block returns NaN or infinity.
         """
         start = self._now()
         calls = self.dense_calls if hidden is self.dense else self.calls
-        finite = torch.ones((), dtype=torch.bool, device=self.device)  # read once, so that a device is not waited for
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # read once at the end, to synchronize once
         for windows, batch in tqdm(hidden, f"advancing {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
             self._check_stop()
             with one_by_one(self.block):
@@ -106,13 +106,13 @@ class BlockWalk:
         if not finite:
             kind = str(answer.dtype).removeprefix("torch.")
             raise RoseExpError(
-                f"{self.name}: with its {weights} weights it answers with NaN or infinity (in {kind}, whose largest number is "
-                f"{torch.finfo(answer.dtype).max:.3g}); model.dtype=float32 or bfloat16 has more room"
+                f"{self.name}: expected finite outputs with {weights} weights, got NaN or infinity in {kind}, whose maximum is "
+                f"{torch.finfo(answer.dtype).max:.3g}; set model.dtype to float32 or bfloat16, which have a larger range"
             )
         self.seconds.advancing += self._now() - start
 
     def survey(self, hidden: Activations) -> BlockSurvey:
-        """Look at the layers while the block, with its dense weights, moves the hidden states on."""
+        """Run the dense block on the hidden states and return the survey of its layers."""
         start, watch = self._now(), BlockWatch(self.groups, self.device)
         advancing = self.seconds.advancing
         with ExitStack() as stack:
@@ -124,7 +124,7 @@ class BlockWalk:
         return found
 
     def _check_stop(self) -> None:
-        """Stop between two batches; several processes stop together, between two blocks."""
+        """Stop between two batches if this is the only process; several processes stop together between two blocks."""
         if self.ranks.size == 1:
             interruption.check()
 
@@ -133,7 +133,7 @@ class BlockWalk:
 
         Raises:
             RoseExpError: a layer cannot be pruned; the message names it.
-            Interrupted: the process was told to stop; the layers that were done are kept.
+            Interrupted: a stop was requested; layers pruned so far are saved.
         """
         reports: list[LayerReport] = []
         earlier = {report.name: report for report in self.part[0]}
@@ -145,7 +145,7 @@ class BlockWalk:
             clock = Clock(self.device)
             last = not groups or groups[-1] is self.groups[-1]
             inputs = self._collect(left, hidden, twin, last, clock)
-            for layer in before:  # after the others have seen it dense
+            for layer in before:  # after calibration, which needs the dense weights
                 self._take_up(layer)
             middle = self._now()
             studied = self.seconds.studying
@@ -160,14 +160,14 @@ class BlockWalk:
     def _collect(
         self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, twin: nn.Module, last: bool, clock: Clock
     ) -> list[GroupInputs]:
-        """What is known of the inputs of each group; the dense hidden states move on with the ``last`` groups of the block."""
+        """Return the input statistics of each group; the ``last`` groups also advance the dense hidden states."""
         if self.dense is not None:
             return self.collector.pairs(groups, hidden, self.dense, twin, last, clock)
         kept = self.first_block.find(self.first_key, self.device) if self.first_block else None
         if kept is not None:
             moments, self.seconds.shared = kept
             if [of_group.columns for of_group in moments] != [group[0].columns for group in groups]:
-                raise RuntimeError(f"{self.name}: kept moments are not of these layers")
+                raise RuntimeError(f"{self.name}: cached moments belong to other layers")
             return [GroupInputs(of_group) for of_group in moments]
         start = self._now()
         found = self.collector.moments(groups, hidden, clock)
@@ -181,16 +181,16 @@ class BlockWalk:
         inputs: list[GroupInputs],
         before: Sequence[LayerReport],
     ) -> list[LayerReport]:
-        """Prune each group on the rank that it falls to, and take over what the other ranks have made of theirs.
+        """Prune each group on the rank that owns it, and receive the pruned weights of the other ranks' groups.
 
         Args:
-            before: reports of layers of the block that are pruned already.
+            before: reports of the layers in this block that are already pruned.
         """
         ranks = self.ranks
         owners = ranks.owners([group[0].columns ** 3 + sum(x.weight.numel() * x.columns for x in group) for group in groups])
         done: dict[int, list[LayerReport]] = {}
         failure = None
-        for place, owner in enumerate(owners):  # all before any is solved: each waits for all ranks
+        for place, owner in enumerate(owners):  # reduce all groups before solving any, since each reduction waits for all ranks
             ranks.reduce(inputs[place].moments, owner)
             if inputs[place].drift is not None:
                 ranks.reduce_drift(inputs[place].drift, owner)
@@ -202,7 +202,7 @@ class BlockWalk:
                     done[place] = self._prune_group(groups[place], inputs[place])
                 except RoseExpError as error:
                     failure = error
-                inputs[place] = None  # its memory is the next group's
+                inputs[place] = None  # free its memory for the next group
                 if ranks.size == 1 and failure is None and interruption.requested():
                     self._keep_and_stop([*before, *(report for reports in done.values() for report in reports)])
         answers = ranks.gather((done, self.channels.waiting, None if failure is None else str(failure)))
@@ -230,7 +230,7 @@ class BlockWalk:
         raise Interrupted(f"stopped after {reports[-1].name}")
 
     def _take_up(self, layer: LinearLayer) -> None:
-        """Bring a layer that an earlier process has pruned to where it was, and those that make its inputs."""
+        """Restore a layer that an earlier process pruned, and the layers that produce its inputs."""
         for name in (layer.name, *self.channels.makers(layer.name)):
             there = self.layers[name]
             there.set_weight(self.part[1][name].to(there.weight))
@@ -239,7 +239,7 @@ class BlockWalk:
                 there.module.bias.data.copy_(self.part[1][f"{name}.bias"])
 
     def _mask(self, name: str) -> None:
-        """Make zero what makes the heads or neurons that this layer has lost."""
+        """Zero the rows that produce the heads or neurons removed from this layer."""
         if name in self.structures:
             self.structures[name].mask(self.structures[name].masked())
 
@@ -253,7 +253,7 @@ class BlockWalk:
         starved = group[0].of_expert and moments.tokens < plan.expert_tokens
         if starved and plan.starved_experts == "stop":
             raise RoseExpError(
-                f"{', '.join(_names(group))}: expected an expert that at least {plan.expert_tokens} calibration tokens reach "
+                f"{', '.join(_names(group))}: expected at least {plan.expert_tokens} calibration tokens for the expert "
                 f"(pipeline.expert_tokens), got {moments.tokens}; raise calibration.samples or set pipeline.starved_experts"
             )
         if starved and plan.starved_experts == "dense":
@@ -270,7 +270,7 @@ class BlockWalk:
         results = plan.solve(group, moments, inputs.drift, starved)
         zeros = torch.stack([(result.weight == 0).sum() for result in results]).tolist()
         saved = [r.weight.numel() - r.stored if r.rank else count for r, count in zip(results, zeros, strict=True)]
-        seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # a row
+        seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # per row
         return [
             report_of(
                 layer.name,
@@ -286,7 +286,7 @@ class BlockWalk:
         ]
 
     def _study_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> None:
-        """Study those layers of a group that the plan names, before they are pruned."""
+        """Study the layers of a group that match ``plan.study``, before they are pruned."""
         plan, start = self.plan, self._now()
         for layer in group:
             if self.on_study and any(fnmatchcase(layer.name, pattern) for pattern in plan.study):
@@ -314,7 +314,7 @@ class BlockWalk:
         )
 
     def _now(self) -> float:
-        """The time when all that has been asked of the device is done."""
+        """Return the current time after synchronizing the device."""
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()

@@ -1,8 +1,8 @@
-"""The arguments that a model calls its blocks with, captured from the model's own forward pass and never rebuilt.
+"""Capturing the arguments of a model's blocks from the model's own forward pass, instead of rebuilding them.
 
-Two passes, neither of which costs a forward pass over the calibration windows: :func:`probe` runs the whole model on a few
-tokens and finds how its blocks depend on each other; :func:`trace` runs everything but the blocks on real windows and records
-how each block would be called.
+Neither of the two passes needs a full forward pass over the calibration windows. :func:`probe` runs the whole model on a few
+tokens and finds how its blocks depend on each other. :func:`trace` skips the blocks, runs everything else on real windows, and
+records the arguments of each block.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from .targets import adding_layers
 from .weights import BlockWeights, InMemory
 
 PROBE_TOKENS = 8
-ROUNDING = 16  # multiples of the type's epsilon by which equal results may differ, relative to the largest value
+ROUNDING = 16  # tolerance for equal results, in multiples of the dtype's epsilon, relative to the largest value
 
 
 class Enough(Exception):
-    """Stops a forward pass once all that was wanted has been seen."""
+    """Stops a forward pass once all required values are recorded."""
 
 
 @dataclass
 class BlockCall:
-    """How the model calls one block, but for the hidden states.
+    """The arguments of one call of a block, without the hidden states.
 
     Attributes:
         args: positional arguments after the hidden states.
-        kwargs: keyword arguments: mask, position embeddings, cache and whatever else the family passes.
-        by_keyword: whether the hidden states themselves are passed as ``hidden_states=``.
+        kwargs: keyword arguments, such as mask, position embeddings and cache.
+        by_keyword: whether the hidden states are passed as ``hidden_states=``.
     """
 
     args: tuple = ()
@@ -47,48 +47,48 @@ class BlockCall:
 
     @classmethod
     def split(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-        """The hidden states of a call, and the rest of it."""
+        """Split the arguments of a call into the hidden states and the rest."""
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         return (args[0] if args else kwargs["hidden_states"]), cls(args[1:], rest, by_keyword=not args)
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """The block's output hidden states for ``hidden`` (windows, tokens, width)."""
+        """Return the block's output hidden states for ``hidden`` (windows, tokens, width)."""
         return first_tensor(self.output(block, hidden))
 
     def output(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """Everything that the block returns."""
+        """Return everything that the block returns."""
         args, kwargs = _beside(self.args, hidden.device), {k: _beside(v, hidden.device) for k, v in self.kwargs.items()}
         if self.by_keyword:
             return block(*args, hidden_states=hidden, **kwargs)
         return block(hidden, *args, **kwargs)
 
     def isolated(self, copies: dict[int, Any] | None = None) -> BlockCall:
-        """The same call with copies of its containers, so that a block run with it does not change this one.
+        """Return the same call with copies of its containers, which a block can modify without affecting this call.
 
         Args:
-            copies: by identity of the original; calls that are given the same dictionary share their copies.
+            copies: copies by ``id`` of the original. Calls that pass the same dictionary share their copies.
         """
         copies = {} if copies is None else copies
         args, kwargs = (_copy_containers(value, copies) for value in (self.args, self.kwargs))
         return BlockCall(args, dict(kwargs), self.by_keyword)
 
     def contents(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Identity of every container among the arguments and of what it holds, to see whether a block writes to it."""
+        """Return the ``id`` of every container and of its items, to detect whether a block writes to it."""
         return [(id(held), tuple(map(id, _values(held)))) for held in _containers((self.args, self.kwargs))]
 
 
 def on_device(calls: list[BlockCall], device: torch.device | str, moved: dict[int, Any] | None = None) -> list[BlockCall]:
-    """The same calls with every tensor on ``device``; a tensor or container that several blocks share stays shared.
+    """Return the calls with every tensor on ``device``. Tensors and containers shared between blocks stay shared.
 
     Args:
-        moved: what takes the place of some objects, by their identity; extended by all that this call moves.
+        moved: replacements by ``id`` of the original, extended by every object that this function moves.
     """
     moved = {} if moved is None else moved
     return [BlockCall(*_to_device((call.args, call.kwargs), device, moved), call.by_keyword) for call in calls]
 
 
 def share_equal(calls: list[BlockCall], others: list[BlockCall]) -> list[BlockCall]:
-    """``calls`` with every tensor that is equal in ``others`` taken from there, so that it is held once."""
+    """Return ``calls`` with each tensor replaced by the one in ``others`` if the two are equal, to save memory."""
     seen: dict[int, Any] = {}
     return [
         BlockCall(*_share((call.args, call.kwargs), (other.args, other.kwargs), seen), call.by_keyword)
@@ -97,22 +97,21 @@ def share_equal(calls: list[BlockCall], others: list[BlockCall]) -> list[BlockCa
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states that a block returns, alone or first in a tuple."""
+    """Return the hidden states from a block's output, which is a tensor or a tuple that starts with it."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 @dataclass
 class Probe:
-    """What a run on a few tokens shows.
+    """Structure of a model's blocks, found by a forward pass on a few tokens.
 
     Attributes:
-        layers: of each block, the names of its linear layers in the order of their calls; layers with the same input tensor
-            form one list.
-        tails: of each block, what it returns after the hidden states; None: it returns them alone.
-        adding: of each block, the names of the layers whose output is added to the hidden states; empty if not looked for.
-        channels: of each block, the layers whose input channels can be reordered; empty if not looked for.
-        carries: whether blocks write to containers that later blocks read, such as shared key-value states. The inputs of a
-            block are then more than its hidden states.
+        layers: for each block, the names of its linear layers in call order, grouped by shared input tensor.
+        tails: for each block, its return values after the hidden states; None if it returns the hidden states alone.
+        adding: for each block, the names of the layers whose output is added to the hidden states; empty unless requested.
+        channels: for each block, the layers whose input channels can be reordered; empty unless requested.
+        carries: whether blocks write to containers that later blocks read, such as shared key-value states. The hidden
+            states are then not the only input of a block.
     """
 
     layers: list[list[list[str]]] = field(default_factory=list)
@@ -135,13 +134,13 @@ def probe(
     """Run the model on the first few of ``tokens`` (windows, length), each block on ``device``.
 
     Args:
-        weights: where the blocks' weights are; None: in memory.
-        adding: find the layers whose output is added to the hidden states, too.
-        channels: find the layers whose input channels can be reordered, too.
+        weights: where the blocks' weights are stored; None for in memory.
+        adding: whether to find the layers whose output is added to the hidden states.
+        channels: whether to find the layers whose input channels can be reordered.
 
     Raises:
-        RoseExpError: the blocks are no plain chain, each fed with the output of the one before and with nothing else that
-            depends on earlier blocks; the model is no causal decoder; or the model's output is not finite.
+        RoseExpError: the blocks are not a plain chain in which each block depends on earlier blocks only through the
+            previous block's output; the model is not a causal decoder; or the model's output is not finite.
     """
     chain, found, weights = _Chain(blocks), Probe(), weights or InMemory(blocks)
 
@@ -164,7 +163,7 @@ def probe(
             names = adding_layers(lambda states: again.run(forward, states), layers, states) if adding else []
             name = blocks.block_name(index)
             free: list[Channels] = []
-            if channels and not writes:  # a later block may read the channels as they are
+            if channels and not writes:  # otherwise a later block may read the channels in their original order
                 free = find_channels(lambda states: again.run(forward, states), block, name, states)
             output = _to_device(output, hidden.device, {})
         _add_unreached_experts(inputs.groups, [layer.name for layer in layers])
@@ -185,7 +184,7 @@ def probe(
 
 
 def home_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter, its embeddings, and so of its tokens."""
+    """Return the device of the model's first parameter, the embeddings, where the model expects its tokens."""
     return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
 
 
@@ -194,7 +193,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def causality_tokens(tokens: Tensor) -> Tensor:
-    """The first few of ``tokens`` (windows, length) twice, (2, few); the second row ends with another token."""
+    """Return the first few of ``tokens`` (windows, length) twice, (2, few), with a different last token in the second row."""
     few = tokens[:1, :PROBE_TOKENS].repeat(2, 1)
     others = tokens[tokens != few[0, -1]]
     few[1, -1] = others[0] if len(others) else (0 if few[0, -1] else 1)
@@ -205,20 +204,20 @@ def check_causal(model: nn.Module, logits: Tensor) -> None:
     """Check that no prediction depends on a later token, from logits (2, tokens, vocabulary) for :func:`causality_tokens`.
 
     Raises:
-        RoseExpError: one does, so that a perplexity would say nothing.
+        RoseExpError: a prediction depends on a later token, which makes perplexity meaningless.
     """
     first, second = logits[0, :-1].float(), logits[1, :-1].float()
     limit = ROUNDING * torch.finfo(logits.dtype).eps * float(first.abs().max())
     if float((first - second).abs().max()) > limit:
         raise RoseExpError(
-            f"model: expected a causal decoder, got {type(model).__name__}, whose predictions at a position depend on later "
-            "tokens: it has no perplexity"
+            f"model: expected a causal decoder, got {type(model).__name__}, whose predictions depend on later tokens: "
+            "its perplexity is not defined"
         )
 
 
 @torch.no_grad()
 def check_decoder(model: nn.Module, tokens: Tensor) -> None:
-    """Check by running a whole model on the first few of ``tokens`` (windows, length) that it is a causal decoder.
+    """Check that a model is a causal decoder, by running it on the first few of ``tokens`` (windows, length).
 
     Raises:
         RoseExpError: a prediction depends on a later token.
@@ -228,13 +227,13 @@ def check_decoder(model: nn.Module, tokens: Tensor) -> None:
 
 @torch.no_grad()
 def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, found: Probe) -> None:
-    """Check that blocks get nothing but hidden states, and containers that they write to, from the blocks before them.
+    """Check that blocks depend on earlier blocks only through hidden states and containers that blocks write to.
 
-    Everything but the blocks is run twice; the second time every block answers with something else. Arguments that change
-    come from earlier blocks, and could not be captured before these have run.
+    Runs everything except the blocks twice, with different block outputs the second time. Arguments that change come from
+    earlier blocks, so they cannot be captured before those blocks have run.
 
     Raises:
-        RoseExpError: an argument, or the model's output, depends on the output of an earlier block in another way.
+        RoseExpError: an argument or the model's output depends on the output of an earlier block in another way.
     """
     last = torch.zeros(())
 
@@ -262,12 +261,12 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, foun
             what = ", ".join(names) or "a positional argument"
             raise RoseExpError(
                 f"{blocks.block_name(index)}: expected arguments that depend on the tokens alone, got {what}, which depends on "
-                f"the output of an earlier block: such a model cannot be run block by block"
+                f"the output of an earlier block: the model cannot run block by block"
             )
     if not torch.equal(logits, other_logits):
         raise RoseExpError(
-            f"{blocks.name}: expected a model that reads the output of its last block alone, got {type(model).__name__}, which "
-            "reads those of earlier blocks as well: it cannot be run block by block"
+            f"{blocks.name}: expected a model that reads only the output of its last block, got {type(model).__name__}, which "
+            "also reads outputs of earlier blocks: it cannot run block by block"
         )
 
 
@@ -275,8 +274,13 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, foun
 def trace(
     model: nn.Module, blocks: BlockList, tokens: Tensor, found: Probe, whole: bool = True
 ) -> tuple[Tensor, list[BlockCall]]:
-    """The hidden states that enter the first block for ``tokens`` (windows, length), (windows, length, width), and how each
-    block is called; not ``whole``: only how the first one is. No block is run: each returns its input.
+    """Return the inputs of the first block, (windows, length, width), and the arguments of every block.
+
+    No block runs: each returns its input.
+
+    Args:
+        tokens: (windows, length) int64.
+        whole: whether to record all blocks; if false, only the first one.
 
     Raises:
         RoseExpError: a block is never called, or the hidden states have another shape.
@@ -307,7 +311,7 @@ def trace(
 
 @contextmanager
 def in_place_of_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[None]:
-    """Let ``run(index, block, forward, args, kwargs)`` answer for every block."""
+    """Replace the forward pass of every block by ``run(index, block, forward, args, kwargs)``."""
 
     def answer(index: int, block: nn.Module) -> Callable[..., Any]:
         forward = block.forward
@@ -323,7 +327,7 @@ def in_place_of_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[N
 
 
 class _Chain:
-    """Checks that every block is called once, in order, with what the block before it returned."""
+    """Checks that every block is called once, in order, with the output of the previous block."""
 
     def __init__(self, blocks: BlockList):
         self.blocks = blocks
@@ -333,15 +337,15 @@ class _Chain:
     def enter(self, index: int, hidden: Tensor) -> None:
         if index != self.next or (self.output is not None and not torch.equal(hidden, self.output)):
             raise RoseExpError(
-                f"{self.blocks.block_name(index)} is not fed with the output of the block before it: "
-                f"{self.blocks.name} is no plain chain of blocks and cannot be pruned block by block"
+                f"{self.blocks.block_name(index)}: expected the output of the previous block as input, got another tensor: "
+                f"{self.blocks.name} is not a plain chain of blocks and cannot be pruned block by block"
             )
         self.next += 1
 
     def leave(self, index: int, output: Tensor) -> None:
         self.output = output
         if not torch.isfinite(output).all():
-            raise RoseExpError(f"{self.blocks.block_name(index)}: the dense model's output is NaN or infinite")
+            raise RoseExpError(f"{self.blocks.block_name(index)}: expected finite dense outputs, got NaN or infinity")
 
     def check_complete(self) -> None:
         if self.next != len(self.blocks.blocks):
@@ -349,7 +353,7 @@ class _Chain:
 
 
 def _add_unreached_experts(groups: list[list[str]], names: Sequence[str]) -> None:
-    """Experts in a list of modules that none of the few tokens was routed to share their inputs in the way of one that was."""
+    """Add experts that received none of the few tokens, with the grouping of an expert that received some."""
     called = {name for group in groups for name in group}
     for name in names:
         expert = re.match(r"(.*\.experts\.)(\d+)(\..*)", name)
@@ -365,11 +369,11 @@ def _add_unreached_experts(groups: list[list[str]], names: Sequence[str]) -> Non
 
 
 class _LayerInputs:
-    """Sorts the linear layers of a block by the tensor that they are fed with."""
+    """Groups the linear layers of a block by their input tensor."""
 
     def __init__(self):
         self.groups: list[list[str]] = []
-        self.seen: list[Tensor] = []  # kept until the block is done, so that no two tensors share a place in memory
+        self.seen: list[Tensor] = []  # kept alive, so that no two tensors have the same address
 
     def record(self, name: str):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -403,7 +407,7 @@ def _to_device(value: Any, device: torch.device | str, moved: dict[int, Any]) ->
 
 
 def _share(value: Any, other: Any, seen: dict[int, Any]) -> Any:
-    """``value`` with the tensors of ``other`` where these are equal; containers that occur twice stay one."""
+    """Return ``value`` with tensors taken from ``other`` if equal; shared containers stay shared."""
     if isinstance(value, Tensor):
         return other if isinstance(other, Tensor) and _equal(value, other) else value
     if type(value) is tuple and type(other) is tuple and len(value) == len(other):
@@ -416,7 +420,7 @@ def _share(value: Any, other: Any, seen: dict[int, Any]) -> Any:
 
 
 def _equal(value: Any, other: Any) -> bool:
-    """Whether two arguments are equal, as far as they consist of tensors, numbers, strings and containers of them."""
+    """Return whether two arguments are equal. Values other than tensors, numbers, strings and containers match by type."""
     if isinstance(value, Tensor) or isinstance(other, Tensor):
         alike = isinstance(value, Tensor) and isinstance(other, Tensor) and value.dtype == other.dtype
         return alike and value.shape == other.shape and torch.equal(value, other)
@@ -429,7 +433,7 @@ def _equal(value: Any, other: Any) -> bool:
 
 
 def _shifted(value: Any, shift: float) -> Any:
-    """``value`` with another number in place of each of its floating-point tensors."""
+    """Return ``value`` with ``shift`` added to its floating-point tensors."""
     if isinstance(value, Tensor):
         return value + shift if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):
@@ -438,7 +442,7 @@ def _shifted(value: Any, shift: float) -> Any:
 
 
 def _containers(value: Any) -> Iterator[Any]:
-    """The mutable containers inside ``value``, which blocks may write to."""
+    """Yield the mutable containers inside ``value``, which blocks may write to."""
     if isinstance(value, (MutableMapping, MutableSequence)):
         yield value
     if isinstance(value, (Mapping, tuple, list)):
@@ -463,7 +467,7 @@ def _copy_containers(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def _beside(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``; containers that hold none elsewhere are the same objects."""
+    """Return ``value`` with its tensors on ``device``; containers that need no change are returned as they are."""
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) in (tuple, list):

@@ -1,4 +1,4 @@
-"""Passes through a block that still has its dense weights, in which its layers' inputs are looked at."""
+"""Calibration: forward passes of a block with dense weights that collect the moments of its layers' inputs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .plan import PruningPlan
 
 @dataclass
 class GroupInputs:
-    """What is known of the inputs that some layers share.
+    """Statistics of the inputs that a group of layers shares.
 
     Attributes:
-        drift: from those of the dense model; None: not looked at.
-        asked: what the layers are asked for, see :class:`LayerReport`.
+        drift: cross moments with the dense model's inputs; None if not collected.
+        asked: regression target of the layers, see ``target`` of :class:`LayerReport`.
     """
 
     moments: InputMoments
@@ -34,13 +34,13 @@ class GroupInputs:
 
 
 class Collector:
-    """Collects moments of a block's inputs.
+    """Collects the moments of the inputs of a block's layers.
 
     Args:
-        calls: how the block is called with each batch of the pruned model's hidden states, and of the dense model's.
+        calls: arguments of the block for each batch, for the pruned and for the dense model's hidden states.
         adding: names of the layers whose output is added to the hidden states.
-        closing: the one of these that is called last of all layers, so that what is there after it is the block's answer; None:
-            another layer is.
+        closing: the layer in ``adding`` that is called last in the block, whose sum with the hidden states is the block's
+            output; None if the last call goes to another layer.
         check_stop: called between two batches.
     """
 
@@ -60,7 +60,7 @@ class Collector:
         self.adding, self.closing, self.check_stop = adding, closing, check_stop
 
     def moments(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: Clock) -> list[GroupInputs]:
-        """Of the inputs of each group, from one pass that stops where the last group is reached."""
+        """Collect the moments of each group's inputs in one forward pass that stops at the last group."""
         found = [GroupInputs(self._no_moments(group)) for group in groups]
         if not groups:
             return found
@@ -83,12 +83,14 @@ class Collector:
         last: bool,
         clock: Clock,
     ) -> list[GroupInputs]:
-        """Of the inputs of each group, and how far these have drifted from those of the dense model, from a pass of both
-        models, side by side.
+        """Collect the moments of each group's inputs, and their cross moments with the dense model's inputs.
+
+        Runs the block on the hidden states of both models, batch by batch.
 
         Args:
-            dense: the dense model's hidden states; with the ``last`` groups of the block they move on.
+            dense: hidden states of the dense model, replaced by the block's outputs if ``last`` is true.
             twin: the block with its dense weights.
+            last: whether these are the last groups of the block.
         """
         found = [self._nothing_seen(group) for group in groups]
         for (_, entering), (windows, entering_dense) in self._bar(zip(hidden, dense, strict=True), hidden):
@@ -121,7 +123,7 @@ class Collector:
 
     def _nothing_seen(self, group: Sequence[LinearLayer]) -> GroupInputs:
         moments = self._no_moments(group)
-        if group[0].of_expert:  # other tokens reach it in the two models
+        if group[0].of_expert:  # the two models route different tokens to it
             return GroupInputs(moments)
         width = len(group[0].weight) if len(group) == 1 and group[0].name in self.adding else None
         drift = Drift(group[0].columns, width, device=self.device, dtype=moments.dtype)
@@ -131,7 +133,7 @@ class Collector:
     def _look(
         self, block: nn.Module, hidden: Tensor, call: BlockCall, groups: Sequence[Sequence[LinearLayer]], last: bool
     ) -> _Seen:
-        """What the layers of each group are fed with in ``block``, and if asked for the ``last``, what it answers."""
+        """Run ``block`` and record the inputs of each group; record the block's output if ``last`` is true."""
         seen = _Seen([None] * len(groups))
         with one_by_one(block), ExitStack() as stack:
             layers = {layer.name: layer for layer in linear_layers(block, self.name)}
@@ -147,18 +149,20 @@ class Collector:
 
 
 def _in_order(groups: Sequence[Sequence[LinearLayer]]) -> bool:
-    """Whether the last group is reached after all others. Experts are called in another order than the one in which a few
-    tokens reached them, and some are not called at all."""
+    """Return whether the last group is called after all others.
+
+    This does not hold for experts: their call order depends on the tokens.
+    """
     return not any(group[0].of_expert for group in groups)
 
 
 @dataclass
 class _Seen:
-    """What a block has shown of itself in one pass.
+    """Tensors recorded in one forward pass of a block.
 
     Attributes:
-        inputs: what the layers of each group were fed with; None: they were not called.
-        output: what the block has answered; None: it was stopped.
+        inputs: inputs of each group's layers; None if they were not called.
+        output: output of the block; None if the pass stopped early.
     """
 
     inputs: list[Tensor | None]
@@ -174,7 +178,7 @@ class _Seen:
 
 
 class Clock:
-    """Adds up the seconds that a device spends inside it, without waiting for it."""
+    """Measures the time that a device spends inside the context, without synchronizing it."""
 
     def __init__(self, device: torch.device | str):
         self.cuda = torch.device(device).type == "cuda"
@@ -194,7 +198,7 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """So far; on a device that has been waited for."""
+        """Return the total so far. The device must be synchronized first."""
         pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
         return sum(start.elapsed_time(end) / 1000 if self.cuda else end - start for start, end in pairs)
 

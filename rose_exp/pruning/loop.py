@@ -1,5 +1,4 @@
-"""The walk through a model: for each block a dense pass that collects moments, pruning, and a pass with the pruned weights
-that makes the next block's inputs."""
+"""The pruning loop: calibrate each block with dense weights, prune it, and compute the next block's inputs."""
 
 from __future__ import annotations
 
@@ -48,26 +47,26 @@ def prune_model(
     weights: BlockWeights | None = None,
     state: RunState | None = None,
 ) -> list[LayerReport]:
-    """Prune ``model``, block by block: in place, or where its blocks are not in memory into ``state``.
+    """Prune a model block by block, in place or, if its blocks are not in memory, into ``state``.
 
     Args:
-        model: a decoder on the CPU; each block visits ``device`` while it is worked on.
-        tokens: calibration windows, (windows, length) int64; of all processes, if there are several.
-        on_layer: called with the number of each pruned layer, from 0, and its report, as soon as its block is pruned.
-        ranks: the processes that share the work, each with a whole model of its own; None: this one alone.
-        scratch: folder for activations on disk; None: the system's.
-        seconds: added to, by kind of work.
-        on_study: called with the name of each layer that the plan studies, and what was found, on the rank that solves it.
-        first_block: moments of the first block from an earlier run with the same ``first_key``, which must tell apart all that
-            they hang on; or kept there for a later one.
-        weights: where the blocks' weights are; None: in memory.
-        state: where each block is kept when it is done, and what an earlier process has kept there, which is not done again.
+        model: a decoder on the CPU; each block moves to ``device`` while it is processed.
+        tokens: calibration windows of all ranks, (windows, length) int64.
+        on_layer: called with the index of each pruned layer, starting at 0, and its report, once its block is pruned.
+        ranks: the processes that share the work, each with its own copy of the model; None for this process alone.
+        scratch: folder for activations on disk; None for the system's temporary folder.
+        seconds: timings to add to, by kind of work.
+        on_study: called with the name of each studied layer and the result, on the rank that solves the layer.
+        first_block: cache for the moments of the first block, reused by runs with the same ``first_key``. The key must
+            distinguish everything the moments depend on.
+        weights: where the blocks' weights are stored; None for in memory.
+        state: checkpoint to write each pruned block to; blocks that it already holds are restored.
 
     Returns:
-        A report for every pruned layer, in the order of pruning.
+        A report for every pruned layer, in pruning order.
     Raises:
-        RoseExpError: the plan fits the model nowhere, or a layer cannot be pruned; the message names the layer.
-        Interrupted: the process was told to stop; what is done is in ``state``.
+        RoseExpError: the plan does not fit the model, or a layer cannot be pruned; the message names the layer.
+        Interrupted: a stop was requested; finished blocks are in ``state``.
     """
     ranks, seconds = ranks or Ranks(), seconds if seconds is not None else PassSeconds()
     blocks = weights.blocks if weights is not None else find_blocks(model, plan.blocks)
@@ -90,10 +89,10 @@ def prune_model(
 
     adding = bool(plan.target and plan.target.residual)
     found = probe(model, blocks, tokens, device, weights, adding=adding, channels=plan.permutes)
-    found.channels = ranks.gather(found.channels)[0]  # not two that rounding sets apart
+    found.channels = ranks.gather(found.channels)[0]  # ranks may disagree through rounding
     _check_called(blocks, found, plan)
     if plan.permutes and not any(found.channels):
-        log.warning("engine.permute: this model has no layer whose input channels can change places")
+        log.warning("engine.permute: this model has no layer with input channels that can be reordered")
     last = max(i for i, groups in enumerate(found.layers) if any(plan.wants(name) for group in groups for name in group))
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         share = ranks.share(tokens)
@@ -131,7 +130,7 @@ def prune_model(
         first = 0
         if state is not None and state.progress.blocks:
             first = state.progress.blocks
-            log.info("going on after %s, which an earlier process has finished", blocks.block_name(first - 1))
+            log.info("resuming after %s, which an earlier process has pruned", blocks.block_name(first - 1))
             _take_up(state, weights, hidden, dense, first, last, walk_of, device, found.carries)
             vars(seconds).update(state.progress.seconds)
             done(state.reports)
@@ -145,7 +144,7 @@ def prune_model(
                 if index == 0 and not plan.true_sequential and not walk.part[0] and dense is None:
                     walk.first_block, walk.first_key = first_block, first_key
                 of_block = walk.prune(hidden)
-                if index < last:  # nothing needs the last one's outputs
+                if index < last:  # the last block's outputs are not used
                     walk.advance(hidden)
                 if state is not None:
                     streams = [stream for stream in (hidden, dense) if stream is not None] if index < last else []
@@ -164,13 +163,16 @@ def _survey(
     device: torch.device | str,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """How layers share what is pruned, from a pass of the dense model whose ``hidden`` states move on to the ``last`` block."""
+    """Return the sparsity allocation across layers, from a forward pass of the dense model up to the ``last`` block.
+
+    Overwrites ``hidden``.
+    """
     found = []
     for index in tqdm(range(last + 1), "surveying", unit="block", disable=None):
         _check_stop(ranks)
         with weights.at(index, device, original=True) as block:
             found.append(walk_of(index, block).survey(hidden))
-    return ranks.gather(plan.allocation.shares(found, plan.sparsity.ratio))[0]  # not two that rounding sets apart
+    return ranks.gather(plan.allocation.shares(found, plan.sparsity.ratio))[0]  # ranks may disagree through rounding
 
 
 def _take_up(
@@ -187,11 +189,11 @@ def _take_up(
     """Restore the pruned blocks, the inputs of the next one and the generators.
 
     Args:
-        carries: whether blocks pass on more than their hidden states, which the state does not hold; they are then run again.
+        carries: whether blocks pass on more than hidden states. The state does not hold such values, so the blocks run again.
     """
     streams = [stream for stream in (hidden, dense) if stream is not None]
     again = first <= last and (carries or not state.restore(streams))
-    if again and dense is not None:  # before the blocks in memory are filled with their pruned weights
+    if again and dense is not None:  # while the blocks in memory still hold their dense weights
         for index in tqdm(range(first), "running dense blocks again", unit="block", disable=None):
             with weights.at(index, device, original=True) as block:
                 walk_of(index, block).advance(dense, "dense")
@@ -212,11 +214,11 @@ def _of_block(calls: Calls, index: int) -> dict[int, BlockCall]:
 def _check_entering(hidden: Activations, blocks: BlockList) -> None:
     for _, batch in hidden:
         if not torch.isfinite(batch).all():
-            raise RoseExpError(f"what enters {blocks.block_name(0)} is NaN or infinite: the model's embeddings are damaged")
+            raise RoseExpError(f"{blocks.block_name(0)}: expected finite inputs, got NaN or infinity: damaged embeddings")
 
 
 def _check_stop(ranks: Ranks) -> None:
-    """Processes at one run are told to stop at different moments, and stop at the same block."""
+    """Stop all ranks at the same block if any rank has received a stop request."""
     if any(ranks.gather(interruption.requested())):
         raise interruption.Interrupted("stopped between two blocks")
 
@@ -226,4 +228,4 @@ def _check_called(blocks: BlockList, found: Probe, plan: PruningPlan) -> None:
         called = {name for group in groups for name in group}
         for layer in linear_layers(block, blocks.block_name(index)):
             if plan.wants(layer.name) and layer.name not in called:
-                raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; name it in pipeline.skip")
+                raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip")

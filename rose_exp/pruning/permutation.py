@@ -1,4 +1,4 @@
-"""Which layers of a block make another one's inputs channel by channel, found by what that one is fed with."""
+"""Channel permutation: finds layers whose input channels can be reordered, and reorders them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from ..engine import InputMoments, SemiStructured
 from ..engine.permutation import channel_order
 from ..models import LinearLayer, linear_layers
 
-SAME = 1e-5  # how far inputs may be apart that are equal but for sums in another order; in half precision by half its rounding
-SIMILAR = 0.05  # the same of what a block adds to its hidden states, which any wrong order would change altogether
+SAME = 1e-5  # relative tolerance for equal inputs with another summation order; at least half the dtype's epsilon
+SIMILAR = 0.05  # relative tolerance for what a block adds to its hidden states; a wrong order changes it far more
 
 
 @dataclass(frozen=True)
 class Channels:
-    """A layer whose input columns can be put in another order when the rows of the layers that make them are.
+    """A layer whose input columns can be reordered together with the output rows of the layers that produce them.
 
-    The columns are ``units`` (the heads of attention's keys and values, or one), each ``copies`` times (for the query heads
-    that share it), of ``width`` channels; the rows of the makers are the units once. Channels may change places inside a unit.
+    The columns consist of ``units`` (key-value heads of an attention, or 1), each repeated ``copies`` times (for the query
+    heads that share it), with ``width`` channels each. The rows of the makers contain each unit once. Channels can be
+    reordered within a unit.
 
     Attributes:
         layer: name of the layer.
-        makers: names of those that make its inputs.
+        makers: names of the layers that produce its inputs.
     """
 
     layer: str
@@ -37,15 +38,15 @@ class Channels:
     width: int
 
     def columns(self, orders: Tensor) -> Tensor:
-        """Of the layer, (columns,) int64, from the order of each unit's channels (units, width)."""
+        """Return the column order of the layer, (columns,) int64, from the channel order of each unit (units, width)."""
         return self._places(orders)[:, None].expand(-1, self.copies, -1).add(self._copy_starts(orders)).flatten()
 
     def rows(self, orders: Tensor) -> Tensor:
-        """Of the makers, (rows,) int64."""
+        """Return the row order of the makers, (rows,) int64."""
         return (orders + torch.arange(self.units, device=orders.device)[:, None] * self.width).flatten()
 
     def by_unit(self, scores: Tensor) -> Tensor:
-        """Scores of the layer's weights (rows, columns) as (units, rows · copies, width)."""
+        """Rearrange scores of the layer's weights (rows, columns) to (units, rows · copies, width)."""
         return scores.unflatten(1, (self.units, self.copies, self.width)).permute(1, 0, 2, 3).flatten(1, 2)
 
     def _places(self, orders: Tensor) -> Tensor:
@@ -57,14 +58,15 @@ class Channels:
 
 @torch.no_grad()
 def find_channels(run: Callable[[Tensor], Tensor], block: nn.Module, name: str, hidden: Tensor) -> list[Channels]:
-    """All such layers of a block that the model calls ``name``.
+    """Find the layers of a block whose input channels can be reordered.
 
-    What is told apart by its sizes alone is tried: the makers' outputs are put in another order, and the layer must be fed with
-    what it was fed with before, in that order.
+    Selects candidates by their sizes and tests each one: after the outputs of the makers are reordered, the layer's inputs
+    must be the previous inputs in that order.
 
     Args:
-        run: the block, from hidden states to hidden states.
-        hidden: some real hidden states that enter the block, (windows, tokens, width).
+        run: forward pass of the block, from hidden states to hidden states.
+        name: full name of the block in the model.
+        hidden: real inputs of the block, (windows, tokens, width).
     """
     layers = [layer for layer in linear_layers(block, name) if not layer.of_expert]
     known, found = {layer.name: layer for layer in layers}, []
@@ -90,8 +92,10 @@ def _candidates(layer: LinearLayer, siblings: Sequence[LinearLayer], head: int |
 
 
 def _holds(tried: Channels, known: dict[str, LinearLayer], run: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:
-    """Whether the layer is fed with its inputs in another order when its makers' outputs are put in that order, and nothing
-    else in the block is touched: with the layer's inputs put back, the block answers as before."""
+    """Return whether reordering the makers' outputs reorders the layer's inputs and affects nothing else in the block.
+
+    The second condition holds if the block returns the same output once the layer's inputs are put back in order.
+    """
     generator = torch.Generator().manual_seed(0)
     orders = torch.stack([torch.randperm(tried.width, generator=generator) for _ in range(tried.units)]).to(hidden.device)
     rows, columns = tried.rows(orders), tried.columns(orders)
@@ -122,11 +126,10 @@ def _near(found: Tensor, expected: Tensor, share: float) -> bool:
 
 
 class ChannelOrders:
-    """The orders that a block's channels are put in while its layers are pruned.
+    """Reorders the channels of a block's layers during pruning.
 
     Attributes:
-        waiting: orders that the layers that make the inputs have not been put in yet, (units, width) by the name of the layer
-            that is fed with them.
+        waiting: orders not yet applied to the makers, (units, width) by name of the layer that reads the channels.
     """
 
     def __init__(self, layers: Mapping[str, LinearLayer], channels: Sequence[Channels]):
@@ -137,23 +140,23 @@ class ChannelOrders:
         return name in self.channels
 
     def makers(self, name: str) -> tuple[str, ...]:
-        """Names of the layers that make the inputs of this one; none where its channels have to stay."""
+        """Return the names of the layers that produce a layer's inputs; empty if its channels cannot be reordered."""
         return self.channels[name].makers if name in self.channels else ()
 
     def moved(self, name: str) -> bool:
-        """Whether an order is waiting for this layer that is not the natural one."""
+        """Return whether a pending order changes the channels of a layer."""
         orders = self.waiting.get(name)
         return orders is not None and bool((orders.diff(dim=1) < 0).any())
 
     def order(self, layer: LinearLayer, moments: InputMoments, sparsity: SemiStructured) -> Tensor:
-        """Put the input channels of a layer in the order in which the pattern is expected to lose least, by W²·E[x²].
+        """Reorder the input channels of a layer to minimize the pattern's expected loss, estimated by W²·E[x²].
 
         Returns:
-            (columns,) int64, for what else is known of the inputs.
+            The order of the columns, (columns,) int64, to apply to the input statistics.
         """
         channels = self.channels[layer.name]
         worth = channels.by_unit(layer.weight.float().square() * moments.mean_square())
-        if channels.units * channels.copies > 1 and channels.width % sparsity.group:  # groups reach from one unit into another
+        if channels.units * channels.copies > 1 and channels.width % sparsity.group:  # groups span two units
             orders = torch.arange(channels.width, device=worth.device).repeat(channels.units, 1)
         else:
             orders = torch.stack([channel_order(of_unit, sparsity) for of_unit in worth])
@@ -163,7 +166,7 @@ class ChannelOrders:
         return columns
 
     def order_makers(self, orders: Mapping[str, Tensor]) -> None:
-        """Put the outputs of the layers that make the inputs in the same order."""
+        """Apply the orders to the outputs of the layers that produce the inputs, and clear the pending ones."""
         for name, of_units in orders.items():
             for maker in self.makers(name):
                 layer = self.layers[maker]

@@ -1,4 +1,4 @@
-"""What to do with each layer of a model, and what is told of it afterwards."""
+"""The pruning plan for the layers of a model, and the report of each pruned layer."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ from .activations import Place
 StarvedExperts = Literal["dense", "magnitude", "stop"]
 Counts = tuple[int, int]  # numbers that need not be stored, and weights
 
-ROUNDED = 0.1  # share of the requested sparsity that rounding down may take away
-FEW_ZEROS = 0.01  # share of zeros beyond the requested sparsity that a dense layer may hold
-TINY = 1e-9  # rounding of the shares themselves
+ROUNDED = 0.1  # fraction of the requested sparsity that may be lost to rounding down
+FEW_ZEROS = 0.01  # fraction of zeros beyond the requested sparsity that a dense layer may contain
+TINY = 1e-9  # floating-point tolerance when comparing these fractions
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What to do with each layer.
+    """How to prune each layer of a model.
 
     Attributes:
-        method: for all layers, or those of no pattern in ``methods``.
-        methods: for layers whose full name matches a pattern; the first that matches counts.
-        layers, skip: patterns of full layer names to prune, and of those to leave dense all the same.
-        true_sequential: prune the layers of a block group by group, in the order that they are called, each group with
-            moments of inputs that the groups before, already pruned, have made.
-        refine: what is made better of every layer once it is pruned.
-        allocation: how layers share what is pruned; None: all lose the same share.
-        shares: what came out of that, by layer, once the model has been surveyed.
-        permute: with N:M patterns, put a layer's input channels in the order in which the pattern loses least, where the layers
-            that make them can be put in the same.
-        target: what each layer is asked to be; None: the dense layer. With one, the dense model's hidden states are kept beside
-            those of the pruned model. Experts are asked to be the dense layer all the same: other tokens reach them
-            in the two models.
-        precision: of the moments' products.
-        batch: windows that run through a block at once.
-        activations: where the hidden states of all windows are kept between blocks.
-        blocks: name of the list of blocks; None: found by structure.
-        study: patterns of full layer names to study before they are pruned, see :func:`rose_exp.engine.study.study_layer`.
-        expert_tokens: an expert that fewer calibration tokens are routed to is starved.
-        starved_experts: what becomes of it: it stays dense, is pruned by magnitude, or stops the run.
+        method: pruning method for layers that match no pattern in ``methods``.
+        methods: pruning methods by pattern of full layer names; the first matching pattern wins.
+        layers, skip: patterns of full layer names to prune, and of layers to exclude from them.
+        true_sequential: whether to prune the layers of a block group by group in call order, and to calibrate each group on
+            the outputs of the groups already pruned.
+        refine: post-pruning refinement of every layer.
+        allocation: sparsity allocation across layers; None prunes all layers to the same sparsity.
+        shares: sparsity of each layer that the allocation chose after surveying the model.
+        permute: for N:M patterns, whether to reorder the input channels of a layer to minimize the pattern's loss. This
+            applies to layers whose inputs come from layers that can be reordered in the same way.
+        target: regression target of the layers; None for the dense layer. With a target, the hidden states of the dense
+            model are kept alongside those of the pruned model. Experts always use the dense layer, because the two models
+            route different tokens to them.
+        precision: precision of the matrix products that accumulate moments.
+        batch: number of windows per forward pass of a block.
+        activations: where the hidden states of all windows are stored between blocks.
+        blocks: name of the list of blocks; None detects it from the model's structure.
+        study: patterns of full layer names to study before pruning, see :func:`rose_exp.engine.study.study_layer`.
+        expert_tokens: minimum number of calibration tokens for an expert; an expert with fewer is starved.
+        starved_experts: how to handle a starved expert: leave it dense, prune it by magnitude, or stop the run.
     """
 
     method: Method
@@ -100,13 +100,13 @@ class PruningPlan:
     def solve(
         self, layers: Sequence[LinearLayer], moments: InputMoments, drift: Drift | None = None, by_magnitude: bool = False
     ) -> list[PruneResult]:
-        """Prune layers that share their inputs, and set their weights.
+        """Prune layers that share their inputs, and update their weights in place.
 
         Args:
-            drift: of their inputs, where they are asked for the plan's target.
-            by_magnitude: whatever the plan's method is.
+            drift: cross moments of the dense and the pruned model's inputs, if the plan's regression target applies.
+            by_magnitude: whether to prune by magnitude instead of the plan's method.
         Raises:
-            RoseExpError: it cannot be done; the message names them.
+            RoseExpError: the layers cannot be pruned; the message names them.
         """
         try:
             results = prune_layers(
@@ -137,23 +137,23 @@ class PruningPlan:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned layer, for the record.
+    """The run record's entry for one pruned layer.
 
     Attributes:
-        sparsity: measured share of zeros; with a matrix of ``rank`` above 0 added (OATS), the share of numbers that storing
-            both parts saves.
-        seconds: for solving, without the passes through the block. Layers with the same input are solved together and share
-            the time by their rows.
+        sparsity: measured fraction of zeros. If a low-rank matrix of ``rank`` above 0 is added (OATS), the fraction of
+            numbers saved by storing both parts.
+        seconds: time spent solving, without the forward passes. Layers with the same input are solved together; the time
+            is divided among them in proportion to their rows.
         dead_columns: number of dead input channels (always zero on the calibration data).
-        instead: what became of an expert that saw too few tokens: ``dense`` or ``magnitude``.
+        instead: fallback of an expert with too few tokens: ``dense`` or ``magnitude``.
         target_error: error relative to the layer's regression target.
-        unrefined_error: the same before refinement.
+        unrefined_error: ``target_error`` before refinement.
         rechosen: number of weights that refinement pruned and that were not pruned before.
-        unrefined: whether refinement would have raised the error, so that the layer is left as it was pruned.
-        target: the regression target: ``dense``, the dense layer; ``outputs``, the dense model's output; ``hidden_states``,
-            this and what the hidden states lack.
-        permuted: whether the input channels stand in another order than in the dense model.
-        removed, groups: number of heads or neurons removed as a whole, and how many there were.
+        unrefined: whether refinement was rejected because it would have increased the error.
+        target: the regression target: ``dense`` for the dense layer, ``outputs`` for the dense model's output, or
+            ``hidden_states`` for that output plus the residual of the hidden states.
+        permuted: whether the order of the input channels differs from the dense model.
+        removed, groups: number of removed heads or neurons, and their number before pruning.
         requested: sparsity that the plan requests for the layer; None if it leaves the layer dense.
     """
 
@@ -185,7 +185,10 @@ class LayerReport:
 
 
 def saved_numbers(results: Sequence[PruneResult]) -> list[int]:
-    """Of each pruned layer, how many of its rows × columns numbers need not be stored; one wait for all."""
+    """Return, for each pruned layer, how many of its rows × columns numbers need not be stored.
+
+    Reads all counts with a single device synchronization.
+    """
     zeros = torch.stack([(result.weight == 0).sum() for result in results]).tolist()
     return [r.weight.numel() - r.stored if r.rank else count for r, count in zip(results, zeros, strict=True)]
 
@@ -193,14 +196,14 @@ def saved_numbers(results: Sequence[PruneResult]) -> list[int]:
 def saved_and_total(
     layers: Sequence[LinearLayer], reports: Mapping[str, Mapping[str, Any]], loaded: AbstractContextManager | None = None
 ) -> Counts:
-    """How many numbers of some layers need not be stored, and how many weights the layers have.
+    """Return how many numbers of the layers need not be stored, and how many weights the layers have.
 
-    A reported layer counts by its report, which is right for layers with a low-rank part as well; others by their zeros.
+    Layers with a report use its sparsity, which also covers low-rank parts. For all others, zeros are counted.
 
     Args:
-        reports: of pruned layers, as in the run record, by name.
-        loaded: a context in which the weights of the layers are in memory, entered only if some have no report; None: they
-            are in memory.
+        reports: reports of pruned layers by name, as in the run record.
+        loaded: context manager that brings the weights into memory, entered only if a layer has no report; None if they
+            are already in memory.
     """
     dense = [layer for layer in layers if layer.name not in reports]
     saved = sum(round(reports[x.name]["sparsity"] * x.weight.numel()) for x in layers if x.name in reports)
@@ -210,7 +213,7 @@ def saved_and_total(
 
 
 def report_of(name: str, result: PruneResult, tokens: int, seconds: float, saved: int, **more: Any) -> LayerReport:
-    """The report of a result of which ``saved`` numbers need not be stored, see :func:`saved_numbers`."""
+    """Build the report of a layer of which ``saved`` numbers need not be stored, see :func:`saved_numbers`."""
     rows, columns = result.weight.shape
     return LayerReport(
         name=name,
@@ -236,10 +239,19 @@ def report_of(name: str, result: PruneResult, tokens: int, seconds: float, saved
 
 @dataclass
 class PassSeconds:
-    """Where the time of a walk goes: the survey of the dense model, the dense passes, the moments' products in them, studies of
-    layers, solving, and the passes of pruned blocks; ``shared`` is no time of this walk, but what an earlier one has spent on
-    the first block's moments that this one was given. Processes that solve their layers at the same time wait for the slowest,
-    which counts as solving."""
+    """Time in seconds by kind of work.
+
+    With several processes, waiting for the slowest one counts as solving.
+
+    Attributes:
+        calibrating: forward passes of dense blocks, without the matrix products of the moments.
+        moments: matrix products of the moments during these passes.
+        studying: layer studies.
+        solving: pruning and refinement of layers.
+        advancing: forward passes of pruned blocks.
+        surveying: survey of the dense model for sparsity allocation.
+        shared: time an earlier run spent on the first block's moments that this run reuses; not part of this run's time.
+    """
 
     calibrating: float = 0.0
     moments: float = 0.0
@@ -251,10 +263,10 @@ class PassSeconds:
 
 
 def events(report: LayerReport, damping: float, block_size: int = 128) -> list[dict[str, Any]]:
-    """Warnings for a layer, for the record: ``kind``, ``layer`` and ``detail``.
+    """Return the warnings for a layer, each with ``kind``, ``layer`` and ``detail``, for the run record.
 
     Args:
-        damping, block_size: those of the plan.
+        damping, block_size: values of the plan.
     """
     found = []
     if report.instead is not None:
@@ -273,12 +285,12 @@ def events(report: LayerReport, damping: float, block_size: int = 128) -> list[d
 
 
 def _sparsity_differs(report: LayerReport, block_size: int) -> str | None:
-    """How the sparsity of a layer differs from the requested one, None if counting whole weights or groups explains it.
+    """Describe how a layer's sparsity differs from the requested sparsity; return None if rounding explains it.
 
-    Patterns round the number of pruned weights down in every row, block or group of columns that they compare. That explains
-    less than one weight in each, and here no more than a tenth of what is requested: a pattern such as 2:128 loses nothing at
-    all of a row of 63 weights. It also explains a low-rank part of one rank less (OATS), and zeros of the dense layer as far
-    as they are few. Structured sparsity rounds to the nearest number of groups, of which one stays.
+    Patterns round the number of pruned weights down in every row, block or group of columns that they compare. Rounding
+    accounts for less than one weight in each, and is accepted up to a tenth of the requested sparsity: a pattern such as
+    2:128 prunes nothing in a row of 63 weights. A low-rank part with one rank less (OATS) and a few zeros in the dense layer
+    are accepted, too. Structured sparsity rounds to the nearest number of groups and keeps at least one.
     """
     requested, columns = report.requested, report.columns
     if requested is None:
@@ -300,14 +312,14 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
     """Check the plan's patterns against the model's layers.
 
     Raises:
-        RoseExpError: a pattern that matches no layer, nothing left to prune, or weights that are no linear layers.
+        RoseExpError: a pattern matches no layer, no layer is left to prune, or a weight to prune is not a linear layer.
     """
     names = [layer.name for layer in all_linear_layers(blocks)]
     check_patterns("pipeline.layers", plan.layers, names)
     check_patterns("pipeline.skip", plan.skip, names)
     wanted = [name for name in names if plan.wants(name)]
     if not wanted:
-        raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave a layer to prune, got none")
+        raise RoseExpError("pipeline.layers, pipeline.skip: expected at least one layer to prune, got none")
     check_patterns("figures.study", plan.study, wanted)
     for index, block in enumerate(blocks.blocks):
         known = {id(parameter) for module in block.modules() if projections(module) for parameter in module.parameters(False)}
@@ -315,16 +327,16 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
             full = f"{blocks.block_name(index)}.{name}"
             if parameter.ndim > 2 and id(parameter) not in known and plan.wants(full):
                 raise RoseExpError(
-                    f"{full} of shape {tuple(parameter.shape)} is no linear layer, nor experts stacked in a known layout, and "
-                    f"cannot be pruned; name it in pipeline.skip to leave it dense"
+                    f"{full} of shape {tuple(parameter.shape)} is neither a linear layer nor a stack of experts in a known "
+                    f"layout, so it cannot be pruned; add it to pipeline.skip to leave it dense"
                 )
 
 
 def check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Check that every pattern matches a layer's name.
+    """Check that every pattern matches at least one layer name.
 
     Raises:
-        RoseExpError: one does not.
+        RoseExpError: a pattern matches none.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -333,5 +345,5 @@ def check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str]) 
 
 
 def chosen(name: str, layers: Sequence[str], skip: Sequence[str]) -> bool:
-    """Whether a layer of this full name matches a pattern of ``layers`` and none of ``skip``."""
+    """Return whether a full layer name matches a pattern in ``layers`` and none in ``skip``."""
     return any(fnmatchcase(name, p) for p in layers) and not any(fnmatchcase(name, p) for p in skip)

@@ -140,7 +140,7 @@ def test_layers_are_chosen_by_pattern_and_have_their_own_options():
         ),
         ({"skip": ["*.mpl.*"]}, r"pipeline.skip: expected a pattern"),
         ({"skip": ["*.0.*"], "study": ["*.0.*.o_proj"]}, r"figures.study: expected a pattern"),
-        ({"skip": ["*"]}, "expected to leave a layer to prune, got none"),
+        ({"skip": ["*"]}, "expected at least one layer to prune, got none"),
         (
             {"blocks": "model.layer"},
             "model.blocks: expected one of model.layers, got 'model.layer'; did you mean 'model.layers'",
@@ -176,7 +176,7 @@ def test_a_model_that_is_no_chain_is_refused():
 def test_stacked_experts_are_not_silently_left_dense():
     model = build("llama")
     model.model.layers[0].mlp.experts = nn.Parameter(torch.zeros(2, 4, 4))
-    with pytest.raises(RoseExpError, match=r"model.layers.0.mlp.experts of shape \(2, 4, 4\) is no linear layer"):
+    with pytest.raises(RoseExpError, match=r"model.layers.0.mlp.experts of shape \(2, 4, 4\) is neither a linear layer"):
         prune_model(model, tokens(), plan())
     reports = prune_model(model, tokens(), plan(skip=["*.experts"]) if _matches_a_layer(model) else plan(skip=["*.0.mlp*"]))
     assert reports

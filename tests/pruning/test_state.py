@@ -272,6 +272,8 @@ def test_a_pruned_block_that_returns_infinity_stops_the_run(monkeypatch):
         return answer * float("inf")
 
     monkeypatch.setattr(capture.BlockCall, "run", run)
-    with pytest.raises(RoseExpError, match=r"model.layers.0: with its pruned weights it answers with NaN or infinity \(in"):
+    with pytest.raises(
+        RoseExpError, match=r"model.layers.0: expected finite outputs with pruned weights, got NaN or infinity in"
+    ):
         prune_model(build("llama"), tokens(), plan())
     assert len(calls) == len(tokens())
