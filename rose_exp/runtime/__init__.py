@@ -1,1 +1,1 @@
-"""What every layer above the engine needs: errors, fingerprints, signals, ranks and files that come in wheels."""
+"""Shared infrastructure: errors, fingerprints, signals, ranks, redaction of secrets and files from wheels."""

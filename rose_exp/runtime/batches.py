@@ -1,4 +1,4 @@
-"""How many windows or images go through a model at once."""
+"""Batch sizes of windows and images."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 
 def at_once(batch: int, device: torch.device | str) -> int:
-    """The batch size to use on ``device`` for a configured ``batch``.
+    """Return the batch size to use on ``device`` for a configured ``batch``: 1 on a CPU, else ``batch``.
 
-    On a CPU it is 1. A matrix product over several windows may round differently from the products over each, and pruning
-    amplifies rounding: masks flip where scores are nearly equal, and the following blocks make the difference larger. One
-    window at a time makes a result equal bit for bit at every configured batch size, and is about as fast, because a window
-    alone is enough work for the cores. A GPU needs larger batches to be busy.
+    A matrix product over several windows can round differently from the products over single windows, and pruning amplifies
+    rounding: masks flip where scores are nearly equal, and the following blocks increase the difference. With one window at a
+    time, results are bitwise equal for every configured batch size. This is about as fast on a CPU, because one window is
+    enough work for its cores. A GPU needs larger batches for full utilization.
     """
     return 1 if torch.device(device).type == "cpu" else batch

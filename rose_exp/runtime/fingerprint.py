@@ -1,4 +1,4 @@
-"""Fingerprints of files and folders: of their content, whatever they are called and wherever they lie."""
+"""Fingerprints of the contents of files and folders, independent of their location."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .wheels import cache_folder, file_sha256
 # the parts of this package that cannot change a result
 IRRELEVANT = ("tracking", "report", "cli", "__main__.py")
 CODE = (".py", ".txt")  # modules and embedded prompts
-LARGE = 64 * 2**20  # bytes; the fingerprints of files from here on are kept, as reading them takes seconds
+LARGE = 64 * 2**20  # bytes; fingerprints of files of at least this size are cached, because reading them takes seconds
 BESIDE_GGUF = (  # files that transformers reads from the folder of a GGUF file
     "added_tokens.json",
     "chat_template.jinja",
@@ -29,9 +29,9 @@ WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def content_sha256(path: Path) -> str:
-    """SHA-256 of a file. That of a large file is cached for as long as its place, size and time stay the same.
+    """Return the SHA-256 of a file. That of a large file is cached until its path, inode, size or modification time changes.
 
-    A damaged entry of the cache is computed again.
+    A damaged cache entry is recomputed.
     """
     facts = path.stat()
     if facts.st_size < LARGE:
@@ -49,12 +49,12 @@ def content_sha256(path: Path) -> str:
 
 
 def _entry(key: str, digest: str) -> str:
-    """The text of an entry of the cache: a digest, and one of it and its key, which tells damage."""
+    """Return the text of a cache entry: the digest, and a checksum of key and digest that detects damage."""
     return f"{digest} {hashlib.sha256(f'{key} {digest}'.encode()).hexdigest()}"
 
 
 def _read_entry(entry: Path, key: str) -> str | None:
-    """The digest in an entry of the cache, None if there is none or it is damaged."""
+    """Return the digest in a cache entry, or None if the entry is missing or damaged."""
     try:
         text = entry.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
@@ -64,14 +64,14 @@ def _read_entry(entry: Path, key: str) -> str | None:
 
 
 def weights_sha256(path: Path) -> str:
-    """One fingerprint over the weight files of a folder (or one file), by name and content."""
+    """Return one fingerprint of a file, or of the names and contents of all weight files in a folder."""
     if path.is_file():
         return _of_files([path], path.parent)
     return _of_files([file for file in path.iterdir() if file.suffix in WEIGHTS], path)
 
 
 def folder_sha256(path: Path) -> str:
-    """One fingerprint over a file, or over all files in a folder and its folders but hidden ones, by name and content."""
+    """Return one fingerprint of a file, or of the names and contents of all files below a folder, except hidden ones."""
     if path.is_file():
         return content_sha256(path)
     files = [file for file in path.rglob("*") if file.is_file()]
@@ -79,8 +79,8 @@ def folder_sha256(path: Path) -> str:
 
 
 def model_sha256(path: Path) -> str:
-    """One fingerprint over everything that transformers may read of a model: its folder, or a GGUF file and the files of a
-    tokenizer or configuration beside it."""
+    """Return one fingerprint of all files that transformers can read for a model: its folder, or a GGUF file and the tokenizer
+    and configuration files next to it."""
     if not path.is_file():
         return folder_sha256(path)
     beside = [file for file in path.parent.iterdir() if file.name in BESIDE_GGUF and file.is_file()]
@@ -98,7 +98,7 @@ def code_sha256(package: Path | None = None) -> str:
     """Return one fingerprint of all source files of this package, except the parts that cannot change a result.
 
     Args:
-        package: the folder of the package; None: the one that is running.
+        package: the folder of the package; None: the running package.
     """
     package = package or Path(__file__).parent.parent
     files = [file for file in package.rglob("*") if file.suffix in CODE and file.is_file()]
@@ -106,5 +106,5 @@ def code_sha256(package: Path | None = None) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder and its folders."""
+    """Return the total size of all files below a folder in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

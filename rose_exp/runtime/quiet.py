@@ -1,4 +1,7 @@
-"""Imported before anything that draws progress bars: none in a pipe, and none in all but the first of several processes."""
+"""Disables progress bars outside a terminal, and in all processes of ``torchrun`` but the first.
+
+Import this module before any library that draws progress bars.
+"""
 
 from __future__ import annotations
 

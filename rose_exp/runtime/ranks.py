@@ -1,5 +1,5 @@
-"""Several processes at one run (``torchrun``): each calibrates with its share of the windows, and solves its share of the
-layers of every block."""
+"""Distributed runs with ``torchrun``: each process calibrates on its share of the windows and solves its share of the layers of
+every block."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import distributed as dist
 from ..engine import Drift, InputMoments
 from .errors import RoseExpError
 
-LONG = timedelta(days=7)  # one rank may work for hours while the others wait; torchrun ends them all if one dies
+LONG = timedelta(days=7)  # one rank can work for hours while the others wait; torchrun stops all of them if one dies
 
 
 class Ranks:
-    """The processes at this run; alone where there is only one."""
+    """The processes of this run, and their collective operations, which do nothing if there is only one process."""
 
     def __init__(self):
         together = dist.is_available() and dist.is_initialized()
@@ -29,15 +29,15 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes what the run leaves."""
+        """Whether this is the process that writes the run's files."""
         return self.rank == 0
 
     def share(self, windows: Tensor) -> Tensor:
-        """This process's part of ``windows`` (windows, ...), which may be empty."""
+        """Return this process's share of ``windows`` of shape (windows, ...), which can be empty."""
         return windows.tensor_split(self.size)[self.rank]
 
     def owners(self, costs: Sequence[float]) -> list[int]:
-        """Which rank does which of some tasks: the dearest first, each to the rank with the least to do."""
+        """Return the rank of each task: assigns tasks in order of decreasing cost to the rank with the least load."""
         loads = [0.0] * self.size
         found = [0] * len(costs)
         for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -46,7 +46,7 @@ class Ranks:
         return found
 
     def reduce(self, moments: InputMoments, owner: int) -> None:
-        """Add up the moments of all ranks at ``owner``; elsewhere they are of no meaning afterwards."""
+        """Sum the moments of all ranks on ``owner``. On the other ranks they are undefined afterwards."""
         if self.size == 1:
             return
         dist.reduce(moments.gram, owner)
@@ -56,7 +56,7 @@ class Ranks:
         moments.weight, moments.tokens = float(counts[0]), int(counts[1])
 
     def reduce_drift(self, drift: Drift, owner: int) -> None:
-        """The same of how far inputs have drifted."""
+        """Sum the drift of all ranks on ``owner``. On the other ranks it is undefined afterwards."""
         if self.size == 1:
             return
         for sums in drift.sums:
@@ -66,17 +66,17 @@ class Ranks:
         drift.tokens = int(count)
 
     def add_up(self, sums: Tensor) -> None:
-        """Make ``sums`` the sum of those of all ranks, on each of them."""
+        """Sum ``sums`` over all ranks in place, with the result on every rank."""
         if self.size > 1:
             dist.all_reduce(sums)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite ``tensor`` with what it is at ``owner``."""
+        """Overwrite ``tensor`` with its value on ``owner``."""
         if self.size > 1:
             dist.broadcast(tensor, owner)
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank has, in the order of the ranks; anything that can be pickled."""
+        """Return the values of all ranks, ordered by rank. Values must be picklable."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -85,7 +85,7 @@ class Ranks:
 
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
-        """Let the first rank do something before the others do, such as fetching a file that they then find in the cache."""
+        """Run the body on the first rank before the others, for example to download a file that they then find in the cache."""
         if self.size > 1 and not self.first:
             dist.barrier()
         try:
@@ -96,17 +96,20 @@ class Ranks:
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of processes that ``torchrun`` has told this process of."""
+    """Return the rank of this process and the number of processes, as set by ``torchrun``."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def process_group(cpu: bool = False) -> Iterator[None]:
-    """Join the processes that ``torchrun`` has started, if it has: with NCCL where each has a CUDA device of its own, else,
-    or where the work is to be done on the CPU, with gloo.
+    """Join the processes that ``torchrun`` has started, if any.
 
+    Uses NCCL if every process has its own CUDA device, and Gloo otherwise.
+
+    Args:
+        cpu: use Gloo in any case, because the run uses the CPU.
     Raises:
-        RoseExpError: they cannot be joined.
+        RoseExpError: the process group cannot be initialized.
     """
     if launched()[1] == 1 or dist.is_initialized():
         yield

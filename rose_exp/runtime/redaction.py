@@ -1,4 +1,4 @@
-"""Keeping keys and tokens out of everything that is written."""
+"""Redaction of API keys and tokens in logs, records and messages."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ NAMES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)$", re.IGNORECASE)  # of en
 SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}"  # Hugging Face
     r"|\bwandb_v\d_[A-Za-z0-9_]{20,}"  # Weights & Biases
-    r"|(?<=://)[^/\s:@\"']+:[^/\s@\"']+(?=@)"  # user:password@ of an address
+    r"|(?<=://)[^/\s:@\"']+:[^/\s@\"']+(?=@)"  # user:password@ in a URL
     r"|(?<=api_key=)[A-Za-z0-9_-]{16,}"
     r"|(?<=Bearer )[A-Za-z0-9._-]{16,}"
 )
 HIDDEN = "***"
-SHORTEST = 8  # a shorter value in a variable of such a name is no secret, and may be any word
+SHORTEST = 8  # shorter values of such variables are not secrets, and can be ordinary words
 
 
 def redacted(text: str) -> str:
-    """``text`` without the values of environment variables that are named like secrets, and without what looks like one."""
+    """Replace the values of environment variables with names of secrets, and strings that look like secrets, by asterisks."""
     for name, value in os.environ.items():
         if NAMES.search(name) and len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)
@@ -27,7 +27,7 @@ def redacted(text: str) -> str:
 
 
 class Redacting(logging.Filter):
-    """Takes secrets out of what is logged."""
+    """Redacts secrets in log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -42,7 +42,7 @@ class Redacting(logging.Filter):
 
 
 def guard_logs() -> None:
-    """Let every handler that logging has by now leave secrets out."""
+    """Add the redaction of secrets to all current handlers of the root logger."""
     for handler in logging.getLogger().handlers:
         if not any(isinstance(known, Redacting) for known in handler.filters):
             handler.addFilter(Redacting())

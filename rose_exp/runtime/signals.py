@@ -1,5 +1,4 @@
-"""Stopping a run from outside: a signal is noted, the layer at hand is finished, what is done is kept, and the process ends
-with a status of its own."""
+"""Graceful shutdown on signals: the run finishes the current layer, saves its progress, and exits with a status of its own."""
 
 from __future__ import annotations
 
@@ -13,39 +12,39 @@ from types import FrameType
 log = logging.getLogger(__name__)
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # the last three: what schedulers announce the end with
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # schedulers send the last three before they kill a job
 
 
 class Interrupted(BaseException):
-    """A run was told to stop, and has kept what it had done."""
+    """A signal has stopped the run, which has saved its progress."""
 
 
 class _Stop:
-    """What was asked for, once for the whole process."""
+    """The signal that the process has received, if any."""
 
     def __init__(self):
         self.signal: str | None = None
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a person who asks twice does not want to wait
+            raise KeyboardInterrupt  # a second Ctrl-C stops the process immediately
         self.signal = signal.Signals(number).name
-        log.warning("%s: finishing what is at hand, then stopping", self.signal)
+        log.warning("%s: finishing the current layer, then stopping", self.signal)
 
 
 _stop = _Stop()
 
 
 def requested() -> bool:
-    """Whether the run has been told to stop."""
+    """Return whether a signal has requested the run to stop."""
     return _stop.signal is not None
 
 
 def check() -> None:
-    """Stop here if that was asked for.
+    """Stop the run here if a signal has requested it.
 
     Raises:
-        Interrupted: it was.
+        Interrupted: a signal has requested the run to stop.
     """
     if requested():
         raise Interrupted(_stop.signal)
@@ -53,10 +52,10 @@ def check() -> None:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Note signals instead of dying of them.
+    """Record signals while the body runs, instead of letting them kill the process.
 
-    Those that somebody else handles already (as submitit does, which puts a job back in Slurm's queue) are left to him, and so
-    are all outside the main thread, where none can be handled.
+    Does not replace existing handlers, such as that of submitit, which requeues a job in Slurm. Does nothing outside the main
+    thread, which is the only one that can install handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

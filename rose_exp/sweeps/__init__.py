@@ -1,1 +1,1 @@
-"""Many runs from one command: which they are, where each finds a device, how they ended, and searches among settings."""
+"""Sweeps: jobs, the device pool, plans with time estimates, outcomes, and hyperparameter search with Optuna."""

@@ -1,4 +1,4 @@
-"""A pool of devices for jobs that run at the same time, in whatever processes: each takes one that no other has."""
+"""A pool of devices for parallel jobs, also in different processes: each job takes a device that no other job uses."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from ..runtime.ranks import launched
 
 log = logging.getLogger(__name__)
 
-PAUSE = 0.5  # seconds between two looks for a free device
+PAUSE = 0.5  # seconds between checks for a free device
 
 
 @contextmanager
 def claimed(wanted: str | Sequence[str], sweep: bool) -> Iterator[str]:
-    """A device that is this job's alone until the end of the block, or of the process, whichever comes first.
+    """Reserve a device for this job until the end of the body or of the process.
 
     Args:
-        wanted: a device, which is taken as it is; a list, of which the first free one is taken (one that is named twice can be
-            had twice); or ``auto``, which in a sweep means any one GPU, where there is one.
+        wanted: a device, which is not reserved; a list, whose first free device is reserved (a device listed twice can be
+            reserved twice); or ``auto``, which in a sweep stands for a list of all GPUs, if there are any.
+        sweep: whether the job is part of a sweep.
+    Yields:
+        The device.
     """
     devices = [wanted] if isinstance(wanted, str) else list(wanted)
-    if wanted == "auto" and sweep and torch.cuda.is_available() and launched()[1] == 1:  # else torchrun has handed them out
+    if wanted == "auto" and sweep and torch.cuda.is_available() and launched()[1] == 1:  # torchrun assigns devices itself
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     elif isinstance(wanted, str):
         yield wanted
@@ -57,7 +60,10 @@ def _first_free(places: Sequence[tuple[FileLock, str]]) -> tuple[FileLock, str]:
 
 
 def _lock_path(devices: Sequence[str], place: int) -> Path:
-    """One file for each device of this machine and each time that it is named; jobs may see the same GPU by other numbers."""
+    """Return the lock file of a device, one for each time that the list names it.
+
+    The file name contains the UUID of a GPU, because jobs can see the same GPU under different indices.
+    """
     folder = Path(tempfile.gettempdir()) / f"rose_exp-devices-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     name, times = devices[place], list(devices[:place]).count(devices[place])

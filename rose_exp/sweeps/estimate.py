@@ -1,4 +1,4 @@
-"""How long a run will take, from rates that were measured on this machine."""
+"""Estimates of run times, from rates measured on this machine."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..models import ModelShape
 from ..settings.effects import acting, effective
 from ..settings.schema import Settings
 
-PROBE = 1024  # rows and columns of the product that is timed where no record tells a rate
+PROBE = 1024  # rows and columns of the matrix product that is timed if no record has a rate
 PROBE_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
 class Work:
-    """Multiplications and additions of a run, by stage of ``seconds`` in run records."""
+    """Floating-point operations of a run, by stage. Stages are named as in ``seconds`` of run records."""
 
     operations: dict[str, float]
 
     @classmethod
     def planned(cls, settings: Settings, shape: ModelShape) -> Work:
-        """Of a run that has not been done."""
+        """Return the work of a run that has not started, from its settings."""
         operations: dict[str, float] = {}
         if settings.pruned:
             tokens = settings.calibration.samples * settings.calibration.window
@@ -37,13 +37,13 @@ class Work:
             counts = [
                 (t.window, [n for n in (t.windows, at_most) if n is not None]) for t in settings.evaluation.perplexity.values()
             ]
-            tokens = sum(window * min(limits) for window, limits in counts if limits)  # a whole text's length is not known
+            tokens = sum(window * min(limits) for window, limits in counts if limits)  # the length of a whole text is unknown
             operations["evaluation"] = 2 * shape.parameters * tokens
         return cls(operations)
 
     @classmethod
     def done(cls, record: Mapping[str, Any]) -> Work:
-        """Of a run, from its record."""
+        """Return the work of a finished run, from its record."""
         layers = [(layer["rows"], layer["columns"], layer["tokens"]) for layer in record["layers"]]
         operations = _pruning(record["config"], layers) if layers else {}
         windows = record["protocol"]["evaluation"].values()
@@ -54,14 +54,15 @@ class Work:
 def _pruning(config: Mapping[str, Any], layers: Sequence[tuple[int, int, int]]) -> dict[str, float]:
     """Return the operations of pruning layers of (rows, columns, tokens), by stage.
 
-    The largest products of a method stand for it. Each way of solving has a rate of its own, which absorbs the rest.
+    Counts only the largest matrix products of a method. Each combination of method and options has its own rate, which accounts
+    for the rest.
     """
     parts, values = acting(config), effective(config)
     products = values["refine.steps"] + values["refine.mask_iterations"] if "refinement" in parts else 0
     streams = 2 if "target" in parts else 1
     solving = f"pruning.solving {config['method']['name']}" + (f" refined {products}" if products else "")
     if "permutation" in parts:
-        solving += " permuted"  # with a rate of its own: assigning channels is no product
+        solving += " permuted"  # with its own rate, because assigning channels is not a matrix product
     found = dict.fromkeys(("pruning.calibrating", "pruning.moments", solving, "pruning.advancing"), 0.0)
     if "allocation" in parts:
         found["pruning.surveying"] = 2.0 * sum(rows * columns * tokens for rows, columns, tokens in layers)
@@ -75,11 +76,12 @@ def _pruning(config: Mapping[str, Any], layers: Sequence[tuple[int, int, int]]) 
 
 @dataclass
 class Rates:
-    """Operations a second by stage, of one model on this device.
+    """Operations per second by stage, for one model on this device.
 
     Attributes:
-        product: of a float32 product, measured just now; for stages that no record tells of.
-        starting: seconds to read texts and the model, where records tell.
+        product: rate of a float32 matrix product, for stages without records.
+        measured: rates of stages in records.
+        starting: seconds to read texts and the model, if records have them, else 0.
     """
 
     product: float
@@ -88,7 +90,7 @@ class Rates:
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], device: str, model: str) -> Rates:
-        """From finished runs of the same model on the same device: of each stage the median."""
+        """Return the median rate of each stage over finished runs of the same model on the same device."""
         found: dict[str, list[float]] = {}
         starting = []
         for record in records:
@@ -104,7 +106,7 @@ class Rates:
         return cls(_product_rate(device), measured, statistics.median(starting or [0.0]))
 
     def seconds(self, work: Work) -> tuple[float, bool]:
-        """How long a run takes, and whether all of it is from records."""
+        """Return the estimated seconds of a run, and whether all rates are from records."""
         total = sum(operations / self.measured.get(stage, self.product) for stage, operations in work.operations.items())
         return self.starting + total, set(work.operations) <= set(self.measured)
 
@@ -115,6 +117,6 @@ def _product_rate(device: str) -> float:
     matrix @ matrix
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < PROBE_SECONDS:
-        (matrix @ matrix)[0, 0].item()  # waits for it
+        (matrix @ matrix)[0, 0].item()  # waits for the product
         products += 1
     return 2 * PROBE**3 * products / (time.perf_counter() - start)

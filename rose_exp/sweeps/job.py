@@ -1,4 +1,4 @@
-"""One run that a command stands for."""
+"""A job: one run of a command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Job:
     """One run of a command.
 
     Attributes:
-        name: what differs from the other jobs of the sweep; for a single run the method, the model and the pattern.
+        name: the overrides that differ from the other jobs of the sweep; for a single run, its method, model and pattern.
         config: the resolved configuration.
     """
 

@@ -1,4 +1,4 @@
-"""Optuna as a Hydra sweeper: a search among settings whose study is kept in a database and taken up again."""
+"""Optuna as a Hydra sweeper: a hyperparameter search whose study is stored in a database and can be resumed."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED = 5  # in a row
-LOG = "log"  # tag(log, interval(a, b)): searched by magnitude
+MAX_FAILED = 5  # consecutive failed trials
+LOG = "log"  # tag(log, interval(a, b)): search on a logarithmic scale
 
 
 class SearchError(RoseExpError, CompactHydraException):
-    """A search cannot go on; Hydra shows the message as it reads."""
+    """A search cannot continue. Hydra prints the message without a traceback."""
 
 
 class OptunaSweeper(Sweeper):
     """Searches for the settings with the best metric.
 
-    What is searched stands on the command line or in ``hydra.sweeper.params``: ``interval(0.1, 0.9)``, ``tag(log,
-    interval(1e-3, 1e-1))``, ``range(2, 10, 2)``, ``choice(32, 64, 128)`` or ``32,64,128``.
+    The command line or ``hydra.sweeper.params`` defines the search space: ``interval(0.1, 0.9)``, ``tag(log, interval(1e-3,
+    1e-1))``, ``range(2, 10, 2)``, ``choice(32, 64, 128)`` or ``32,64,128``.
 
     Args:
-        metric: a name of the run record's ``metrics``.
-        n_trials: of the study in all, those of earlier commands included.
-        n_jobs: trials that the launcher is given at once.
+        metric: a key of the run record's ``metrics``.
+        n_trials: total number of trials in the study, including those of earlier commands.
+        n_jobs: trials per batch for the launcher.
         storage: URL of the study's database.
         params: search space.
     """
@@ -73,10 +73,10 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run what is left of the study, batch by batch.
+        """Run the remaining trials of the study in batches.
 
         Raises:
-            SearchError: the study of that name searches something else, or too many trials in a row have failed.
+            SearchError: the study of that name has other settings, or too many consecutive trials have failed.
         """
         from optuna.trial import TrialState
 
@@ -94,14 +94,14 @@ class OptunaSweeper(Sweeper):
                 self._tell(study, trial, value)
             failed = 0 if any(value is not None for value in values) else failed + len(trials)
             if failed >= MAX_FAILED:
-                raise SearchError(f"hydra.sweeper: {failed} trials in a row have failed, the last of study {self.study_name}")
+                raise SearchError(f"hydra.sweeper: the last {failed} trials of study {self.study_name} have failed")
         best = study.best_trial
         shown = " ".join(f"{name}={value}" for name, value in best.params.items())
         print(f"\nbest of {self.n_trials} trials: {self.metric} {best.value:.4g} with {shown}\nstudy: {self.storage}")
 
     def _value(self, answer: Any) -> float | None:
-        """The metric of a job that has ended, None where it failed."""
-        metrics = answer.return_value  # raises what the job has raised
+        """Return the metric of a finished job, or None if the job failed or the metric is not finite."""
+        metrics = answer.return_value  # raises the job's exception, if any
         if metrics is None:
             return None
         if self.metric not in metrics:
@@ -120,7 +120,7 @@ class OptunaSweeper(Sweeper):
             log.info("trial %d: %.4g; best so far %.4g", trial.number, value, study.best_value)
 
     def _space(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
-        """Overrides of every trial, and what is searched."""
+        """Return the overrides that all trials share, and the search space."""
         parser = OverridesParser.create()
         given = parser.parse_overrides(list(arguments))
         names = {override.key_or_group for override in given}
@@ -137,7 +137,7 @@ class OptunaSweeper(Sweeper):
         return fixed, space
 
     def _study(self, fixed: Sequence[str], space: Mapping[str, BaseDistribution]) -> Study:
-        """The study, new or as earlier commands have left it, with trials that were cut off asked for again."""
+        """Create or load the study, and enqueue interrupted trials again."""
         import optuna
         from optuna.trial import TrialState
 
@@ -146,11 +146,11 @@ class OptunaSweeper(Sweeper):
             storage=self.storage, study_name=self.study_name, direction=self.direction, load_if_exists=True
         )
         trials = study.get_trials(deepcopy=False)
-        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(trials))  # no draw is made twice
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(trials))  # a resumed study does not repeat draws
         searched = self._fingerprint(fixed, space)
         if study.user_attrs.setdefault("searched", searched) != searched:
             raise SearchError(
-                f"hydra.sweeper.study_name: study {self.study_name!r} in {self.storage} is of other settings; give another name"
+                f"hydra.sweeper.study_name: study {self.study_name!r} in {self.storage} has other settings; choose another name"
             )
         study.set_user_attr("searched", searched)
         for trial in trials:
@@ -158,7 +158,7 @@ class OptunaSweeper(Sweeper):
                 study.tell(trial.number, state=TrialState.FAIL)
                 study.enqueue_trial(trial.params)
         if trials:
-            log.info("study %s goes on after %d trials", self.study_name, len(trials))
+            log.info("resuming study %s after %d trials", self.study_name, len(trials))
         return study
 
     def _fingerprint(self, fixed: Sequence[str], space: Mapping[str, BaseDistribution]) -> str:
@@ -171,7 +171,11 @@ class OptunaSweeper(Sweeper):
 
 
 def _distribution(override: Override, whole: bool = False) -> BaseDistribution:
-    """What is searched; ``whole``: of a setting that is a whole number, of which an interval has whole numbers, too."""
+    """Return the search distribution of an override.
+
+    Args:
+        whole: whether the setting is an integer, so that an interval contains integers only.
+    """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value, name = override.value(), override.key_or_group
@@ -190,7 +194,7 @@ def _distribution(override: Override, whole: bool = False) -> BaseDistribution:
 
 
 def register_sweeper() -> None:
-    """Tell Hydra of the sweeper; it takes plugins from ``hydra_plugins`` only, and this file is one by that name."""
+    """Register the sweeper with Hydra under a module name in ``hydra_plugins``, the only package for Hydra's plugins."""
     package = "hydra_plugins"
     if importlib.util.find_spec(package) is None:  # no plugin is installed
         sys.modules[package] = types.ModuleType(package)

@@ -1,4 +1,4 @@
-"""``plan=true``: the jobs of a command, with what each will take, none of them run."""
+"""``plan=true``: a table of a command's jobs with estimated time and memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..tracking.record import FILE_NAME, device_name, read_record
 from .estimate import Rates, Work
 from .job import Job
 
-OUTPUTS = Path("outputs")  # of a single run
+OUTPUTS = Path("outputs")  # parent folder of single runs
 
 
 def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
-    """A line a job: its run id, whether it is done already, and the time and memory that it will take."""
+    """Return a table with one line per job: its run ID, its state, and its estimated time and memory."""
     folder = sweep or OUTPUTS
     records = [record for _, record in collect_records(folder)] if folder.is_dir() else []
     device = torch.device("cuda" if jobs[0].settings.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -61,19 +61,19 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
     told = [*lines, "", f"{waiting} of {len(jobs)} jobs to run, {_time(total)} one after the other on {device_name(device)}"]
     if rough:
         told.append(
-            "~ rough: reckoned with the rate of a float32 product, as no finished run here tells how fast these stages are"
+            "~ rough estimate from the rate of a float32 matrix product, because no finished run here has rates for all stages"
         )
     texts = [text for job in jobs for text in job.settings.evaluation.perplexity.values()]
     if any(text.windows is None for text in texts) and not all(job.settings.evaluation.at_most for job in jobs):
-        told.append("without perplexity on whole texts (windows: null), whose length is not known before they are read")
+        told.append("excluding perplexity on whole texts (windows: null), whose lengths are unknown")
     if any(job.settings.evaluation.zero_shot.tasks for job in jobs):
-        told.append("without zero-shot tasks, whose time hangs on their questions")
+        told.append("excluding zero-shot tasks, whose time depends on their questions")
     told += [f"memory and time unknown: {shape[:200]}" for shape in shapes.values() if isinstance(shape, str)]
     return "\n".join(told)
 
 
 def _to_do(job: Job, folder: Path) -> bool:
-    """Whether a job has something to run, and not only a finished run to reuse."""
+    """Return whether a job has to run, because no finished run can be reused."""
     own = folder / job.run_id
     if job.settings.rerun or not (own / FILE_NAME).exists():
         return True

@@ -1,4 +1,4 @@
-"""How the jobs of a sweep ended."""
+"""Outcomes of the jobs of a sweep, and the table at its end."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..report import format_table
 from ..tracking import read_record
 from ..tracking.record import FILE_NAME, versions
 
-ORDER = ("failed", "unfinished", "not run")  # what a person has to look at
+ORDER = ("failed", "unfinished", "not run")  # states that need attention
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One job of a sweep after it.
+    """The outcome of one job of a sweep.
 
     Attributes:
-        name: what differs from the other jobs.
-        state: ran, reused, failed, unfinished (its process ended without a word) or not run.
-        why: of a failure; or which other versions a reused record was made with.
-        record: where there is one.
+        name: the overrides that differ from the other jobs.
+        state: ran, reused, failed, unfinished (interrupted, or its process was killed) or not run.
+        why: the reason for the state, or the different versions of a reused record; None: nothing to report.
+        record: the run record, if there is one.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Outcome:
 
 
 def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: bool = False) -> list[Outcome]:
-    """Return what became of each job.
+    """Return the outcome of each job.
 
     Args:
         jobs: name and run ID of each.
@@ -42,7 +42,7 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
         rerun: whether the command reuses nothing.
     """
     found = {identity: sweep / identity for _, identity in jobs}
-    if any(not (folder / FILE_NAME).exists() for folder in found.values()):  # hydra.sweep.subdir may say another name
+    if any(not (folder / FILE_NAME).exists() for folder in found.values()):  # hydra.sweep.subdir can set other names
         records = [(path.parent, read_record(path)) for path in sorted(sweep.glob(f"*/{FILE_NAME}"))]
         found |= {record["run_id"]: folder for folder, record in records if record.get("run_id") in found}
     told: list[Outcome] = []
@@ -52,7 +52,7 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
         record = read_record(path) if path.exists() else None
         state, why = _state(record, started, rerun)
         if state == "reused" and rerun:
-            state, why = "not run", "its record is of an earlier command"
+            state, why = "not run", "its record is from an earlier command"
         if identity in seen and state == "ran":
             state = "reused"  # equal to an earlier job
         seen.add(identity)
@@ -62,26 +62,26 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
 
 def _state(record: dict[str, Any] | None, started: str, rerun: bool) -> tuple[str, str | None]:
     if record is None:
-        return "not run", "it has no record"
+        return "not run", "no run record"
     before = record["started"] < started
     if record["status"] == "finished":
         return ("reused", _other_versions(record)) if before else ("ran", None)
     if record["status"] == "failed" and not before:
         return "failed", record["error"]
-    words = {"running": "its process ended without a word", "interrupted": f"it was stopped ({record['error']})"}
-    why = words.get(record["status"], "it was not tried again")
-    return "unfinished", f"{why}; the same command{' without rerun=true' if rerun else ''} resumes it"
+    words = {"running": "its process ended unexpectedly", "interrupted": f"interrupted ({record['error']})"}
+    why = words.get(record["status"], "not repeated")
+    return "unfinished", f"{why}; to resume, run the same command again{' without rerun=true' if rerun else ''}"
 
 
 def _other_versions(record: dict[str, Any]) -> str | None:
-    """What of the code has changed since a record was made, that its numbers may hang on."""
+    """Return the version changes since a record was written, on which its results can depend, or None."""
     then, now = record["protocol"].get("versions", {}), versions()
     changed = [f"{name} {then[name]}, now {now[name]}" for name in now if name in then and then[name] != now[name]]
     return f"made with {'; '.join(changed)}" if changed else None
 
 
 def format_outcomes(found: Sequence[Outcome]) -> str:
-    """The table at the end of a sweep: what was measured, then what was reused, and what failed and why."""
+    """Return the table at the end of a sweep: the metrics, the reused jobs, and the failed jobs with reasons."""
     distinct = {outcome.folder: outcome.record for outcome in found if outcome.record is not None}
     lines = [format_table(list(distinct.values()))] if distinct else []
     counts = {state: sum(o.state == state for o in found) for state in ("ran", "reused", *ORDER)}

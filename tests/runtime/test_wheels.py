@@ -61,7 +61,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(index):
 def test_a_damaged_download_leaves_nothing(index):
     cache, served, _ = index
     served.write_bytes(served.read_bytes()[:-10])
-    with pytest.raises(RoseExpError, match=r"demo 1.0: the wheel is damaged or not the one expected: expected SHA-256"):
+    with pytest.raises(RoseExpError, match=r"demo 1.0: the wheel is damaged or not the expected one: expected SHA-256"):
         wheels.fetch("a")
     assert list((cache / "demo-1.0").iterdir()) == []
 
@@ -71,7 +71,7 @@ def test_an_unreachable_index_is_told(index, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: something\nERROR: No matching distribution found for demo==1.0\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(
-        RoseExpError, match=r"cannot fetch demo 1.0 with pip \(exit status 1\): ERROR: No matching distribution"
+        RoseExpError, match=r"cannot download demo 1.0 with pip \(exit status 1\): ERROR: No matching distribution"
     ):
         wheels.fetch("a")
     assert list((cache / "demo-1.0").iterdir()) == []
@@ -82,7 +82,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("ROSE_EXP_CACHE", str(blocked))
-    with pytest.raises(RoseExpError, match="cannot keep demo 1.0: demo/a.txt in .*; set ROSE_EXP_CACHE"):
+    with pytest.raises(RoseExpError, match="cannot save demo 1.0: demo/a.txt in .*; set ROSE_EXP_CACHE"):
         wheels.fetch("a")
 
 

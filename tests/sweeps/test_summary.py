@@ -45,15 +45,15 @@ def test_every_state_is_told(tmp_path):
     assert "1 ran, 3 reused, 1 failed, 2 unfinished, 1 not run, of 8 jobs" in text
     assert "  seed=4  " in text
     assert f"{tmp_path / 'bad'}  failed: RoseExpError: no disk" in text
-    assert "its process ended without a word" in text
+    assert "its process ended unexpectedly" in text
 
 
 def test_what_is_unfinished_resumes_unless_everything_starts_anew(tmp_path):
     record(tmp_path, "killed", "running")
     hints = [outcomes([("seed=0", "killed")], tmp_path, START, rerun)[0].why for rerun in (False, True)]
     assert [hint.partition("; ")[2] for hint in hints] == [
-        "the same command resumes it",
-        "the same command without rerun=true resumes it",
+        "to resume, run the same command again",
+        "to resume, run the same command again without rerun=true",
     ]
 
 
