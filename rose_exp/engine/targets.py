@@ -162,7 +162,8 @@ class Target:
         shifted = curvature.hessian.clone()  # 2 E[x xᵀ]
         mean = shifted.diagonal().mean()
         shifted.diagonal().add_(self.damping * torch.where(mean > 0, mean, torch.ones_like(mean)))
-        lower, _ = torch.linalg.cholesky_ex(shifted, check_errors=False)  # what fails is not finite, and is told of
+        lower, failed = torch.linalg.cholesky_ex(shifted, check_errors=False)
+        lower.masked_fill_(failed > 0, torch.nan)  # a failed factor is finite: NaN makes prune_layers reject the target
         share = 2 / max(drift.tokens, 1)
         wanted = [weight @ (self.strength * share * drift.gram.to(weight)) for weight in weights]
         if drift.residual is not None:

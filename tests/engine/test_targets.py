@@ -83,6 +83,18 @@ def test_mistakes_are_told():
         prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(), drift=drift)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_a_target_whose_factor_fails_is_rejected(method):
+    """A failed Cholesky factor holds finite values, and magnitude pruning has no factor of its own that would fail, too."""
+    weight, inputs, delta, _ = drifted()
+    moments, drift = moments_of(inputs, torch.float64), drift_of(inputs, delta)
+    moments.gram[0, 1] = moments.gram[1, 0] = 5 * moments.gram.diagonal().max()  # not positive semidefinite
+    (found,) = Target().of([weight], Curvature(moments, 0.01, torch.float64), drift)
+    assert not torch.isfinite(found).any()
+    with pytest.raises(ValueError, match="target: expected finite numbers, got NaN or infinity"):
+        prune_layer(weight, moments, method=method, sparsity=Unstructured(0.5), target=Target(), drift=drift)
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_what_is_known_of_inputs_follows_their_columns(with_residual):
     """Moments and drift in another order are those of inputs in that order; all of it is what targets hang on."""
