@@ -1,4 +1,4 @@
-"""Walking a model block by block: collect moments, prune, and feed the next block."""
+"""Block-by-block pruning of a model: collect moments, prune, and compute the next block's inputs."""
 
 from .activations import Place
 from .capture import Probe, check_decoder, probe

@@ -1,4 +1,4 @@
-"""The hidden states between two blocks, of all calibration windows: on the device, in host memory or on disk."""
+"""Storage of the hidden states between two blocks: on the device, in host memory or on disk."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Place = Literal["device", "host", "disk"]
 
 
 class Activations:
-    """One tensor (windows, tokens, width), read and written by batches of windows; what a block answers takes the place of
-    what it was given, so that nothing is kept that the next block does not need.
+    """The hidden states of all calibration windows, read and written in batches.
 
-    In host memory beside a CUDA device the tensor is pinned, and the next batch travels while one is worked on.
+    A block's outputs overwrite its inputs, so only one copy exists. In host memory next to a CUDA device, the tensor is pinned
+    and the next batch is transferred while the current one is processed.
 
     Args:
         shape: (windows, tokens, width).
-        place: where the tensor is kept.
-        device: where batches are worked on.
-        batch: windows at once; the last batch may be smaller.
-        file: where to keep it on disk; it is the caller's to delete.
+        place: where the tensor is stored.
+        device: where batches are processed.
+        batch: number of windows per batch; the last batch may be smaller.
+        file: file for storage on disk; the caller deletes it.
 
     Raises:
-        RoseExpError: it does not fit on the disk.
+        RoseExpError: the disk does not have enough space.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class Activations:
             self._store = torch.empty(shape, dtype=dtype, device=where, pin_memory=travels)
 
     def copy(self, file: Path | None = None) -> Activations:
-        """Others, equal to these and kept in the same way; on disk in ``file``."""
+        """Return a copy with the same storage; on disk, it is stored in ``file``."""
         other = Activations(self.shape, self._store.dtype, self.place, self.device, self.batch, file)
         for piece, hidden in self:
             other[piece] = hidden
         return other
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each batch: its windows, and a copy of its hidden states on the device.
+        """Yield each batch as its slice of windows and a copy of its hidden states on the device.
 
-        A copy starts on a cache line, as the tensors of a model that runs as a whole do, and a block may overwrite it.
+        Each copy starts on a cache line, like the tensors in a forward pass of the whole model, and may be overwritten.
         """
         if self._stream is None:
             for piece in self.pieces:
@@ -78,7 +78,7 @@ class Activations:
             yield piece, batch
 
     def __setitem__(self, piece: slice, hidden: Tensor) -> None:
-        """Keep the hidden states of some windows, in place of those that were there."""
+        """Overwrite the hidden states of some windows."""
         if self._stream is None or not hidden.is_cuda:
             self._store[piece].copy_(hidden)
             return
@@ -88,17 +88,17 @@ class Activations:
         hidden.record_stream(self._stream)
 
     def write(self, file: str) -> None:
-        """Write all of them to a file as they are in memory, batch by batch."""
+        """Write the raw bytes of all hidden states to a file, batch by batch."""
         self._settle()
         with open(file, "wb") as out:
             for piece in self.pieces:
                 self._store[piece].cpu().contiguous().view(torch.uint8).numpy().tofile(out)
 
     def read(self, file: Path) -> None:
-        """Take them from a file that :meth:`write` has written.
+        """Read the hidden states from a file created by :meth:`write`.
 
         Raises:
-            OSError: its length is another than that of these.
+            OSError: the file has an unexpected size.
         """
         expected = self._store.numel() * self._store.dtype.itemsize
         if file.stat().st_size != expected:
@@ -110,7 +110,7 @@ class Activations:
                 part.copy_(held.view(part.shape))
 
     def _settle(self) -> None:
-        """Wait for what is on its way."""
+        """Wait for pending transfers."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -125,6 +125,6 @@ def _on_disk(shape: tuple[int, int, int], dtype: torch.dtype, file: Path) -> Ten
     if wanted > free:
         raise RoseExpError(
             f"pipeline.activations: expected {wanted / 1e9:.1f} GB free for {shape[0]} windows in {file.parent}, "
-            f"got {free / 1e9:.1f} GB; lower calibration.samples or keep them in host memory"
+            f"got {free / 1e9:.1f} GB; lower calibration.samples or set pipeline.activations=host"
         )
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)

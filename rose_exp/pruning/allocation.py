@@ -1,4 +1,4 @@
-"""A pass of the dense model that looks at its layers before any is pruned, for those who prune some more than others."""
+"""Survey of the dense model's layers, from which the sparsity allocation is computed before pruning."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..runtime.ranks import Ranks
 
 
 class BlockWatch:
-    """Looks at a block's layers while the dense block runs.
+    """Collects statistics of a block's layers during a forward pass of the dense block.
 
     Args:
-        groups: the layers, those with the same input together.
+        groups: the layers, grouped by shared input.
     """
 
     def __init__(self, groups: Sequence[Sequence[LinearLayer]], device: torch.device | str):
@@ -29,17 +29,17 @@ class BlockWatch:
         self.tokens = torch.zeros(len(groups), dtype=torch.float64, device=device)
 
     def hooks(self, stack: ExitStack) -> None:
-        """Watch until ``stack`` is left."""
+        """Register hooks that are removed when ``stack`` exits."""
         for place, group in enumerate(self.groups):
             stack.callback(group[0].module.register_forward_pre_hook(self._input(place), with_kwargs=True).remove)
             for layer in group:
                 stack.callback(layer.module.register_forward_hook(self._output(layer)).remove)
 
     def survey(self, allocation: Allocation, ranks: Ranks) -> BlockSurvey:
-        """The survey of all ranks together, without layers that no token reaches or whose output is zero.
+        """Return the survey over all ranks, without layers that receive no token or whose output is zero.
 
         Raises:
-            RoseExpError: what a layer is expected to lose is not finite; the message names it.
+            RoseExpError: the expected loss of a layer is not finite; the message names the layer.
         """
         for sums in (*self.squares, *self.powers.values(), self.tokens):
             ranks.add_up(sums)

@@ -1,4 +1,4 @@
-"""From tokens to the hidden states that enter the first block, and to the arguments of every block."""
+"""Computing the inputs of the first block and the arguments of every block from tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..runtime.batches import at_once
 from .activations import Activations, Place
 from .capture import BlockCall, Probe, on_device, share_equal, trace
 
-Calls = dict[int, list[BlockCall]]  # how every block is called with a batch, by the number of the batch's first window
+Calls = dict[int, list[BlockCall]]  # arguments of every block for each batch, by the index of the batch's first window
 
 
 def enter(
@@ -26,21 +26,21 @@ def enter(
     device: torch.device | str,
     file: Path,
 ) -> tuple[Activations, Calls]:
-    """The hidden states that enter the first block, and how every block is called with each batch.
+    """Return the inputs of the first block and the arguments of every block for each batch.
 
-    Arguments may depend on the tokens, such as Gemma 4's embeddings for each block, so every batch is traced; what is equal
-    for several batches is held once.
+    Arguments may depend on the tokens, such as the per-block embeddings of Gemma 4, so every batch is traced. Values that are
+    equal for several batches are stored once.
 
     Args:
         tokens: (windows, length) int64.
-        batch: windows at once, on a GPU; see :func:`rose_exp.runtime.batches.at_once`.
-        place, file: of the hidden states, see :class:`Activations`.
+        batch: number of windows per batch on a GPU, see :func:`rose_exp.runtime.batches.at_once`.
+        place, file: storage of the hidden states, see :class:`Activations`.
     """
     size = at_once(batch, device)
-    held = device if place == "device" else "cpu"  # arguments that differ from batch to batch may take as much as hidden states
+    held = device if place == "device" else "cpu"  # arguments of each batch can be as large as its hidden states
     hidden: Activations | None = None
     calls: Calls = {}
-    first: dict[int, tuple[list[BlockCall], dict[int, Any]]] = {}  # by size: calls as captured, and what is moved of them
+    first: dict[int, tuple[list[BlockCall], dict[int, Any]]] = {}  # by batch size: captured calls and their moved tensors
     for start in range(0, len(tokens), size):
         windows = tokens[start : start + size]
         states, called = trace(model, blocks, windows, found)
@@ -59,7 +59,7 @@ def enter(
 
 
 def second_stream(calls: Calls) -> Calls:
-    """The same calls for a second stream of hidden states: containers that blocks write to belong to one stream."""
+    """Return copies of the calls for a second stream of hidden states, because blocks may write to containers in them."""
     found: Calls = {}
     for start, of_batch in calls.items():
         copies: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""The moments of a model's first block, which every run of a sweep finds the same that starts from the same inputs."""
+"""Cache for the moments of a model's first block, which are equal in all runs of a sweep with the same inputs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..engine import InputMoments
 
 
 class FirstBlock:
-    """Keeps the moments of the inputs of a dense model's first block, on the host, for the next run that would compute them.
+    """Caches the input moments of a dense model's first block in host memory for later runs.
 
-    What is kept belongs to a key, which must tell apart all that the moments hang on; of several keys the last is kept. A run
-    gets copies, equal bit for bit to what it would have found, since they come from the same operations.
+    The cache has one entry. Its key must distinguish everything the moments depend on. A run receives copies that are bitwise
+    equal to the moments it would compute, because they result from the same operations.
     """
 
     def __init__(self):
@@ -21,7 +21,7 @@ class FirstBlock:
         self._seconds = 0.0
 
     def find(self, key: str | None, device: object) -> tuple[list[InputMoments], float] | None:
-        """Copies on ``device``, and the seconds that finding them took; None where this key's are not there."""
+        """Return copies on ``device`` and the seconds spent computing them; None if ``key`` is not cached."""
         if key is None or key != self._key:
             return None
         return [moments.to(device) for moments in copy.deepcopy(self._moments)], self._seconds

@@ -30,13 +30,15 @@ def answers_by_blocks(
     scratch: Path,
     name: str,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of a model for ``tokens`` (windows, length): each block is read once, and runs over all windows.
+    """Compute a model's logits block by block, reading each block once.
 
     Args:
-        place: where the windows' hidden states are kept, see :class:`Activations`; ``scratch`` is a folder for them.
-        name: of the progress bar.
+        tokens: (windows, length) int64.
+        place: where the hidden states are stored, see :class:`Activations`.
+        scratch: folder for hidden states on disk.
+        name: name of the progress bar.
     Yields:
-        A batch of windows, and their logits (windows, length, vocabulary), equal to those of the whole model.
+        A batch of windows and its logits (windows, length, vocabulary), equal to those of the whole model.
     """
     blocks = weights.blocks
     found = probe(model, blocks, tokens, device, weights)
@@ -52,8 +54,10 @@ def answers_by_blocks(
 
 
 def _after_blocks(model: nn.Module, weights: BlockWeights, found: Probe, tokens: Tensor, states: Tensor) -> Tensor:
-    """What the model makes of the last block's answers: it is run with blocks that hand on what they get, and the last one
-    answers with these."""
+    """Return the logits for the last block's output ``states``.
+
+    Runs the model with blocks that return their inputs, except the last one, which returns ``states``.
+    """
     last = len(weights.blocks.blocks) - 1
     home = home_of(model)
 
@@ -67,7 +71,7 @@ def _after_blocks(model: nn.Module, weights: BlockWeights, found: Probe, tokens:
 
 @contextmanager
 def loading_blocks(weights: BlockWeights, device: torch.device | str) -> Iterator[None]:
-    """Let the model run as usual, each block read when it is called."""
+    """Make the model load each block when it is called."""
 
     def run(index: int, _block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         interruption.check()

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """What is done.
+    """What the state contains.
 
     Attributes:
         blocks: number of whole blocks, counted from the first.
@@ -51,7 +51,7 @@ class Progress:
         after: for each block, ``seconds``, the time spent up to its end by kind of work, and ``generators``, the states of
             torch's generators at its end (hexadecimal; empty if they equal those after the previous block).
         part: reports of the layers of the next block that were pruned before the run stopped.
-        shares: share of its weights that each layer loses, if the layers lose different shares.
+        shares: sparsity of each layer, if an allocation chose it; empty otherwise.
         files: ``bytes`` and ``sha256`` of every file of the state, by name.
     """
 
@@ -73,7 +73,7 @@ class Progress:
         return next((block["generators"] for block in reversed(self.after) if block["generators"]), [])
 
     def without(self, damaged: set[str]) -> Progress:
-        """The part of this progress that needs none of the ``damaged`` files."""
+        """Return the part of this progress that does not depend on the ``damaged`` files."""
         kept = next((index for index in range(self.blocks) if _block_file(index) in damaged), self.blocks)
         if kept < self.blocks:  # the part and the activations belong to the block after the last one
             files = {name: self.files[name] for name in map(_block_file, range(kept))}
@@ -82,13 +82,13 @@ class Progress:
         if _part_file(self.blocks) in damaged:
             found = replace(found, part=[])
         of_streams = {name for name in self.files if name.startswith(STREAMS)}
-        if damaged & of_streams:  # the streams of all ranks are of use together
+        if damaged & of_streams:  # the streams are only usable together, from all ranks
             damaged = damaged | of_streams
         return replace(found, files={name: facts for name, facts in self.files.items() if name not in damaged})
 
 
 class RunState:
-    """A folder with the state after the last whole block. It changes from one such state to the next at once.
+    """A folder with the state after the last whole block, which changes from one state to the next atomically.
 
     Opening it verifies every file. Blocks before a damaged or missing block file are kept, and the rest is pruned again.
     Damaged activations are computed again by running the pruned blocks; the layers of a damaged part file are pruned again.
@@ -96,8 +96,8 @@ class RunState:
     the next block is complete.
 
     Args:
-        folder: a folder for this run alone; it need not exist.
-        fingerprint: everything the result depends on, by section. A state of another fingerprint is refused.
+        folder: a folder used only by this run; created if it does not exist.
+        fingerprint: everything the result depends on, by section. A state with another fingerprint is rejected.
         resume: ``activations`` keeps the inputs of the next block; ``recompute`` runs the pruned blocks again instead.
         ranks: the processes that share the run and the folder; None: this process alone.
 
@@ -190,12 +190,12 @@ class RunState:
         return self._load(_block_file(index)) if index < self.progress.blocks else None
 
     def part(self) -> tuple[list[LayerReport], dict[str, Tensor]]:
-        """Reports of the layers of the next block that are pruned already, and their weights by full name."""
+        """Return the reports and the weights, by full name, of the next block's layers that are already pruned."""
         reports = [LayerReport(**report) for report in self.progress.part]
         return reports, self._load(_part_file(self.progress.blocks)) if reports else {}
 
     def restore(self, streams: Sequence[Activations]) -> bool:
-        """Read the inputs of the next block, of each stream; False if they are not kept."""
+        """Read the inputs of the next block into each stream; return False if they are not stored."""
         names = [self._activations_file(self.progress.blocks, stream) for stream in range(len(streams))]
         if not set(names) <= set(self.progress.files):
             return False
@@ -207,8 +207,8 @@ class RunState:
     def restore_generators(self) -> None:
         """Set torch's generators to their states after the last whole block.
 
-        Nothing in this package draws from them while it prunes: its random numbers come from generators of their own, with
-        fixed seeds. A method from a file or the code of a model may.
+        This package does not use them during pruning, since its random numbers come from separate generators with fixed
+        seeds. A custom method or a model's own code may use them.
         """
         states = [torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8) for text in self.progress.generators]
         if states:
@@ -224,7 +224,7 @@ class RunState:
         reports: Sequence[LayerReport],
         seconds: Mapping[str, float],
     ) -> None:
-        """Keep a pruned block. From here on the run resumes after it.
+        """Save a pruned block. From here on, the run resumes after it.
 
         Args:
             streams: the inputs of the next block, if there is one: those of the pruned model and, with a regression target,
@@ -232,7 +232,7 @@ class RunState:
             seconds: time spent so far, by kind of work.
 
         Raises:
-            RoseExpError: the disk refuses; the previous state is kept.
+            RoseExpError: writing fails; the previous state remains valid.
         """
         before, files = self.progress, {k: v for k, v in self.progress.files.items() if k.startswith("block-")}
         problem = None
@@ -264,11 +264,11 @@ class RunState:
         )
 
     def keep_shares(self, shares: Mapping[str, float]) -> None:
-        """Keep the sparsity allocation across layers, before the first layer is pruned."""
+        """Save the sparsity allocation across layers, before the first layer is pruned."""
         self._write(replace(self.progress, shares=dict(shares)))
 
     def commit_part(self, reports: Sequence[LayerReport], weights: Mapping[str, Tensor]) -> None:
-        """Keep the pruned layers of the current block, before the run stops inside it."""
+        """Save the pruned layers of the current block, before the run stops inside it."""
         tensors = {name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
         written = self._written(_part_file(self.progress.blocks), lambda path: save_file(tensors, path))
         part = [report.as_dict() for report in reports]
@@ -279,7 +279,7 @@ class RunState:
             shutil.rmtree(self.folder)
 
     def _write(self, progress: Progress) -> None:
-        """Let ``progress`` count, then delete the files that it does not name."""
+        """Write ``state.json`` for ``progress``, then delete the files that it does not name."""
 
         def write() -> None:
             text = _sealed({"format": FORMAT, "fingerprint": self.fingerprint, "progress": asdict(progress)})
@@ -297,7 +297,7 @@ class RunState:
     def _written(self, name: str, write: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
         """Write a file under another name, rename it once it is on the disk, and return its size and SHA-256 by its name.
 
-        The digest is that of the file, which still is in the system's cache.
+        The digest is computed from the written file, which is still in the page cache.
         """
         scratch = self.folder / f".{name}.{os.getpid()}"
         with self._careful("write"):
@@ -315,9 +315,9 @@ class RunState:
             return {name: facts}
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        """Read a file, which is verified unless this process has done so.
+        """Read a file; verify it first unless this process has already done so.
 
-        The tensors are copies: those that safetensors returns read the file when they are used, and are not aligned.
+        Returns copies, because the tensors of safetensors are not aligned and read the file lazily.
         """
         if name not in self._verified:
             problem = _problem(self.folder / name, self.progress.files[name])
@@ -339,7 +339,7 @@ class RunState:
             raise RoseExpError(f"cannot {what} the run's state: {reason}; {kept}") from error
 
     def _on_first(self, act: Callable[[], Any]) -> Any:
-        """What ``act`` returns on the first rank, on all ranks.
+        """Run ``act`` on the first rank and return its result on all ranks.
 
         Raises:
             RoseExpError: the first rank raised it, on all ranks.
@@ -356,7 +356,7 @@ class RunState:
         return answer
 
     def _raise_together(self, problem: str | None) -> None:
-        """Raise the first rank's problem on all ranks, else the next rank's, if any has one."""
+        """Raise the problem of the lowest rank that has one on all ranks."""
         problems = [told for told in self.ranks.gather(problem) if told is not None]
         if problems:
             raise RoseExpError(problems[0])
@@ -384,7 +384,7 @@ def _sealed(content: Mapping[str, Any]) -> str:
 
 
 def _problem(file: Path, expected: Mapping[str, Any], on_bytes: Callable[[int], Any] | None = None) -> str | None:
-    """What is wrong with a file of a known size and SHA-256, None if nothing is."""
+    """Describe how a file differs from its expected size and SHA-256; return None if it matches."""
     try:
         size = file.stat().st_size
         if size != expected["bytes"]:
@@ -399,7 +399,7 @@ def _problem(file: Path, expected: Mapping[str, Any], on_bytes: Callable[[int], 
 
 
 def _sha256(file: Path, on_bytes: Callable[[int], Any] | None = None) -> str:
-    """SHA-256 of a file. ``on_bytes`` is called with the number of bytes of each piece."""
+    """Return the SHA-256 of a file, and call ``on_bytes`` with the number of bytes of each piece."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
     with file.open("rb", buffering=0) as source:
         while count := source.readinto(buffer):
@@ -410,13 +410,13 @@ def _sha256(file: Path, on_bytes: Callable[[int], Any] | None = None) -> str:
 
 
 def _bar(total: int) -> tqdm:
-    """A progress bar for bytes that are verified, shown if that takes more than a moment."""
+    """Return a progress bar for verified bytes, shown only if there are many."""
     shown = None if total >= SHOWN else True  # None: at a terminal
     return tqdm(desc="verifying the state", total=total, unit="B", unit_scale=True, leave=False, disable=shown)
 
 
 def _remedy(name: str, kept: Progress) -> str:
-    """What the run does instead of using a damaged file."""
+    """Describe how the run recovers from a damaged file."""
     if name.startswith("block-"):
         return f"{kept.blocks} whole blocks are kept, and the rest is pruned again"
     if name.startswith("part-"):

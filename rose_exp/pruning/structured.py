@@ -1,4 +1,4 @@
-"""Removing heads and neurons: which go, what the layers that read them become, and what is told of it."""
+"""Structured pruning: removes heads and neurons, updates the layers that read them, and reports the result."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from .plan import LayerReport, PruningPlan
 
 
 def wanted_structures(module: nn.Module, name: str, plan: PruningPlan) -> list[Structure]:
-    """Those of a module, which the model calls ``name``, that the plan removes groups of: it prunes their kind, and all layers
-    that read them.
+    """Return the structures inside a module that the plan prunes.
 
+    The plan prunes a structure if it covers the structure's kind and all layers that read it.
+
+    Args:
+        name: full name of the module in the model.
     Raises:
-        RoseExpError: an attention whose heads cannot be told apart.
+        RoseExpError: the heads of an attention cannot be identified.
     """
     if not isinstance(plan.sparsity, Structured):
         return []
@@ -29,33 +32,35 @@ def wanted_structures(module: nn.Module, name: str, plan: PruningPlan) -> list[S
 
 
 def check_structures(structures: Sequence[Structure], sparsity: Structured) -> None:
-    """See that there is something to remove of each kind that is to be removed.
+    """Check that each requested kind of structure has groups to remove.
 
     Raises:
-        RoseExpError: there is nothing.
+        RoseExpError: a kind has none.
     """
     for kind in sparsity.kinds:
         groups = [structure.groups for structure in structures if structure.kind == kind]
         if not groups:
             raise RoseExpError(
-                f"sparsity.{kind}: expected a model whose {kind} are known and not left out, got one without; "
-                f"sparsity.{kind}=false leaves them alone"
+                f"sparsity.{kind}: expected a model with {kind} to prune in a known layout, got none; "
+                f"set sparsity.{kind}=false to keep them"
             )
         if sparsity.ratio and not sum(map(sparsity.count, groups)):
             raise RoseExpError(
-                f"sparsity.ratio: expected enough to remove one of {max(groups)} {kind}, of which one must stay, "
+                f"sparsity.ratio: expected a ratio that removes at least one of {max(groups)} {kind} and keeps one, "
                 f"got {sparsity.ratio:g}"
             )
 
 
 @torch.no_grad()
 def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], plan: PruningPlan) -> list[LayerReport]:
-    """Remove groups from the layers that read them, and make zero what makes them; a report for each of those layers.
+    """Prune groups of a structure: update the layers that read them, and zero the rows that produce them.
 
     Args:
-        moments: of the inputs of each layer that reads them, by its name.
+        moments: input moments of each layer that reads the groups, by layer name.
+    Returns:
+        A report for each layer that reads the groups.
     Raises:
-        RoseExpError: it cannot be done; the message names the structure.
+        RoseExpError: the structure cannot be pruned; the message names it.
     """
     start, sparsity = time.perf_counter(), plan.sparsity
     kind = type(plan.method)
@@ -66,7 +71,7 @@ def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], p
         weight, places = part.layer.weight, part.places.to(device)
         outside = torch.ones(weight.shape[1], dtype=torch.bool, device=device)
         outside[places.flatten()] = False
-        gone = (outside & (weight == 0).all(dim=0)).nonzero().flatten()  # of a structure beside it, or of no weight
+        gone = (outside & (weight == 0).all(dim=0)).nonzero().flatten()  # pruned with a neighbor, or zero before
         layers.append(GroupedLayer(weight, moments[part.layer.name], places, gone, structure.makers_norm()))
     try:
         found = prune_groups(

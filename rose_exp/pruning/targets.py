@@ -1,4 +1,4 @@
-"""Which layers of a block add to the hidden states, found by what the block answers."""
+"""Finding the layers whose output a block adds to the hidden states, from the block's outputs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from ..models import LinearLayer
 
-NEAR = 1e-3  # relative; in half precision four times its rounding
+NEAR = 1e-3  # relative tolerance; at least four times the dtype's epsilon
 
 
 @torch.no_grad()
 def adding_layers(run: Callable[[Tensor], Tensor], layers: list[LinearLayer], hidden: Tensor) -> list[str]:
-    """Names of the layers whose output the block adds to the hidden states as it is: attention's and the MLP's last, but in
-    models that normalise or scale it first.
+    """Return the names of the layers whose output the block adds to the hidden states unchanged.
 
-    While every layer as tall as the hidden states are wide answers with zeros, a block answers with what it was given; when one
-    of them answers with something else, with what it was given and that.
+    These are the last layers of attention and MLP, except in models that normalize or scale their output first. The test
+    replaces the outputs of all layers with as many rows as the hidden states have channels: by noise in one layer, and by
+    zeros in the others. If the block adds that layer's output, it returns its input plus the noise.
 
     Args:
-        run: the block, from hidden states to hidden states.
-        layers: of the block.
-        hidden: some real hidden states that enter the block, (windows, tokens, width).
+        run: forward pass of the block, from hidden states to hidden states.
+        layers: linear layers of the block.
+        hidden: real inputs of the block, (windows, tokens, width).
     """
     width, near = hidden.shape[-1], max(NEAR, 4 * torch.finfo(hidden.dtype).eps)
     answers: dict[str, Tensor] = {}
@@ -35,7 +35,7 @@ def adding_layers(run: Callable[[Tensor], Tensor], layers: list[LinearLayer], hi
         for layer in candidates:
             stack.callback(layer.module.register_forward_hook(_in_place(answers, layer.name)).remove)
         for layer in candidates:
-            if layer.of_expert:  # sees some tokens only
+            if layer.of_expert:  # receives only some of the tokens
                 continue
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(hidden.shape, generator=generator).to(hidden) * hidden.float().std().to(hidden)

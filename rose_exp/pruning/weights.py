@@ -1,4 +1,4 @@
-"""Where the weights of a model's blocks are while nobody works on them."""
+"""Storage of the weights of a model's blocks while they are not in use."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..models import BlockList, StreamedModel, let_go, own_memory
 
 
 class BlockWeights(ABC):
-    """The blocks of a model, each of which visits a device while it is worked on."""
+    """The blocks of a model, each of which moves to a device while it is in use."""
 
     def __init__(self, blocks: BlockList):
         self.blocks = blocks
 
     @abstractmethod
     def at(self, index: int, device: torch.device | str, original: bool = False):
-        """A context in which the block, which it gives, is on ``device`` with all its weights.
+        """Return a context manager that yields the block on ``device`` with all its weights.
 
         Args:
-            original: those of the checkpoint, also where the block has been pruned and kept; what is pruned in memory is not
-                brought back.
+            original: whether to use the checkpoint's weights even if a pruned block was saved. Blocks that are pruned in
+                memory cannot be restored.
         """
 
 
 class InMemory(BlockWeights):
-    """A whole model on the host."""
+    """A model with all blocks in host memory."""
 
     @contextmanager
     def at(self, index: int, device: torch.device | str, original: bool = False) -> Iterator[nn.Module]:
@@ -43,10 +43,10 @@ class InMemory(BlockWeights):
 
 
 class OnDisk(BlockWeights):
-    """A model whose blocks are read when they are wanted and let go afterwards.
+    """A model whose blocks are read from disk when needed and released afterwards.
 
     Args:
-        kept: the tensors of a block by their names in it, where it has been pruned and kept; None: the checkpoint's count.
+        kept: returns the tensors of a saved pruned block by name, or None to read the block from the checkpoint.
     """
 
     def __init__(self, streamed: StreamedModel, kept: Callable[[int], Mapping[str, Tensor] | None]):
@@ -68,14 +68,14 @@ class OnDisk(BlockWeights):
 
 
 def _give_back() -> None:
-    """Hand freed memory back to the system: the C library keeps it in pieces, and would hold twice what is in use."""
+    """Return freed memory to the system; otherwise glibc keeps fragments and may hold twice the memory in use."""
     libc = ctypes.util.find_library("c")
-    trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None  # glibc has it
+    trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None  # only glibc has it
     if trim is not None:
         trim(0)
 
 
 def fill(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a block the weights that were kept of it."""
+    """Load the saved weights of a block."""
     block.load_state_dict({name: own_memory(value) for name, value in tensors.items()}, strict=True, assign=True)
     block.requires_grad_(False)
