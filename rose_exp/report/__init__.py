@@ -1,4 +1,4 @@
-"""Tables from run records. Reads ``run.json`` only: nothing here imports the pipeline."""
+"""Tables and figures from run records. Reads ``run.json`` and the data of figures only, and imports no pruning code."""
 
 from .table import collect_records, format_table
 

@@ -1,4 +1,4 @@
-"""What is known of one method at one setting: its values by seed, their spread, and how far it is from another method."""
+"""Cells of a table: values by seed, their spread and the paired difference to a baseline."""
 
 from __future__ import annotations
 
@@ -17,29 +17,35 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of the differences to a baseline, seed by seed; ``low`` and ``high`` bound it with 95 % confidence (Student's t, on
-    the pairs), where there are two seeds or more."""
+    """Mean difference to a baseline, paired by seed.
+
+    Attributes:
+        relative: the mean as a fraction of the baseline's mean.
+        pairs: number of seeds.
+        low, high: 95 % confidence interval (Student's t over the pairs); None for a single pair.
+    """
 
     mean: float
-    relative: float  # of the baseline's mean
+    relative: float
     pairs: int
     low: float | None = None
     high: float | None = None
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the confidence interval excludes 0."""
         return self.low is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass
 class Cell:
-    """Runs that differ in nothing but their seed.
+    """Runs that differ only in their seed.
 
     Attributes:
-        values: by seed.
-        draws: fingerprint of the calibration windows by seed; None for a dense model.
-        runs: records by seed.
+        values: values by seed.
+        draws: fingerprints of the calibration data by seed; None for a dense model.
+        runs: run records by seed.
+        best: whether the mean is the best of its column.
     """
 
     values: dict[int, float] = field(default_factory=dict)
@@ -59,12 +65,12 @@ class Cell:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over the seeds; None of a single one, and where a value is not finite."""
+        """Standard deviation over the seeds; None for a single seed or if a value is not finite."""
         return statistics.stdev(self.values.values()) if len(self.values) > 1 and self.finite else None
 
 
 def paired_difference(cell: Cell, baseline: Cell) -> Difference | None:
-    """Of the seeds that both have, where both have drawn the same calibration windows."""
+    """Return the difference over the seeds for which both cells have the same calibration data; None without such seeds."""
     seeds = [s for s in cell.values if s in baseline.values and cell.draws[s] == baseline.draws[s]]
     if not seeds or not (cell.finite and baseline.finite):
         return None
@@ -78,7 +84,7 @@ def paired_difference(cell: Cell, baseline: Cell) -> Difference | None:
 
 
 def mark_best(cells: Mapping[str, Cell], lower: bool) -> None:
-    """Mark the best mean of the pruned models in a column; none where there is nothing to choose from."""
+    """Mark the best mean in a column of pruned models, if at least two are finite."""
     means = {name: cell.mean for name, cell in cells.items() if math.isfinite(cell.mean)}
     if len(means) > 1:
         best = min(means.values()) if lower else max(means.values())

@@ -1,7 +1,7 @@
-"""What numbers must share to stand in one table: everything they depend on except what the table compares.
+"""Conditions that numbers in one table share: everything they depend on except what the table compares.
 
-Which settings a number depends on is decided by :mod:`rose_exp.settings.effects`. The record's protocol adds what settings do
-not say: fingerprints of texts and weights, versions and hardware.
+:mod:`rose_exp.settings.effects` decides which settings a number depends on. The record's protocol adds what settings do not
+contain: fingerprints of texts and weights, versions and hardware.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OF_SEED = (
     "protocol.calibration.tokens_sha256",
     "protocol.calibration.noise_sha256",
 )
-FACTS_OF = {  # facts of the protocol that mean something only if a setting acts
+FACTS_OF = {  # facts of the protocol that apply only if a setting acts
     "protocol.calibration": "calibration",
     "protocol.backend": "engine.backend",
     "protocol.images.clip": "evaluation.images.clip",
@@ -34,7 +34,7 @@ EVALUATED = ("evaluation", "images", "zero_shot", "speed")  # parts of the proto
 
 
 def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str, Any]:
-    """Return everything that a metric of a run depends on except what rows compare, the seed and the setting ``columns``."""
+    """Return everything that a metric depends on except the seed, the setting ``columns`` and what rows compare."""
     settings = settings_of(record["config"], metric, assumed=columns)
     facts = {name: value for name, value in _facts(record["protocol"], metric).items() if _meant(name, settings)}
     kept = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
@@ -43,31 +43,31 @@ def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str
 
 
 def _facts(protocol: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """What the protocol says about a metric, by dotted name."""
+    """Return the facts of the protocol that concern a metric, by dotted name."""
     found = flat({name: value for name, value in protocol.items() if name not in EVALUATED}, "protocol.")
     kind, _, name = metric.partition(".")
     own: Mapping[str, Any] = protocol.get(kind) or {}
     if kind == "perplexity":
         kind, own = "evaluation", protocol["evaluation"][name]
     if kind == "zero_shot":
-        own = {name: value for name, value in own.items() if name != "results"}  # the name of a file
+        own = {name: value for name, value in own.items() if name != "results"}  # a file name
     return found | (flat(own, f"protocol.{kind}.") if kind in EVALUATED else {})
 
 
 def _meant(fact: str, settings: Sequence[Setting]) -> bool:
-    """Whether a fact of the protocol belongs to settings that act, or to no setting."""
+    """Return whether a fact of the protocol belongs to a setting that acts, or to no setting."""
     of = [setting for group, setting in FACTS_OF.items() if within(fact, group)]
     return all(any(within(setting.name, name) for setting in settings) for name in of)
 
 
 def _recorded(setting: Setting, facts: Mapping[str, Any]) -> bool:
-    """Whether the protocol has the fingerprint of what a setting selects."""
+    """Return whether the protocol contains the fingerprint of what a setting selects."""
     place = setting.effect.recorded_as
     return place is not None and any(within(name, place) and value not in (None, {}) for name, value in facts.items())
 
 
 def variant(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a table's row stands for: the method and its options, as far as they act, by dotted name."""
+    """Return what identifies a row of a table: the method and all options that act, by dotted name."""
     return {s.name: s.value for s in settings_of(record["config"]) if s.effect.role == "row" or s.name == "model.kind"}
 
 
@@ -77,12 +77,12 @@ def is_dense(record: Mapping[str, Any]) -> bool:
 
 
 def agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Return whether two sets of conditions have equal values for every name that is in both."""
+    """Return whether two sets of conditions have equal values for all common names."""
     return all(second[name] == value for name, value in first.items() if name in second)
 
 
 def differing(several: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return the names whose values are not all equal, with each value; ``None`` for a set without the name."""
+    """Return the names with differing values, each with the value in every set; ``None`` for a set without the name."""
     names: Iterable[str] = dict.fromkeys(name for conditions in several for name in conditions)
     values = {name: [conditions.get(name) for conditions in several] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
@@ -104,5 +104,5 @@ def column_of(record: Mapping[str, Any], columns: str) -> str:
 
 
 def _short(number: float) -> str:
-    """A number in six digits, or in as many as tell it from every other."""
+    """Format a number with six significant digits, or more if needed to represent it exactly."""
     return text if float(text := f"{number:g}") == number else repr(number)

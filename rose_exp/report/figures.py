@@ -1,4 +1,4 @@
-"""Figures of one run, as PNG: its layers, and the layers whose order was studied. They read records, and nothing else."""
+"""Draw the figures of a run as PNG files, from its record and its layer studies."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from matplotlib.figure import Figure
 from ..tracking.record import write_atomically
 
 FOLDER = "figures"
-SHEET = "contact_sheet.png"  # of a diffusion model
+SHEET = "contact_sheet.png"  # written by diffusion runs
 DPI = 150
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # told apart by the colour-blind
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # a palette safe for colour blindness
 MARKERS = "osD^vP*X"
 
 
 def write_study(folder: Path, name: str, found: Mapping[str, Any]) -> Path:
-    """Keep what a study has found of the layer ``name``, to be drawn now or later."""
+    """Save the results of a study of the layer ``name`` for later drawing, and return the path."""
     path = folder / FOLDER / f"{name}.json"
     write_atomically(path, json.dumps({"layer": name, **found}) + "\n")
     return path
 
 
 def draw_figures(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Draw all figures that a run's folder has data for; their paths by name."""
+    """Draw all figures that a run's folder has data for, and return their paths by name."""
     figures: dict[str, Figure] = {}
     if record["layers"]:
         figures["layers"] = layers_figure(record)
@@ -45,7 +45,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def layers_figure(record: Mapping[str, Any]) -> Figure:
-    """Relative error and relative range of every layer, by block, a line for each kind of layer."""
+    """Plot relative error and relative range of the layers over the blocks, with one line per kind of layer."""
     figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
     kinds: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
@@ -79,8 +79,10 @@ def _pattern(record: Mapping[str, Any]) -> str:
 
 
 def orders_figure(study: Mapping[str, Any]) -> Figure:
-    """Cumulative error over pruned blocks for several orders (as Fig. 1a of the ROSE paper), and the whole error by the place
-    of the costliest block (as Fig. 1c)."""
+    """Plot the cumulative error over pruned blocks for several orders, and the total error by position of the costliest block.
+
+    Corresponds to Fig. 1a and 1c of the ROSE paper.
+    """
     figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, errors) in enumerate(study["cumulative"].items()):
@@ -90,8 +92,8 @@ def orders_figure(study: Mapping[str, Any]) -> Figure:
     left.legend(fontsize=8)
     right.plot(range(1, len(study["moved"]) + 1), study["moved"], color=COLOURS[0], marker="o", ms=3, lw=1.2)
     own = study["worst"] + 1
-    right.axvline(own, color="black", lw=0.8, ls="--", label=f"its own place, {own}")
-    right.set(xlabel="place of the costliest block", ylabel="relative error", title="one block moved, the others left to right")
+    right.axvline(own, color="black", lw=0.8, ls="--", label=f"original position {own}")
+    right.set(xlabel="position of the costliest block", ylabel="relative error", title="one block moved, others left to right")
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -102,7 +104,7 @@ def orders_figure(study: Mapping[str, Any]) -> Figure:
 
 
 def heat_figure(study: Mapping[str, Any]) -> Figure:
-    """The size of the weights in natural and in pruned order (as Fig. 1b of the ROSE paper)."""
+    """Plot the magnitudes of the weights in natural and in pruning order, as in Fig. 1b of the ROSE paper."""
     figure = Figure(figsize=(9, 3.8), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     heats = study["heat"]
@@ -119,7 +121,7 @@ def heat_figure(study: Mapping[str, Any]) -> Figure:
 
 
 def reorderings_figure(study: Mapping[str, Any]) -> Figure:
-    """Relative error of the four ways to reorder, descending and ascending (as Fig. 4 of the ROSE paper)."""
+    """Plot the relative error of four reorderings, descending and ascending, as in Fig. 4 of the ROSE paper."""
     figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (direction, kinds) in zip(panels, study["reorderings"].items(), strict=True):

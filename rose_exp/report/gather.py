@@ -1,4 +1,4 @@
-"""Run records to tables: methods × sparsities (or × any other setting), over paired seeds, one protocol a table."""
+"""Group run records into tables of methods × sparsities, or × any other setting, with one protocol per table."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .cells import Cell, mark_best, paired_difference
 from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense, variant
 from .published import find
 
-ALL = "all"  # the only column of tasks' tables, and where a dense model stands
+ALL = "all"  # column of a dense model in a table without other columns
 MINUTES = "minutes.pruning"
 DESCRIPTIVE = (MINUTES, REORDERED)  # metrics without differences to a baseline
-JUDGED = ("perplexity.", "zero_shot", "images.", MINUTES)  # metrics of which there is a best
-HIGHER = ("zero_shot", "images.psnr", "images.ssim", "images.clip_score", "images.image_reward", "images.speedup")  # is better
+JUDGED = ("perplexity.", "zero_shot", "images.", MINUTES)  # metrics with a best value
+# metrics for which higher is better
+HIGHER = ("zero_shot", "images.psnr", "images.ssim", "images.clip_score", "images.image_reward", "images.speedup")
 BASELINE = "SparseGPT"
 
 
@@ -28,11 +29,12 @@ class Table:
     """One metric of one model under one protocol.
 
     Attributes:
-        metric: ``perplexity.<set>``, ``minutes.pruning`` …; or ``zero_shot``, whose columns are tasks.
-        columns: what varies from column to column.
-        cells: by row and column.
-        conditions: what all numbers here hang on.
-        letter: of the protocol, where the model has tables of several.
+        metric: such as ``perplexity.<set>`` or ``minutes.pruning``; or ``zero_shot``, whose columns are tasks.
+        at: for ``zero_shot``, the value of the setting ``columns``, which is shared by the whole table; otherwise None.
+        columns: name of the setting that varies between columns.
+        cells: cells by row and column.
+        conditions: everything that the numbers in the table depend on.
+        letter: letter of the protocol, if the model has tables of several protocols for the metric.
     """
 
     model: str
@@ -49,7 +51,7 @@ class Table:
 
     @property
     def names(self) -> list[str]:
-        """The columns, in order."""
+        """Column names in order."""
         found = dict.fromkeys(name for row in self.cells.values() for name in row)
         return list(found) if self.metric == "zero_shot" else sorted(found, key=_order)
 
@@ -66,13 +68,14 @@ class Table:
 
 @dataclass
 class Report:
-    """All tables, and what is not in them.
+    """All tables, and what they leave out.
 
     Attributes:
-        differences: for each model and metric with several tables of one kind, the settings that tell the protocols apart, each
-            with its value in every protocol.
-        left_out: runs that did not finish, and why.
-        allowed: settings that were told not to part tables.
+        differences: for each model and metric with several protocols, the settings in which these differ, each with its value
+            in every protocol.
+        left_out: runs or values outside the tables, with the reason.
+        allowed: settings that may differ within a table.
+        runs: number of finished runs.
     """
 
     tables: list[Table]
@@ -90,17 +93,23 @@ class Report:
 def gather(
     records: Sequence[Mapping[str, Any]], columns: str = SPARSITY, baseline: str = BASELINE, allowed: Sequence[str] = ()
 ) -> Report:
-    """Put runs into tables. Runs whose conditions differ in anything but the method, what is done beside it, the seed and
-    ``columns`` never share one, unless what they differ in is ``allowed``.
+    """Group runs into tables.
+
+    Runs share a table only if their conditions agree. The method and its options, the seed, ``columns`` and the settings in
+    ``allowed`` may differ.
+
+    Args:
+        columns: setting that varies between columns.
+        baseline: row that the other rows are compared with.
 
     Raises:
-        RoseExpError: no run is of the ``baseline``.
+        RoseExpError: no row has the name ``baseline``, unless that is the default.
     """
     runs = [record for record in records if record["status"] == "finished"]
     left_out = [_why_not(record) for record in records if record["status"] != "finished"]
     rows = _row_names(runs, columns)
     tables: list[Table] = []
-    for dense in (False, True):  # a dense model goes into every table that its protocol fits
+    for dense in (False, True):  # last: a dense model joins every table with a matching protocol
         for record, row in zip(runs, rows, strict=True):
             if is_dense(record) == dense:
                 left_out += _add(tables, record, row, columns, allowed)
@@ -117,13 +126,13 @@ def gather(
 
 
 def _why_not(record: Mapping[str, Any]) -> str:
-    """Why a run is in no table."""
+    """Return the reason why a run is in no table."""
     why = f"failed: {record['error']}" if record["status"] == "failed" else "not finished, or still running"
     return f"{record['label']} {record.get('run_id')} {why}"
 
 
 def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str, allowed: Sequence[str]) -> list[str]:
-    """Put the values of a run where they belong; what found its place taken by another run."""
+    """Add the values of a run to the tables; return a line for each cell that another run already occupies."""
     taken = []
     model = record["protocol"]["model"]["name"]
     column = column_of(record, columns)
@@ -138,7 +147,7 @@ def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str,
             places = (table.names or [ALL]) if is_dense(record) and kind != "zero_shot" else [name]
             for place in places:
                 if not _put(table, record, row, place, value):
-                    taken.append(f"{row} {record.get('run_id')}: another run has its place in {table.title()}, {place}")
+                    taken.append(f"{row} {record.get('run_id')}: another run occupies its cell in {table.title()}, {place}")
     return taken
 
 
@@ -149,21 +158,23 @@ def _fits(table: Table, at: str | None, found: Mapping[str, Any], dense: bool) -
 
 
 def _measured(record: Mapping[str, Any], column: str) -> Iterable[tuple[str, str | None, str, float]]:
-    """Metric, the table's own column where it has one for each, the column, and the value."""
+    """Yield each metric with the table's ``at``, the name of the column and the value."""
     for metric, value in record["metrics"].items():
         if metric.startswith("zero_shot."):
             yield metric, column, metric.removeprefix("zero_shot."), value
         elif metric != "sparsity":
             yield metric, None, column, value
     seconds = record["seconds"]
-    if "pruning" in seconds:  # what a job before it in its sweep has done for it counts, and studies of layers do not
+    if "pruning" in seconds:  # includes work shared with an earlier job of the sweep, excludes layer studies
         spent = seconds["pruning"] + seconds.get("pruning.shared", 0) - seconds.get("pruning.studying", 0)
         yield MINUTES, None, column, spent / 60
 
 
 def _put(table: Table, record: Mapping[str, Any], row: str, column: str, value: float) -> bool:
-    """Whether the place was free, or held by an earlier record of the same run, or by one with the same value, such as one
-    that has measured another text as well."""
+    """Add a value to a cell; return False if another run occupies it with another value.
+
+    Two runs have the same value if, for example, one of them measures an additional text.
+    """
     cell = table.cells.setdefault(row, {}).setdefault(column, Cell())
     calibration, seed = record["protocol"]["calibration"], record["config"]["seed"]
     earlier = cell.runs.get(seed)
@@ -191,13 +202,13 @@ def _finish(table: Table, baseline: str) -> None:
 
 
 def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
-    """The method of each run as the literature calls it, and where several variants of one are there, what tells them apart."""
+    """Return the row name of each run: its label, and the options in which it differs from other rows with the same label."""
     kinds = []
     for record in runs:
         own = without(variant(record), [columns])
         kinds.append(json.dumps({} if is_dense(record) else own, sort_keys=True))
     labels: dict[str, str] = {}
-    for record, kind in zip(runs, kinds, strict=True):  # a threshold in the columns is in no row's name
+    for record, kind in zip(runs, kinds, strict=True):  # labels of one row may differ by the setting in the columns
         labels[kind] = min(labels.get(kind, record["label"]), record["label"], key=len)
     by_label: dict[str, list[str]] = {}
     for kind, label in labels.items():
@@ -213,7 +224,7 @@ def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
 
 
 def _letters(tables: Sequence[Table]) -> dict[str, dict[str, list[Any]]]:
-    """Name the protocols of each model and metric, where there are several, and tell them apart."""
+    """Assign a letter to each protocol of a model and metric with several; return the settings in which these differ."""
     kinds: dict[tuple[str, str], list[Table]] = {}
     for table in tables:
         kinds.setdefault((table.model, table.metric), []).append(table)
@@ -232,7 +243,7 @@ def _letters(tables: Sequence[Table]) -> dict[str, dict[str, list[Any]]]:
 
 
 def _order(column: str) -> tuple[int, float, str]:
-    """Numbers by size, then patterns and words."""
+    """Sort key for columns: numbers by value, then all other names."""
     try:
         number = float(column)
     except ValueError:

@@ -21,13 +21,13 @@ from .text import NOTHING, blocks, caption, notes
 
 
 def studies_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """What runs have found of layers whose order they studied."""
+    """Read the layer studies in the folders of runs."""
     paths = [path for folder in folders for path in sorted((folder / FOLDER).glob("*.json"))]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, str]]:
-    """Contact sheets of the runs' folders, each with what the run is."""
+    """Read the contact sheets in the folders of runs, each with a title and the image as a data URL."""
     found = []
     for folder, record in runs:
         path = folder / FOLDER / SHEET
@@ -41,7 +41,7 @@ def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, 
 
 
 def web_page(report: Report, studies: Sequence[dict[str, Any]] = (), sheets: Sequence[dict[str, str]] = ()) -> str:
-    """HTML with its style and its figures inside, and nothing that is fetched."""
+    """Return the report as HTML with embedded style and figures, without external resources."""
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     return page.render(
@@ -83,7 +83,7 @@ def _figures(report: Report, table: Table) -> list[Figure]:
 
 
 def values_figure(table: Table) -> Figure:
-    """Mean and standard deviation of every method over the columns."""
+    """Plot mean and standard deviation of every method over the columns."""
     figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for i, (row, cells) in enumerate(table.cells.items()):
@@ -103,7 +103,7 @@ def values_figure(table: Table) -> Figure:
 
 
 def differences_figure(report: Report, table: Table) -> Figure:
-    """Differences to the baseline, relative to it, with 95 % confidence intervals."""
+    """Plot relative differences to the baseline with 95 % confidence intervals."""
     figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     rows = [
@@ -115,7 +115,7 @@ def differences_figure(report: Report, table: Table) -> Figure:
         scale = [100 * d.relative / d.mean if d.mean else 0 for _, d in found]
         places = [x + (i - (len(rows) - 1) / 2) * 0.12 for x, _ in found]
         halves = [(d.high - d.low) / 2 * s for (_, d), s in zip(found, scale, strict=True)]
-        look = list(table.cells).index(row)  # as in the figure of the values
+        look = list(table.cells).index(row)  # the same style as in the figure of the values
         style = {"color": COLOURS[look % len(COLOURS)], "marker": MARKERS[look % len(MARKERS)], "ms": 5, "ls": "", "capsize": 3}
         axes.errorbar(places, [100 * d.relative for _, d in found], [abs(h) for h in halves], label=row, **style)
     axes.axhline(0, color="black", lw=0.8)

@@ -1,4 +1,4 @@
-"""Figures that papers have published, from data files with their source and how far to trust it."""
+"""Compare results with published figures, which are stored with their source and its reliability."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import yaml
 from ..settings.effects import flat
 from .conditions import SPARSITY, column_of, is_dense
 
-POINTS = ("zero_shot", "images.clip_score", "images.image_reward")  # compared by difference, as a ratio says nothing of them
-# of a protocol, what the figures of a dense model hang on
+POINTS = ("zero_shot", "images.clip_score", "images.image_reward")  # compared by difference, because ratios are not meaningful
+# settings of a protocol that the figures of a dense model depend on
 OF_DENSE = ("evaluation.", *(f"diffusion.{name}" for name in ("steps", "guidance", "height", "width", "scheduler")))
-FIGURES = ("rose", "obs_diff")  # files of the folder published/
+FIGURES = ("rose", "obs_diff")  # files in published/
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Published:
 
     Attributes:
         trust: primary, secondary or digitised.
-        deviation: of ours: relative, or for accuracies and scores in points.
-        within: whether that is inside the tolerance; None where it is not judged.
-        why_not: why it is not judged.
+        deviation: deviation of our value, relative or, for accuracies and scores, in points.
+        within: whether the deviation is within tolerance; None if not judged.
+        why_not: reason for not judging.
     """
 
     value: float
@@ -46,7 +46,7 @@ def papers() -> list[dict[str, Any]]:
 
 @cache
 def _index() -> dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]]]:
-    """The figures of every model, method, sparsity and metric, each with its table."""
+    """Return the figures by model, method, sparsity and metric, each with its table."""
     found: dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for paper in papers():
         for table in paper["tables"].values():
@@ -57,13 +57,13 @@ def _index() -> dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]
 
 
 def _fitting(key: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The figure whose table is about the settings that a run has, if any: one that names more of them comes first."""
+    """Return the figure and table whose ``with`` settings match ``values``, preferring more specific figures; None if none."""
     there = sorted(_index().get(key, []), key=lambda item: -len(item[0].get("with", {})))
     return next((item for item in there if all(values.get(k) == v for k, v in item[0].get("with", {}).items())), None)
 
 
 def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Published | None:
-    """What a paper says of these runs, which differ in their seed alone, compared with ``value``, their mean."""
+    """Compare ``value``, the mean of runs that differ only in their seed, with the published value; None if there is none."""
     config, label = runs[0]["config"], runs[0]["label"]
     sparsity = "dense" if is_dense(runs[0]) else column_of(runs[0], SPARSITY)
     for paper in papers():
@@ -78,7 +78,7 @@ def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Publis
         points = metric.startswith(POINTS)
         tolerance = table.get("tolerance_points" if points else "tolerance")
         deviation = value - figure["value"] if points else value / figure["value"] - 1
-        unknown = "no tolerance is known for it" if tolerance is None else None
+        unknown = "no tolerance is known" if tolerance is None else None
         why_not = "; ".join(reason for reason in (_other_protocol(protocol, config), unknown) if reason) or None
         return Published(
             value=figure["value"],
@@ -92,8 +92,10 @@ def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Publis
 
 
 def _other_protocol(protocol: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
-    """Which settings of a paper's protocol a run has otherwise, if any. Of a dense model those of the evaluation count, and of
-    a text that was not measured none."""
+    """Return the settings in which a run differs from a paper's protocol; None if there are none.
+
+    For a dense model, only settings of evaluation and sampling count. Settings of texts that were not measured do not count.
+    """
     values = flat(config)
     differing = []
     for name, value in protocol.items():
@@ -103,5 +105,5 @@ def _other_protocol(protocol: Mapping[str, Any], config: Mapping[str, Any]) -> s
             continue
         own = values.get(name)
         if own != value:
-            differing.append(f"{name} {own}, the paper's {value}")
+            differing.append(f"{name} is {own}, in the paper {value}")
     return "; ".join(differing) or None

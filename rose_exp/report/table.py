@@ -39,7 +39,7 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
         header.insert(0, "model")
         for row, record in zip(rows, records, strict=True):
             row.insert(0, record["protocol"].get("model", {}).get("name", "-"))  # a run may fail before the model loads
-    left = header.index("sparsity")  # the columns before it hold words
+    left = header.index("sparsity")  # columns before it contain text
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What a person at a terminal is shown before a run; in a pipe it is left out."""
+"""Terminal output before a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 
 def show_config(config: Mapping[str, Any], console: Console | None = None) -> None:
-    """The composed configuration as a tree. Settings of texts that are not set are left out."""
+    """Print the composed configuration as a tree, without unset values; print nothing if the output is not a terminal."""
     console = console or Console()
     if console.file is sys.stdout and not sys.stdout.isatty():
         return

@@ -63,7 +63,7 @@ def beside(found: Published, points: bool) -> str:
 
 
 def caption(table: Table) -> str:
-    """Return the protocol in words."""
+    """Return a description of the protocol of a table."""
     known = table.conditions
     parts = []
     if "protocol.calibration.windows" in known or (
@@ -94,12 +94,12 @@ def caption(table: Table) -> str:
 
 
 def _bos(known: Mapping[str, Any], part: str) -> str:
-    """Return where BOS stands in a part of the protocol, unless the tokenizer decides."""
+    """Describe the position of BOS in a part of the protocol; empty if the tokenizer decides."""
     return {"windows": ", each after BOS", "none": " without BOS"}.get(known.get(f"protocol.{part}.bos"), "")
 
 
 def _sampling(known: Mapping[str, Any]) -> str:
-    """Return how a diffusion model ran."""
+    """Describe calibration and sampling of a diffusion model."""
     told = {name: known.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
     parts = [f"{told['steps']} steps, guidance {told['guidance']}"]
     if "calibration.samples" in known:
@@ -150,7 +150,7 @@ def notes(table: Table) -> list[str]:
 
 
 def _not_reordered(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Say which runs of a row equal runs without an ordering."""
+    """Return a note on the runs of a row that reordered no layer."""
     equal = sorted(run for run, record in runs.items() if record["metrics"].get(REORDERED) == 0)
     if not equal:
         return []
@@ -164,7 +164,7 @@ def _some(runs: Sequence[str]) -> str:
 
 
 def _events(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Count the warnings of each kind in a row's runs: those of layers by layer, those of a whole run by run."""
+    """Return a note that counts a row's warnings by kind: layers with a warning, and runs with a warning of the whole run."""
     found = [(run, event) for run, record in runs.items() for event in record.get("events", [])]
     layers = Counter(event["kind"] for _, event in found if event["layer"] is not None)
     whole = Counter(kind for _, kind in {(run, event["kind"]) for run, event in found if event["layer"] is None})
@@ -195,7 +195,7 @@ def _remarks(report: Report) -> list[str]:
         lines += [f"* `{name}`: {' | '.join(str(value) for value in values)}" for name, values in settings.items()]
         lines.append("")
     if report.allowed:
-        lines += [f"Told not to part tables: {', '.join(f'`{name}`' for name in report.allowed)}.", ""]
+        lines += [f"Allowed to differ within a table: {', '.join(f'`{name}`' for name in report.allowed)}.", ""]
     if report.left_out:
         lines += ["## Not in the tables", "", *(f"* {line}" for line in report.left_out), ""]
     return lines

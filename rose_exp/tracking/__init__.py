@@ -1,4 +1,4 @@
-"""What a run leaves behind."""
+"""Run records and experiment trackers."""
 
 from .record import RunRecord, Stopwatch, environment, read_record
 from .trackers import Guarded, Identity

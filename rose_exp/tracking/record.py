@@ -39,7 +39,7 @@ class RunRecord:
     ``error``, ``started`` and ``ended``.
 
     Args:
-        kept: whether anything is written; of several processes that share a run, the first one writes.
+        kept: whether to write the file; if several processes share a run, only the first one does.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], label: str, run_id: str, kept: bool = True):
@@ -82,15 +82,15 @@ class RunRecord:
             self.data["standard_errors"][name] = standard_error
 
     def warn(self, kind: str, detail: str) -> None:
-        """Record and log a warning that concerns the run as a whole, and no layer."""
+        """Record and log a warning that concerns the whole run instead of a layer."""
         self.data["events"].append({"kind": kind, "layer": None, "detail": detail})
         log.warning("%s: %s", kind, detail)
 
     def pruned(self, layers: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], ordered: bool = False) -> None:
-        """Record the reports of layers and their warnings, and log one line per kind of warning.
+        """Record layer reports and their warnings, and log one line per kind of warning.
 
         Args:
-            ordered: whether the run has an ordering; records and logs how many layers it reordered.
+            ordered: whether the run has an ordering. If so, the number of reordered layers is recorded and logged.
         """
         self.data["layers"] = list(layers)
         self.data["events"] += events
@@ -120,7 +120,7 @@ class RunRecord:
 
 
 class Stopwatch:
-    """Seconds by stage."""
+    """Accumulates seconds by stage in a dictionary."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds = seconds
@@ -145,7 +145,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RoseExpError(f"cannot read the run record {path}: {error}") from error
     if not isinstance(data, dict) or "status" not in data:
-        raise RoseExpError(f"{path} is no run record: expected a field 'status'")
+        raise RoseExpError(f"{path} is not a run record: expected a field 'status', got none")
     return data
 
 
@@ -203,7 +203,7 @@ def _version(name: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Return the commit of the checkout that this package runs from, with '+changes' if files differ; None if no checkout."""
+    """Return the commit of the checkout with this package, with '+changes' if files differ; None without a checkout."""
     folder = Path(__file__).resolve().parent
     try:
         commit = _git(folder, "rev-parse", "HEAD")
@@ -229,7 +229,7 @@ def _reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of this run, not of the process since its start
+        Path("/proc/self/clear_refs").write_text("5")  # Linux only: the peak of the process then starts with this run
     except OSError:
         return
 

@@ -1,4 +1,4 @@
-"""Where a run is told as it goes: Weights & Biases, TensorBoard, CSV, or nowhere. All of them from the same calls."""
+"""Experiment trackers: Weights & Biases, TensorBoard and CSV, behind one interface."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .record import RunRecord
 
 log = logging.getLogger(__name__)
 
-LAYER_NUMBERS = ("error", "relative_range", "reordered", "damping", "seconds", "sparsity")  # a step of each
+LAYER_NUMBERS = ("error", "relative_range", "reordered", "damping", "seconds", "sparsity")  # logged for each layer
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is called beside its kin.
+    """Name of a run in a tracker.
 
     Attributes:
-        name: what differs from the other jobs of its sweep.
-        group: the sweep; None: a run by itself.
+        name: the settings that differ from the other jobs of its sweep.
+        group: name of the sweep; None for a single run.
     """
 
     name: str
@@ -31,26 +31,26 @@ class Identity:
 
 
 class Tracker(Protocol):
-    """What every tracker can be told."""
+    """Interface of all trackers."""
 
     def layer(self, step: int, report: Mapping[str, Any]) -> None:
-        """One pruned layer, as in the record's ``layers``."""
+        """Log a pruned layer; ``report`` is an entry of the record's ``layers``."""
 
     def results(self, metrics: Mapping[str, float], layers: Sequence[Mapping[str, Any]]) -> None:
-        """All that was measured, and a table of all layers."""
+        """Log all metrics and a table of all layers."""
 
     def figure(self, name: str, path: Path) -> None:
-        """A PNG."""
+        """Log a PNG file."""
 
     def keep(self, record: Path, model: Path | None) -> None:
-        """The run record, and the pruned model where it is to be kept."""
+        """Store the run record, and the pruned model unless it is None."""
 
     def finish(self, failed: bool) -> None:
-        """The run is over; nothing more comes."""
+        """Close the tracker at the end of the run."""
 
 
 class Nowhere:
-    """Tells nobody."""
+    """Discards everything."""
 
     def layer(self, step: int, report: Mapping[str, Any]) -> None: ...
 
@@ -64,7 +64,7 @@ class Nowhere:
 
 
 class Wandb:
-    """A run of Weights & Biases; offline it needs no account, and lies in the run's folder until ``wandb sync``."""
+    """Weights & Biases. In offline mode, it needs no account and writes to the run's folder, for a later ``wandb sync``."""
 
     def __init__(
         self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path, tags: Sequence[str]
@@ -82,7 +82,7 @@ class Wandb:
             tags=list(tags),
             config=config,
             dir=str(folder),
-            reinit="create_new",  # the jobs of a sweep share a process, and nothing else
+            reinit="create_new",  # jobs of a sweep run in one process but are separate runs
             settings=wandb.Settings(silent=True),
         )
 
@@ -115,7 +115,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """An event file in the run's folder."""
+    """TensorBoard event files in the run's folder."""
 
     def __init__(
         self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path, tags: Sequence[str]
@@ -141,7 +141,7 @@ class TensorBoard:
             self.writer.add_image(f"figures/{name}", np.asarray(image.convert("RGB")), dataformats="HWC")
 
     def keep(self, record: Path, model: Path | None) -> None:
-        """Files stay in the run's folder."""
+        """Do nothing, because the file is already in the run's folder."""
 
     def finish(self, failed: bool) -> None:
         self.writer.add_text("status", "failed" if failed else "finished")
@@ -173,10 +173,10 @@ class Csv:
             writer.writerows(metrics.items())
 
     def figure(self, name: str, path: Path) -> None:
-        """Files stay in the run's folder."""
+        """Do nothing, because the file is already in the run's folder."""
 
     def keep(self, record: Path, model: Path | None) -> None:
-        """Files stay in the run's folder."""
+        """Do nothing, because the file is already in the run's folder."""
 
     def finish(self, failed: bool) -> None:
         self.file.close()
@@ -186,8 +186,10 @@ KINDS: dict[str, type] = {"wandb": Wandb, "tensorboard": TensorBoard, "csv": Csv
 
 
 class Guarded:
-    """A tracker that may fail without the run failing: the first failure is logged and put into the record, and the tracker is
-    told nothing more but that the run is over."""
+    """A wrapper that keeps failures of a tracker from failing the run.
+
+    The first failure is logged and recorded. After it, the tracker only receives ``finish``.
+    """
 
     def __init__(self, settings: TrackingSettings, record: RunRecord, identity: Identity, folder: Path, tags: Sequence[str]):
         self.record = record
@@ -198,18 +200,18 @@ class Guarded:
         record.data["tracking"] = {"kind": settings.kind, "failure": None}
         try:
             self.tracker = self.opened = KINDS[settings.kind](settings, record.data["config"], identity, folder, tags)
-        except Exception as error:  # whatever a tracker does wrong, the run is worth more
+        except Exception as error:  # no error of a tracker may end the run
             self._failed("start", error)
 
     def tell(self, what: str, *arguments: Any) -> None:
-        """Call the tracker's method ``what``."""
+        """Call the tracker's method ``what`` with ``arguments``."""
         try:
             getattr(self.tracker, what)(*arguments)
         except Exception as error:
             self._failed(what, error)
 
     def finish(self, failed: bool) -> None:
-        """End the tracker's run, also after a failure of its own."""
+        """Close the tracker, even after it failed."""
         if self.opened is None:
             return
         try:
@@ -220,6 +222,6 @@ class Guarded:
 
     def _failed(self, what: str, error: Exception) -> None:
         reason = f"{what}: {type(error).__name__}: {error}"
-        log.warning("tracking with %s failed, the run goes on without it: %s", self.record.data["tracking"]["kind"], reason)
+        log.warning("tracking with %s failed, the run continues without it: %s", self.record.data["tracking"]["kind"], reason)
         self.record.data["tracking"]["failure"] = reason
         self.tracker = Nowhere()

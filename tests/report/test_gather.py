@@ -231,7 +231,7 @@ def test_two_runs_for_one_place_are_told():
     other = record("SparseGPT", 30.0, config__engine__damping=0.1)
     report = gather([record("SparseGPT", 10.0), other], allowed=["engine.damping"])
     assert report.tables[0].cells["SparseGPT"]["0.7"].values == {0: 10.0}
-    assert report.left_out[0].startswith(f"SparseGPT {other['run_id']}: another run has its place in Llama-2-7b-hf")
+    assert report.left_out[0].startswith(f"SparseGPT {other['run_id']}: another run occupies its cell in Llama-2-7b-hf")
 
 
 def test_a_run_done_again_elsewhere_is_not_mixed_with_the_first():

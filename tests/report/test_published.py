@@ -76,7 +76,7 @@ def test_ours_is_judged_by_the_tolerance():
 def test_another_protocol_is_not_judged():
     found = cell("SparseGPT", 27.2, config__calibration__samples=16)
     assert found.within is None
-    assert found.why_not == "calibration.samples 16, the paper's 128"
+    assert found.why_not == "calibration.samples is 16, in the paper 128"
     for name, value in {"evaluation__at_most": 2, "pipeline__layers": ["*.0.*"], "pipeline__true_sequential": True}.items():
         assert cell("SparseGPT", 27.2, **{f"config__{name}": value}).within is None, name
     assert cell("Dense", 5.48, config__evaluation__at_most=2).within is None
@@ -146,4 +146,4 @@ def test_figures_of_diffusion_models_are_told_apart_by_what_their_table_is_about
 def test_figures_of_diffusion_models_are_not_judged_by_a_tolerance_that_nobody_knows():
     found = images_cell("OBS-Diff", **{"diffusion.steps": 10})
     assert (found.within, found.trust) == (None, "primary")
-    assert found.why_not == "diffusion.steps 10, the paper's 25; no tolerance is known for it"
+    assert found.why_not == "diffusion.steps is 10, in the paper 25; no tolerance is known"

@@ -119,7 +119,7 @@ def test_protocols_that_differ_are_told():
     assert "## Llama-2-7b-hf: perplexity.wikitext2 (protocol A)" in text
     assert "* `engine.damping`: 0.01 | 0.1" in text
     allowed = markdown(gather([record("ROSE", 26.0), record("ROSE", 27.0, 1, config__engine__damping=0.1)], allowed=["engine"]))
-    assert "Told not to part tables: `engine`." in allowed
+    assert "Allowed to differ within a table: `engine`." in allowed
 
 
 def test_csv_has_a_line_a_cell(report):
@@ -160,7 +160,7 @@ def test_studies_are_drawn(shared, tmp_path):
     rose_exp.run([*small_overrides(shared), "figures.study=['*.0.self_attn.o_proj']"], tmp_path)
     write_report([tmp_path])
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "What the order does to model.layers.0.self_attn.o_proj" in page
+    assert "Effect of the order on model.layers.0.self_attn.o_proj" in page
     assert page.count("data:image/png;base64,") == 3
 
 

@@ -121,7 +121,7 @@ def test_a_tracker_that_breaks_does_not_break_the_run(broken, config, tmp_path, 
     told = {"init": "start", "log": "layer"}[broken]
     assert record["tracking"] == {"kind": "wandb", "failure": f"{told}: ConnectionError: no route to host"}
     assert read_record(tmp_path / "run.json")["tracking"] == record["tracking"]
-    assert "tracking with wandb failed, the run goes on without it" in caplog.text
+    assert "tracking with wandb failed, the run continues without it" in caplog.text
 
 
 def test_csv_has_the_same_values(config, tmp_path):
