@@ -1,6 +1,6 @@
-"""Pruning diffusion models (OBS-Diff, 2025): the engine's second kind of walk. Needs ``pip install 'rose_exp[diffusion]'``.
+"""Prune diffusion models with OBS-Diff (2025). Requires ``pip install 'rose_exp[diffusion]'``.
 
-Importing this package lets diffusers load saved pipelines whose heads and neurons were removed:
+Importing this package lets diffusers load saved pipelines with removed attention heads and neurons:
 
 >>> import rose_exp.diffusion
 >>> pipeline = diffusers.DiffusionPipeline.from_pretrained("outputs/RUN/model")

@@ -1,4 +1,4 @@
-"""Reading the models of a diffusion pipeline one by one, each completely or not at all."""
+"""Load the models of a diffusion pipeline one by one, and reject incomplete weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from ..runtime.errors import RoseExpError
 
 
 def read_components(folder: Path, denoiser: tuple[str, ...], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Every model of the pipeline in ``folder``, by its name in the pipeline.
+    """Load every model of the pipeline in ``folder``.
 
-    diffusers and transformers initialize what a checkpoint lacks at random, and drop what they have no place for. Here, each
-    model is loaded by itself, for its account of both.
+    diffusers and transformers initialize missing tensors at random and drop unexpected ones. Each model is loaded separately,
+    because only then do the libraries report both.
 
     Args:
-        denoiser: what pipelines call their denoiser, in which everything has to have a place.
-        options: of ``from_pretrained``.
+        denoiser: names that pipelines give to their denoiser. Unexpected tensors are an error there and allowed elsewhere.
+        options: arguments of ``from_pretrained``.
     Returns:
-        The models, and names of tensors outside the denoiser that have no place in their model.
+        The models by their name in the pipeline, and the names of unexpected tensors outside the denoiser.
     Raises:
-        RoseExpError: a tensor is missing, has another shape or is not finite, or an index points out of its folder.
+        RoseExpError: a tensor is missing, has an unexpected shape or is not finite, or an index refers to a file outside its
+            folder.
     """
     components: dict[str, Any] = {}
     unused: list[str] = []
@@ -36,14 +37,14 @@ def read_components(folder: Path, denoiser: tuple[str, ...], options: Mapping[st
         _check_index(folder / name)
         model, info = kind.from_pretrained(folder, subfolder=name, output_loading_info=True, **options)
         extra = sorted(info.get("unexpected_keys", ()))
-        problems = [f"it has no {key}" for key in sorted(info.get("missing_keys", ()))]
-        problems += [f"expected {key} of another shape" for key, *_ in map(_entry, info.get("mismatched_keys", ()))]
+        problems = [f"{key} is missing" for key in sorted(info.get("missing_keys", ()))]
+        problems += [f"the shape of {key} differs" for key, *_ in map(_entry, info.get("mismatched_keys", ()))]
         problems += [str(message) for message in info.get("error_msgs", ())]
-        problems += [f"its configuration has no place for {key}" for key in extra if name in denoiser]
+        problems += [f"{key} is unexpected" for key in extra if name in denoiser]
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise RoseExpError(
-                f"model.path: the weights of {folder / name} do not fit its configuration: {'; '.join(problems[:3])}{more}"
+                f"model.path: the weights of {folder / name} do not match its configuration: {'; '.join(problems[:3])}{more}"
             )
         unused += [f"{name}: {key}" for key in extra]
         own_weights(model, f"model.path: {folder / name}")
@@ -52,7 +53,7 @@ def read_components(folder: Path, denoiser: tuple[str, ...], options: Mapping[st
 
 
 def _listed(folder: Path) -> dict[str, type]:
-    """The class of every part that ``model_index.json`` lists."""
+    """Return the class of each component that ``model_index.json`` lists."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and all(entry)}
@@ -64,9 +65,9 @@ def _listed(folder: Path) -> dict[str, type]:
         try:
             found[name] = getattr(importlib.import_module(library), kind)
         except (ImportError, AttributeError) as error:
-            raise RoseExpError(f"model.path: {folder} names {library}.{kind} as its {name}, which is not installed") from error
+            raise RoseExpError(f"model.path: {folder} uses {library}.{kind} as its {name}, which is not installed") from error
         if not (folder / name).is_dir():
-            raise RoseExpError(f"model.path: expected a folder {name} in {folder}, as model_index.json says, got none")
+            raise RoseExpError(f"model.path: expected a folder {name} in {folder}, as listed in model_index.json, got none")
     return found
 
 
@@ -75,10 +76,10 @@ def _check_index(folder: Path) -> None:
         try:
             shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RoseExpError(f"model.path: {path} is no index of shards: {error!r}") from error
+            raise RoseExpError(f"model.path: expected an index of shards in {path}, got {error!r}") from error
         for shard in shards:
             if Path(shard).name != shard:
-                raise RoseExpError(f"model.path: expected names of files beside {path}, got {shard!r}, which leads elsewhere")
+                raise RoseExpError(f"model.path: expected names of files in the folder of {path}, got {shard!r}")
 
 
 def _entry(value: Any) -> tuple[Any, ...]:

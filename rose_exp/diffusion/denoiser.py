@@ -1,4 +1,4 @@
-"""Finding what can be pruned in a denoiser, and in which order, by structure: no architecture has code of its own."""
+"""Find the prunable layers of a denoiser and their pruning order from its structure, without code for any architecture."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..runtime.errors import RoseExpError
 
 
 class ConvLayer(LinearLayer):
-    """A two-dimensional convolution as the linear layer that it is of the patches that it sees."""
+    """A two-dimensional convolution, treated as a linear layer applied to patches of its input."""
 
     @property
     def weight(self) -> Tensor:
-        """W, (rows, columns) = (channels out, channels in · height · width of the kernel), a view."""
+        """W as a view, (rows, columns) = (output channels, input channels · kernel height · kernel width)."""
         return self.module.weight.detach().flatten(1)
 
     def set_weight(self, weight: Tensor) -> None:
@@ -32,7 +32,7 @@ class ConvLayer(LinearLayer):
 
 
 def tokens_of(layer: LinearLayer, inputs: Tensor) -> Tensor:
-    """What W of the layer multiplies, (..., columns)."""
+    """Return the vectors that the weight of ``layer`` multiplies, (..., columns): patches for a convolution."""
     if not isinstance(layer, ConvLayer):
         return inputs
     conv = layer.module
@@ -44,10 +44,10 @@ def tokens_of(layer: LinearLayer, inputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers whose inputs hang on none of each other's outputs, the paper's basic unit.
+    """Layers with mutually independent inputs, the paper's basic unit.
 
     Attributes:
-        groups: names of the layers, those with the same input together, in the order of their calls.
+        groups: names of the layers in call order; layers with the same input form one group.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -59,15 +59,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """How the pipeline calls its denoiser."""
+    """Arguments of one call of the denoiser by its pipeline."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 def candidate_layers(denoiser: nn.Module, convolutions: bool) -> list[LinearLayer]:
-    """Linear layers of attention and of all that stands beside it in a transformer block; with ``convolutions`` those of the
-    blocks as well, but not what leads into the denoiser and out of it."""
+    """Return the linear layers of all transformer blocks, and with ``convolutions`` also the convolutions of all blocks.
+
+    Input and output layers of the denoiser are left out.
+    """
     found: dict[str, LinearLayer] = {}
     for root in _blocks(denoiser):
         for name, module in denoiser.get_submodule(root).named_modules():
@@ -81,7 +83,7 @@ def candidate_layers(denoiser: nn.Module, convolutions: bool) -> list[LinearLaye
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
-    """Names of the modules that hold attention, outermost first, each once."""
+    """Yield the names of the outermost modules that contain attention."""
     found: list[str] = []
     for name, module in denoiser.named_modules():
         if not hasattr(module, "to_q"):
@@ -94,14 +96,14 @@ def _blocks(denoiser: nn.Module) -> Iterator[str]:
 
 
 def find_units(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearLayer]) -> list[Unit]:
-    """Sort layers into units, from the one that hangs on no other layer's output to the last.
+    """Group layers into units, sorted by dependency: each unit depends only on the outputs of earlier units.
 
-    The denoiser is run once, as ``call`` says, with the graph of what is made from what; nothing is kept of the activations.
-    Layers that see no tokens, but a vector an image, such as those that scale by the time step, are in no unit, nor are those
-    that are not called.
+    The denoiser runs once with the arguments of ``call``. The autograd graph gives the dependencies; no activations are saved.
+    Units leave out layers that are not called, and layers whose input is one vector per image instead of tokens, such as the
+    modulation by the time step.
 
     Raises:
-        RoseExpError: no layer sees tokens.
+        RoseExpError: no layer has tokens as input.
     """
     probe = _Probe()
     with ExitStack() as stack:
@@ -117,12 +119,12 @@ def find_units(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearL
         if fed.tokens:
             by_level.setdefault(level, {}).setdefault(fed.group, []).append(fed.name)
     if not by_level:
-        raise RoseExpError(f"{type(denoiser).__name__} has no layer of attention or feed-forward that sees tokens")
+        raise RoseExpError(f"{type(denoiser).__name__} has no attention or feed-forward layer with tokens as input")
     return [Unit(tuple(tuple(names) for names in by_level[level].values())) for level in sorted(by_level)]
 
 
 def packages(units: Sequence[Unit], count: int) -> list[list[Unit]]:
-    """The units in ``count`` runs of equal length, give or take one, or as many as there are units if these are fewer."""
+    """Split the units into ``count`` consecutive packages whose sizes differ by at most one; fewer if there are fewer units."""
     count = min(count, len(units))
     bounds = [len(units) * i // count for i in range(count + 1)]
     return [list(units[start:end]) for start, end in pairwise(bounds)]
@@ -130,7 +132,7 @@ def packages(units: Sequence[Unit], count: int) -> list[list[Unit]]:
 
 @dataclass(frozen=True)
 class _Fed:
-    """A layer's call. ``group`` is the same for layers that were given the same tensor."""
+    """One call of a layer. Layers with the same input tensor share a ``group``."""
 
     name: str
     group: int
@@ -139,18 +141,20 @@ class _Fed:
 
 
 class _Probe:
-    """Hooks that note what each layer is fed with, and cut the graph behind each, so that the graph of an input shows those
-    layers that it hangs on with no other in between."""
+    """Hooks that record the inputs of each layer.
+
+    The output of each layer starts a new autograd graph. The graph of an input therefore contains only its direct dependencies.
+    """
 
     def __init__(self):
         self.found: dict[str, _Fed] = {}
-        self.inputs: list[weakref.ref] = []  # of each group; a tensor's address alone is soon another's
+        self.inputs: list[weakref.ref] = []  # one per group; the address of a freed tensor is reused
 
     def watch(self, layer: LinearLayer, stack: ExitStack) -> None:
         def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs = args[0]
             if layer.name in self.found:
-                raise RoseExpError(f"{layer.name} is called twice in one step, and cannot be pruned; name it in pipeline.skip")
+                raise RoseExpError(f"{layer.name} is called twice in one step and cannot be pruned; add it to pipeline.skip")
             group = next((i for i, kept in enumerate(self.inputs) if kept() is inputs), len(self.inputs))
             if group == len(self.inputs):
                 self.inputs.append(weakref.ref(inputs))
@@ -160,14 +164,14 @@ class _Probe:
         def after(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             leaf = output.detach().requires_grad_()
             leaf.made_by = layer.name
-            return leaf * 1  # no leaf itself: it may be changed in place
+            return leaf * 1  # not a leaf: the denoiser may modify it in place
 
         for hook in (layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(after)):
             stack.callback(hook.remove)
 
 
 def _makers(tensor: Tensor) -> set[str]:
-    """Names of the watched layers whose outputs a tensor is made of."""
+    """Return the names of the watched layers that a tensor directly depends on."""
     found: set[str] = set()
     known, waiting = set(), [tensor.grad_fn]
     while waiting:

@@ -1,4 +1,4 @@
-"""Images of a dense and of a pruned model from the same noise, and how far they are apart."""
+"""Generate images with a dense and a pruned model from the same noise, and measure the distances between them."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from .sampling import Sampler
 
 @dataclass(frozen=True)
 class Rendering:
-    """What a model makes of prompts.
+    """Images that a model generates from prompts.
 
     Attributes:
         images: (images, channels, height, width) uint8.
-        milliseconds: of a call of the denoiser, the median.
+        milliseconds: median duration of a call of the denoiser.
     """
 
     images: Tensor
     milliseconds: float
 
 
-OnBatch = Callable[[int, Tensor, Tensor], None]  # the first image's number, images (0 to 1), latents (images, steps, …)
+OnBatch = Callable[[int, Tensor, Tensor], None]  # index of the first image, images (0 to 1), latents (images, steps, …)
 
 
 @torch.no_grad()
 def render(
     sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], what: str, on_batch: OnBatch | None = None
 ) -> Rendering:
-    """Make an image of each prompt from the noise of its seed.
+    """Generate an image for each prompt from the noise of its seed.
 
     Args:
-        on_batch: called with the images of each batch and what each step left of them, float32 on the CPU.
+        what: name of the progress bar.
+        on_batch: called with the images of each batch and their latents after each step, float32 on the CPU.
     """
     images: list[Tensor] = []
     latents: list[Tensor] = []
@@ -61,7 +62,7 @@ def render(
 
 
 class _Clock:
-    """How long the denoiser's calls take."""
+    """Measures the duration of each call of the denoiser."""
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser, self.seconds, self.start = denoiser, [], 0.0
@@ -84,12 +85,13 @@ class _Clock:
 
 
 class Distances:
-    """How far a pruned model's images are from the dense model's at equal noise, collected a batch at a time; what the dense
-    model has made waits on disk.
+    """Distances between the images of a pruned and a dense model from the same noise, accumulated batch by batch.
+
+    Batches of the dense model are stored on disk until they are compared.
 
     Args:
-        folder: for the dense model's batches; it must exist.
-        vae: the pipeline's autoencoder; None, or one of another kind than AutoencoderKL: there is no ``vae_distance``.
+        folder: an existing folder for the batches of the dense model.
+        vae: the pipeline's autoencoder, for ``vae_distance``. The metric is left out if this is not an ``AutoencoderKL``.
     """
 
     def __init__(self, folder: Path, vae: nn.Module | None = None):
@@ -98,11 +100,11 @@ class Distances:
         self.by_step: list[Tensor] = []
 
     def keep(self, number: int, images: Tensor, latents: Tensor) -> None:
-        """Those of the dense model."""
+        """Store a batch of the dense model; ``number`` is the index of its first image."""
         save_file({"images": images.contiguous(), "latents": latents.contiguous()}, self._file(number))
 
     def compare(self, number: int, images: Tensor, latents: Tensor) -> None:
-        """Those of the pruned model, in the same batches."""
+        """Compare a batch of the pruned model with the stored one of the same ``number``, and delete the latter."""
         dense = load_file(self._file(number))
         self._file(number).unlink()
         found, by_step = distances(dense["images"], images, dense["latents"], latents, self.vae)
@@ -111,12 +113,12 @@ class Distances:
         self.by_step.append(by_step)
 
     def metrics(self) -> dict[str, tuple[float, float | None]]:
-        """Mean and standard error over the images, by name, see :func:`distances`."""
+        """Return the mean over the images and its standard error for each metric of :func:`distances`."""
         of_images = {name: torch.cat(values) for name, values in self.found.items()}
         return {n: (float(v.mean()), float(v.std() / len(v) ** 0.5) if len(v) > 1 else None) for n, v in of_images.items()}
 
     def latent_mse(self) -> list[float]:
-        """After each step, a mean over the images."""
+        """Return the mean squared difference of the latents after each step, averaged over the images."""
         return torch.cat(self.by_step).mean(dim=0).tolist()
 
     def _file(self, number: int) -> Path:
@@ -130,12 +132,13 @@ def distances(
     """Compare images (images, channels, height, width), 0 to 1, and latents (images, steps, …) of the same prompts and seeds.
 
     Returns:
-        Of each image: ``latent_mse``, mean squared difference after the last step, ``latent_mse_all`` over all steps; ``psnr``
-        (dB) and ``ssim``; ``vae_distance`` where there is an autoencoder. And the difference after each step, (images, steps).
+        Metrics by name, each (images,): ``latent_mse``, the mean squared difference of the latents after the last step;
+        ``latent_mse_all``, its mean over all steps; ``psnr`` (dB); ``ssim``; and ``vae_distance`` if ``vae`` is given.
+        Also the mean squared difference after each step, (images, steps).
 
-    ``vae_distance`` is made as LPIPS is (Zhang et al., 2018), from the features of the pipeline's own encoder in place of a
-    network for which weights must be fetched: of the output of each of its stages, normalised over channels, the squared
-    difference summed over channels and averaged over places, summed over stages. No human has judged it.
+    ``vae_distance`` follows LPIPS (Zhang et al., 2018), but uses the features of the pipeline's own encoder, which needs no
+    download. The output of each encoder stage is normalized over channels; squared differences are summed over channels,
+    averaged over positions and summed over stages. The metric is not calibrated against human judgement.
     """
     by_step = (dense_latents - pruned_latents).square().flatten(2).mean(dim=2)
     found = {"latent_mse": by_step[:, -1], "latent_mse_all": by_step.mean(dim=1)}
@@ -148,7 +151,7 @@ def distances(
 
 
 def _encoder_distance(vae: nn.Module, first: Tensor, second: Tensor) -> Tensor:
-    """Of each pair of images; in float32, as half precision overflows in some encoders."""
+    """Return the distance of each pair of images, in float32, because half precision overflows in some encoders."""
     place, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
     features: list[Tensor] = []
     total = torch.zeros(len(first))

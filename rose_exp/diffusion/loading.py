@@ -1,4 +1,4 @@
-"""Reading and saving diffusion pipelines: folders of safetensors, the hub, or small ones with random weights."""
+"""Load diffusion pipelines from a folder, the hub or small built-in configurations, and save them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ log = logging.getLogger(__name__)
 
 
 def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """The pipeline in evaluation mode on the CPU, and what its weights are, for the record.
+    """Load a pipeline in evaluation mode on the CPU, and describe its weights for the run record.
 
     Args:
-        scheduler: a class of diffusers in place of the pipeline's own, with the same noise schedule; None: its own.
+        scheduler: name of a diffusers class that replaces the pipeline's scheduler and keeps its noise schedule; None: no
+            replacement.
     Raises:
-        RoseExpError: it cannot be had, or has no denoiser that is known.
+        RoseExpError: the pipeline is unavailable or has no known denoiser.
     """
-    kind = _scheduler(scheduler) if scheduler is not None else None  # before weights are read
+    kind = _scheduler(scheduler) if scheduler is not None else None  # reports an unknown name before weights are read
     log.info("loading %s", settings.name)
     if settings.built is not None:
         pipeline = small_pipeline(settings.built)
@@ -42,7 +43,7 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
     if denoiser_name(pipeline) is None:
         raise RoseExpError(f"model: expected a pipeline with {' or '.join(PARTS)}, got {type(pipeline).__name__}")
     if getattr(pipeline, "safety_checker", None) is not None:
-        log.info("the safety checker is left out: images that it blackens could not be compared")
+        log.info("removing the safety checker: images that it blackens cannot be compared")
         pipeline.safety_checker = None
     if kind is not None:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
@@ -59,18 +60,18 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
 
 def _read(settings: ModelSettings) -> tuple[Any, dict[str, Any]]:
     path = Path(settings.path).expanduser()
-    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)  # pipelines say nothing of theirs
+    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)  # pipelines do not record their own
     options = {"use_safetensors": True, "dtype": dtype}
     try:
         if path.exists():
             folder, facts = path, {"source": str(path), "sha256": folder_sha256(path)}
         else:
             folder = Path(DiffusionPipeline.download(settings.path, revision=settings.revision, use_safetensors=True))
-            facts = {"source": settings.path, "revision": folder.name}  # the hub's cache calls a folder by its commit
+            facts = {"source": settings.path, "revision": folder.name}  # the hub's cache names a folder after its commit
         components, unused = read_components(folder, PARTS, options)
         pipeline = DiffusionPipeline.from_pretrained(folder, **components, **options)
     except (OSError, KeyError, TypeError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        hint = "" if path.exists() else " (no such folder here, and not to be had from the hub)"
+        hint = "" if path.exists() else " (no such local folder, and unavailable from the hub)"
         reason = " ".join(str(error).split())[:400]
         raise RoseExpError(f"model.path: cannot load the pipeline {settings.path!r}{hint}: {reason}") from error
     return pipeline, facts | ({"unused_weights": unused} if unused else {})
@@ -80,15 +81,15 @@ def _scheduler(name: str) -> Any:
     known = [option for option in dir(diffusers) if option.endswith("Scheduler")]
     if name not in known:
         hint = suggest(name, known)
-        raise RoseExpError(f"diffusion.scheduler: expected one of diffusers' such as DDIMScheduler, got {name!r}{hint}")
+        raise RoseExpError(f"diffusion.scheduler: expected a scheduler of diffusers, such as DDIMScheduler, got {name!r}{hint}")
     return getattr(diffusers, name)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> Path:
-    """Write the pipeline as a folder of safetensors that diffusers loads, all of it or nothing.
+    """Save the pipeline atomically, as a folder of safetensors files that diffusers can load.
 
     Raises:
-        RoseExpError: it cannot be written, or the folder exists already.
+        RoseExpError: the folder cannot be written or already exists.
     """
     with whole_or_not(folder) as scratch:
         pipeline.save_pretrained(scratch, safe_serialization=True)

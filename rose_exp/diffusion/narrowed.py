@@ -1,6 +1,8 @@
-"""Denoisers whose heads and neurons are fewer than their configuration can say: ``NarrowedX`` is diffusers' class X with its
-layers made smaller as ``narrowed`` in its configuration says. diffusers loads a saved pipeline that names one once this module
-has been imported, which ``import rose_exp.diffusion`` does."""
+"""Denoisers with fewer attention heads and neurons than diffusers' configurations can express.
+
+``NarrowedX`` is the diffusers class X with layers shrunk to the sizes in its configuration's entry ``narrowed``. diffusers can
+load a saved pipeline with such a class once this module has been imported; ``import rose_exp.diffusion`` does that.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin  # noqa: F401  diffusers looks here for what it knows how to load
+from diffusers import ModelMixin  # noqa: F401  diffusers looks for loadable base classes here
 from torch import nn
 
 from ..models import Structure, find_structures
@@ -21,47 +23,50 @@ PREFIX = "Narrowed"
 
 
 def widths(denoiser: nn.Module, kinds: Collection[str] = ("heads", "neurons")) -> dict[str, int]:
-    """Heads and neurons of each structure, by its name and kind."""
+    """Return the number of heads or neurons of each structure, by name and kind."""
     return {key_of(structure): structure.groups for structure in find_structures(denoiser, kinds=kinds)}
 
 
 def narrow(denoiser: nn.Module, wanted: Mapping[str, int]) -> None:
-    """Make every structure as small as ``wanted`` says, whatever its weights are.
+    """Shrink structures to the numbers of heads or neurons in ``wanted``, by name and kind; weights do not matter.
 
     Raises:
-        ValueError: of a structure that is not there, or of more than there is.
+        ValueError: a structure does not exist, or is smaller than its wanted number.
     """
     kinds = {key.rpartition("/")[2] for key in wanted}
     known = widths(denoiser, kinds)
     for key, count in wanted.items():
         if not 1 <= count <= known.get(key, 0):
             raise ValueError(f"narrowed.{key}: expected 1 to {known.get(key, 0)}, got {count}")
-    for key in wanted:  # found anew each time, since two may share a layer
+    for key in wanted:  # searched again each time, because structures may share a layer
         structure = _structure(denoiser, key)
         structure.keep(torch.arange(structure.groups) < wanted[key])
 
 
 def remove_masked(pipeline: Any, counts: Mapping[str, int]) -> None:
-    """Take out as many heads and neurons of each structure of the denoiser as ``counts`` says, by name and kind; they must be
-    masked, so that no output changes. The denoiser becomes one of a ``Narrowed`` class.
+    """Remove masked heads and neurons from the denoiser, which becomes an instance of a ``Narrowed`` class.
 
+    The outputs of the denoiser do not change.
+
+    Args:
+        counts: how many to remove from each structure, by name and kind.
     Raises:
-        ValueError: more than are masked.
+        ValueError: a count exceeds the number of masked heads or neurons.
     """
     part = denoiser_name(pipeline)
     denoiser = getattr(pipeline, part)
     for key, count in counts.items():
-        _structure(denoiser, key).remove_masked(count)  # found anew each time, since two may share a layer
+        _structure(denoiser, key).remove_masked(count)  # searched again, because structures may share a layer
     if not type(denoiser).__name__.startswith(PREFIX):
         denoiser.__class__ = narrowed_class(type(denoiser).__name__)
     before = dict(denoiser.config.get("narrowed") or {})
     denoiser.register_to_config(narrowed=before | {key: _structure(denoiser, key).groups for key in counts})
-    pipeline.register_modules(**{part: denoiser})  # which notes its class
+    pipeline.register_modules(**{part: denoiser})  # updates the class that the pipeline saves
 
 
 @cache
 def narrowed_class(original: str) -> type:
-    """The class of diffusers that is called ``original``, narrowed."""
+    """Return the ``Narrowed`` class for the diffusers class named ``original``."""
     base = getattr(diffusers, original)
 
     def __init__(self, narrowed: dict[str, int] | None = None, **options: Any):  # noqa: N807
@@ -71,7 +76,7 @@ def narrowed_class(original: str) -> type:
 
     parameters = list(inspect.signature(base.__init__).parameters.values())
     own = inspect.Parameter("narrowed", inspect.Parameter.KEYWORD_ONLY, default=None)
-    __init__.__signature__ = inspect.Signature([*parameters, own])  # diffusers reads from it what a configuration may hold
+    __init__.__signature__ = inspect.Signature([*parameters, own])  # diffusers derives the valid configuration entries from it
     return type(f"{PREFIX}{original}", (base,), {"__init__": __init__, "__module__": __name__})
 
 

@@ -1,4 +1,4 @@
-"""The walk through a denoiser: OBS-Diff's module packages, one after the other, one denoising of all prompts each."""
+"""Prune a denoiser with OBS-Diff's module packages: one package at a time, each calibrated by denoising all prompts once."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Package:
-    """What became of a package, for the record.
+    """Time and memory that pruning a package took, for the run record.
+
+    Packages that an earlier process has finished are not included.
 
     Attributes:
-        index: of all packages; those that an earlier process has finished are told nothing of.
-        layers: names of those that were pruned.
-        moments_bytes: of all Hessians that were held at once.
-        peak_bytes: of the device while the package was calibrated and pruned; None on a CPU.
+        index: position among all packages.
+        layers: names of the pruned layers.
+        calibrating, solving: seconds.
+        moments_bytes: size of all Hessians held at once.
+        peak_bytes: peak memory of the device during calibration and pruning; None on a CPU.
     """
 
     index: int
@@ -45,13 +48,13 @@ class Package:
 
 @dataclass
 class DenoiserWalk:
-    """Everything that pruning a denoiser takes.
+    """Prunes a denoiser package by package.
 
     Args:
-        layers: all that may be pruned, by name.
-        packages: units that are pruned together, of the plan's layers alone.
-        structures: heads and neurons, where these are what is pruned.
-        weights: α_t of a step, given the step and their number.
+        layers: prunable layers by name.
+        packages: units that are pruned together; they contain only the layers of ``plan``.
+        weights: function that returns the weight α_t of a step, given the step and the number of steps.
+        structures: attention heads and neurons, for structured pruning.
     """
 
     sampler: Sampler
@@ -70,17 +73,17 @@ class DenoiserWalk:
 
     @torch.no_grad()
     def prune(self) -> list[LayerReport]:
-        """Prune the denoiser in place; what an earlier process has kept is taken up.
+        """Prune the denoiser in place, and resume from the saved state of an earlier process.
 
         Raises:
             RoseExpError: a layer cannot be pruned; the message names it.
-            Interrupted: the process was told to stop; the packages that are done are kept.
+            Interrupted: a signal requested a stop. The state contains all finished packages.
         """
         done = self.state.progress.blocks if self.state is not None else 0
         for index in range(done):
             self._holder(index).load_state_dict(self.state.block(index))
         if done:
-            log.info("going on after package %d of %d, which an earlier process has finished", done, len(self.packages))
+            log.info("resuming after package %d of %d, which an earlier process has finished", done, len(self.packages))
             self._tell(self.state.reports)
             self.seconds.update(self.state.progress.seconds)
         for index in range(done, len(self.packages)):
@@ -96,7 +99,7 @@ class DenoiserWalk:
             self.reports.append(report)
 
     def _holder(self, index: int) -> nn.Module:
-        """A module of all layers that pruning a package changes, for the state."""
+        """Return a module with all layers that pruning a package changes, to save and restore them."""
         names = [name for unit in self.packages[index] for name in unit.names]
         makers = [maker.layer.name for of in self._structures(index) for maker in of.makers]
         return nn.ModuleDict({name.replace(".", "/"): self.layers[name].module for name in dict.fromkeys([*names, *makers])})
@@ -125,7 +128,7 @@ class DenoiserWalk:
                 (own, *_) = [moments.pop(name) for name in group]
                 own.finish()
                 reports += self._solve([self.layers[name] for name in group], own)
-                del own  # its memory is the next group's
+                del own  # frees memory for the next group
         peak = torch.cuda.max_memory_allocated() if cuda else None
         end = time.perf_counter()
         self.seconds["calibrating"] += middle - start
@@ -134,7 +137,7 @@ class DenoiserWalk:
         return reports
 
     def _moments(self, groups: Sequence[Sequence[str]], what: str) -> dict[str, InputMoments]:
-        """Moments of the inputs of each group, weighted by step, by the name of its first layer (and of every other)."""
+        """Return the input moments by layer name, weighted by step; the layers of a group share one object."""
         found: dict[str, InputMoments] = {}
         alpha = 1.0
 

@@ -1,4 +1,4 @@
-"""Running a diffusion pipeline: the same prompts from the same noise, watched step by step."""
+"""Run a diffusion pipeline on given prompts and noise seeds, with callbacks for each step."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from ..runtime import signals as interruption
 from ..runtime.batches import at_once
 from .denoiser import DenoiserCall
 
-PARTS = ("transformer", "unet")  # what pipelines call their denoiser
+PARTS = ("transformer", "unet")  # attributes that may hold the denoiser of a pipeline
 
 
 class Sampler:
-    """A pipeline with the number of steps, guidance and size that it is run with.
+    """A pipeline with fixed sampling options. None selects the pipeline's default.
 
     Args:
-        pipeline: of diffusers, conditioned on prompts or not.
-        steps: of denoising.
-        guidance: scale of classifier-free guidance, or what a guidance-distilled model is told; None: as the pipeline has it.
-        size: (height, width) in pixels; None: as the pipeline has it.
-        text_length: tokens of a T5 encoder; None: as the pipeline has it.
-        batch: images at once, on a GPU; see :func:`rose_exp.runtime.batches.at_once`. Each image has a generator of its own.
+        pipeline: a diffusers pipeline, conditioned on prompts or unconditional.
+        steps: number of denoising steps.
+        guidance: scale of classifier-free guidance, or guidance input of a guidance-distilled model.
+        size: (height, width) in pixels.
+        text_length: maximum number of tokens for the T5 encoder.
+        batch: images per batch on a GPU, see :func:`rose_exp.runtime.batches.at_once`. It does not change the noise, because
+            each image has its own generator.
     """
 
     def __init__(
@@ -55,18 +56,21 @@ class Sampler:
 
     @property
     def conditioned(self) -> bool:
-        """Whether images are made of prompts."""
+        """Whether the pipeline takes prompts."""
         return "prompt" in self.accepted
 
     def run(
         self, prompts: Sequence[str], seeds: Sequence[int], what: str, decode: bool
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Make an image of every prompt, a batch at a time: numbers of the images, and the images (batch, channels, height,
-        width), 0 to 1, float32 on the CPU; or what came instead where nothing is to be decoded.
+        """Generate an image for each prompt, batch by batch.
 
         Args:
-            seeds: of the noise that each image is made of.
-            what: is being done, for the progress bar.
+            seeds: seeds of the initial noise, one per image.
+            what: name of the progress bar.
+            decode: whether to decode the latents; unconditional pipelines always return images.
+        Yields:
+            Indices of the images, and the images (batch, channels, height, width), 0 to 1, or latents without ``decode``;
+            float32 on the CPU.
         """
         size = at_once(self.batch, next(self.denoiser.parameters()).device)
         starts = range(0, len(prompts), size)
@@ -86,7 +90,7 @@ class Sampler:
         return images.float().cpu()
 
     def first_call(self, prompt: str) -> DenoiserCall:
-        """How the denoiser is called in the first step of the first image."""
+        """Return the arguments of the denoiser in the first step for ``prompt``."""
         found: list[DenoiserCall] = []
 
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -105,8 +109,13 @@ class Sampler:
 
     @contextmanager
     def steps(self, on_step: Callable[[int, int], None]) -> Iterator[None]:
-        """Call ``on_step(step, steps)`` before each call of the denoiser, steps counted from 0 for each batch; a signal to stop
-        is heeded there. A sampler that calls the denoiser more than once a step (Heun's) has as many steps as calls."""
+        """Call ``on_step(step, steps)`` before each call of the denoiser, with ``step`` starting at 0 for each batch.
+
+        Every call counts as a step, also with schedulers that call the denoiser more than once per step, such as Heun's.
+
+        Raises:
+            Interrupted: a signal requested a stop; checked before each call.
+        """
         calls = itertools.count()
 
         def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
@@ -122,11 +131,11 @@ class Sampler:
 
     @contextmanager
     def latents(self, on_latents: Callable[[Tensor], None]) -> Iterator[None]:
-        """Call ``on_latents`` with what every step of the scheduler leaves."""
+        """Call ``on_latents`` with the latents after each step of the scheduler."""
         scheduler = self.pipeline.scheduler
         step = scheduler.step
 
-        @functools.wraps(step)  # pipelines look at what it takes
+        @functools.wraps(step)  # pipelines inspect its signature
         def watched(*args: Any, **kwargs: Any) -> Any:
             found = step(*args, **kwargs)
             on_latents(found[0] if isinstance(found, tuple) else found.prev_sample)
@@ -139,16 +148,16 @@ class Sampler:
 
 
 class _Enough(Exception):
-    """Ends a pipeline once its denoiser has been called."""
+    """Stops a pipeline when it calls its denoiser."""
 
 
 def denoiser_name(pipeline: Any) -> str | None:
-    """What the pipeline calls its denoiser, None where it has none that is known."""
+    """Return the name of the attribute that holds the denoiser, or None if the pipeline has no known denoiser."""
     return next((name for name in PARTS if isinstance(getattr(pipeline, name, None), nn.Module)), None)
 
 
 def noise_seeds(seed: int, count: int) -> list[int]:
-    """A seed of its own for the noise of each of ``count`` images, the same first ones for any count; none twice."""
+    """Return ``count`` distinct noise seeds; a larger count extends the list without changing its start."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[int, None] = {}
     while len(found) < count:

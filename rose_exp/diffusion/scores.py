@@ -1,4 +1,4 @@
-"""Scores of images by other networks: CLIP score, ImageReward and FID, through the libraries that keep them."""
+"""Image metrics that need other networks: CLIP score, ImageReward and FID."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from ..runtime.errors import RoseExpError
 from ..settings.diffusion import ImagesSettings
 
 BATCH = 16
-Score = Callable[[Tensor, Sequence[str]], tuple[float, float | None]]  # of images (uint8) and prompts: mean, its standard error
+Score = Callable[[Tensor, Sequence[str]], tuple[float, float | None]]  # (uint8 images, prompts) -> mean, standard error
 
 
 def load_scores(settings: ImagesSettings, device: torch.device) -> dict[str, Score]:
-    """What is to be measured beside distances, by name; loaded before any image is made, so that what is missing is told first.
+    """Load the networks for the metrics in ``settings``, and return the scoring functions by name.
+
+    This runs before any image is generated, so that missing weights are reported early.
 
     Raises:
-        RoseExpError: weights cannot be had.
+        RoseExpError: weights or packages are unavailable.
     """
     makers = {"clip_score": _clip_score, "image_reward": _image_reward, "fid": _fid}
     found = {}
@@ -32,12 +34,12 @@ def load_scores(settings: ImagesSettings, device: torch.device) -> dict[str, Sco
             found[name] = makers[name](settings, device)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise RoseExpError(f"evaluation.images.metrics: {name} cannot be measured here: {reason}") from error
+            raise RoseExpError(f"evaluation.images.metrics: {name} is unavailable: {reason}") from error
     return found
 
 
 def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
-    """Cosine of CLIP's embeddings of image and prompt (Hessel et al., 2021, without its factor), as OBS-Diff reports it."""
+    """Return the CLIP score as OBS-Diff reports it: cosine similarity of image and prompt (Hessel et al., 2021), unscaled."""
     from transformers import AutoProcessor, CLIPModel
 
     model = CLIPModel.from_pretrained(settings.clip).eval().to(device)
@@ -75,7 +77,7 @@ def _image_reward(_settings: ImagesSettings, device: torch.device) -> Score:
 
 
 def _fid(settings: ImagesSettings, device: torch.device) -> Score:
-    """Fréchet distance of Inception features to a folder of real images; it has no standard error."""
+    """Return the Fréchet inception distance to a folder of real images, without a standard error."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=2048).to(device)

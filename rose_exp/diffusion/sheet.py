@@ -1,4 +1,4 @@
-"""The contact sheet: images of the dense and of the pruned model from the same noise, one above the other."""
+"""Contact sheets: images of the dense model above those of the pruned model, from the same noise."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
-INCHES = 1.9  # an image
-LETTERS = 26  # of a prompt on a line
+INCHES = 1.9  # size of an image
+LETTERS = 26  # maximum line length of prompts and labels
 
 
 def draw_sheet(dense: Tensor, pruned: Tensor, prompts: Sequence[str], label: str, path: Path) -> Path:
-    """Write a PNG of a column for each prompt.
+    """Write a PNG with one column per prompt, and return its path.
 
     Args:
         dense, pruned: (images, channels, height, width) uint8.
-        label: of the pruned model.
+        label: name of the pruned model.
     """
     count = len(prompts)
     figure = Figure(figsize=(INCHES * count + 0.5, 2 * INCHES + 0.9), dpi=130, layout="constrained")

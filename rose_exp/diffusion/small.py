@@ -1,5 +1,7 @@
-"""Small pipelines with random weights, every class the real one, built from their configurations: for tests, and to try a
-configuration where no weights can be had. What they draw is noise; how far a pruned one is from the dense one is not."""
+"""Small pipelines of real diffusers classes with random weights, for tests and to try a configuration offline.
+
+Their images are noise, but distances between the images of a pruned and a dense model are meaningful.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ WIDTH = 32  # of the text encoders
 
 
 def small_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
-    """A pipeline of :data:`PIPELINES`, float32 on the CPU, its weights drawn with ``seed`` from a generator of its own."""
+    """Build a pipeline of :data:`PIPELINES`, float32 on the CPU; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = PIPELINES[name]()
@@ -195,14 +197,14 @@ def _t5_encoder(width: int) -> T5EncoderModel:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's own, but its vocabulary is the bytes: nothing is merged."""
+    """Return CLIP's tokenizer with a vocabulary of bytes and without merges."""
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
 def _t5_tokenizer() -> T5Tokenizer:
-    """T5's own, with a vocabulary of letters."""
+    """Return T5's tokenizer with a vocabulary of ASCII characters."""
     letters = [chr(code) for code in range(32, 127)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64)

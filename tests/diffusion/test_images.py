@@ -129,7 +129,7 @@ def test_the_clip_score_is_the_cosine_of_embeddings(clip):
 
 
 def test_a_score_whose_weights_cannot_be_had_is_told(tmp_path):
-    with pytest.raises(RoseExpError, match=r"evaluation\.images\.metrics: clip_score cannot be measured here"):
+    with pytest.raises(RoseExpError, match=r"evaluation\.images\.metrics: clip_score is unavailable"):
         load_scores(settings(metrics=["clip_score"], clip=str(tmp_path)), torch.device("cpu"))
 
 
