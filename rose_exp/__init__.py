@@ -1,4 +1,4 @@
-"""One-shot pruning of large language models: methods, orders and honest baselines on one engine."""
+"""One-shot pruning of large language and diffusion models."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 
 try:
     __version__ = version("rose_exp")
-except PackageNotFoundError:  # run from a checkout that was not installed
+except PackageNotFoundError:  # running from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = ["run", "sweep"]
 
 
 def run(overrides: Sequence[str] = (), folder: str | Path = "outputs") -> dict[str, Any]:
-    """What ``rose-exp OVERRIDES…`` does, from Python: one run, in ``folder``/RUN.
+    """Execute one run in ``folder``/RUN_ID, like ``rose-exp OVERRIDES…``.
 
     Args:
-        overrides: as on the command line, such as ``["method=rose", "sparsity.ratio=0.7"]``.
+        overrides: overrides as on the command line, such as ``["method=rose", "sparsity.ratio=0.7"]``.
+        folder: parent of the run's folder.
     Returns:
-        The run record, as in ``run.json``; of an earlier run, where the same is finished already.
+        The run record, as in ``run.json``. If the run is already finished, its existing record.
     Raises:
-        SettingsError: the overrides have mistakes, all of them told, or stand for several runs.
-        RoseExpError: something outside the code is wrong; the record says ``failed`` and why.
+        SettingsError: the overrides have errors, or specify several runs. The message lists all errors.
+        RoseExpError: an error outside the code. The record has status ``failed`` and the error.
     """
     from .api import run_one  # slow to import, and the engine needs none of it
 
@@ -32,12 +33,15 @@ def run(overrides: Sequence[str] = (), folder: str | Path = "outputs") -> dict[s
 
 
 def sweep(overrides: Sequence[str], folder: str | Path = "outputs") -> list[dict[str, Any]]:
-    """What ``rose-exp -m OVERRIDES…`` does, from Python, one job after the other.
+    """Execute the jobs of a sweep one after the other, like ``rose-exp -m OVERRIDES…``.
 
+    Args:
+        overrides: overrides as on the command line, such as ``["method=rose,wanda"]``.
+        folder: parent of the runs' folders.
     Returns:
-        A run record for every job; those of failed jobs say ``failed`` and why.
+        The run record of each job. Those of failed jobs have status ``failed`` and the error.
     Raises:
-        SettingsError: the overrides have mistakes, all of them told.
+        SettingsError: the overrides have errors. The message lists all of them.
     """
     from .api import run_all
 

@@ -1,4 +1,4 @@
-"""Runs from Python, as from the command line."""
+"""Implementation of :func:`rose_exp.run` and :func:`rose_exp.sweep`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
     """See :func:`rose_exp.run`."""
     jobs = check_command(overrides).jobs
     if len(jobs) != 1:
-        raise SettingsError([f"overrides: expected those of one run, got those of {len(jobs)}; rose_exp.sweep takes them"])
+        raise SettingsError([f"overrides: expected those of one run, got those of {len(jobs)}; use rose_exp.sweep"])
     with claimed(jobs[0].settings.device, sweep=False) as device:
         return do_run(jobs[0].settings.on(device), jobs[0].config, folder / jobs[0].run_id)
 
@@ -40,7 +40,7 @@ def _tried(job: Job, folder: Path, first_block: FirstBlock) -> dict[str, Any]:
             identity = Identity(job.name, folder.name)
             return do_run(job.settings.on(device), job.config, place, identity, wait=True, first_block=first_block)
     except Exception as error:
-        log.exception("%s failed; the sweep goes on", job.name)
-        if not (place / FILE_NAME).exists():  # nothing was begun, and so there is nothing that tells why
+        log.exception("%s failed; the sweep continues", job.name)
+        if not (place / FILE_NAME).exists():  # the run has not started, so no record has the error
             raise
         return read_record(place / FILE_NAME) | {"status": "failed", "error": f"{type(error).__name__}: {error}"}

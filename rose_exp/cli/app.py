@@ -1,4 +1,4 @@
-"""The ``rose-exp`` command: one run, or with ``-m`` a sweep."""
+"""The ``rose-exp`` command, which executes one run or, with ``-m``, a sweep."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SWEPT = "ROSE_EXP_SWEPT"  # environment variable with the settings in which the jobs of a sweep differ, for launchers' workers
+SWEPT = "ROSE_EXP_SWEPT"  # environment variable with the names of the swept settings, for launchers' workers
 
 register_resolver()  # here, because launchers' workers import only this module
 register_sweeper()
@@ -84,7 +84,7 @@ def main() -> None:
 
         print(format_plan(command.jobs[:1] if command.searched else command.jobs, command.sweep))
         if command.searched:
-            print("a search: each trial takes about as much as this one, which is at one end of the search space")
+            print("a search: each trial needs about as much as this one, at one end of the search space")
         return
     if command.searched and launched()[1] > 1:
         print(
@@ -106,7 +106,7 @@ def main() -> None:
         sys.exit(1)
     except Interrupted as stop:
         anew = any(job.settings.rerun for job in command.jobs)
-        hint = "rerun=true starts anew: drop it to resume" if anew else "the same command goes on from there"
+        hint = "to resume, run the same command without rerun=true" if anew else "run the same command again to resume"
         print(f"{stop}; {hint}", file=sys.stderr)
         sys.exit(EXIT_STATUS)
     finally:
@@ -125,7 +125,10 @@ def _print_outcomes(command: Command, started: str) -> bool:
 
 
 def _identity(hydra_config: DictConfig) -> Identity | None:
-    """The name of a sweep's job is what differs from the other jobs; its group is the experiment, or else the folder."""
+    """Return the tracker's name and group of a sweep's job, or None for a single run.
+
+    The name consists of the overrides that differ from the other jobs. The group is the experiment or, without one, the folder.
+    """
     if hydra_config.mode == RunMode.RUN:
         return None
     swept = os.environ.get(SWEPT, "").split()
@@ -137,7 +140,7 @@ def _identity(hydra_config: DictConfig) -> Identity | None:
 
 
 def _be_quiet() -> None:
-    """Of several processes that share a run, only the first one prints and writes. This one writes no folder and no log."""
+    """Disable Hydra's output of this process, because only the first rank prints and writes files."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
     scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra always writes a file of the sweep
     sys.argv += ["hydra.run.dir=.", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
@@ -146,7 +149,7 @@ def _be_quiet() -> None:
 
 @cache
 def _first_block() -> FirstBlock:
-    """The moments that the jobs of a sweep share, if they run in this process."""
+    """Return the moments of the first block, which a sweep's jobs in this process share."""
     from ..pruning import FirstBlock
 
     return FirstBlock()
@@ -178,7 +181,7 @@ def job(config: DictConfig) -> dict[str, Any] | None:
     except Exception:
         if not sweep:
             raise
-        log.exception("the job failed; the sweep goes on")
+        log.exception("the job failed; the sweep continues")
     else:
         if not sweep and not launched()[0]:
             print(f"\n{format_table([record])}\n\nfull record: {folder / FILE_NAME}")

@@ -43,7 +43,7 @@ register_resolver()  # configuration files use it
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"  # of Hydra
 JOB = SimpleNamespace(__module__=f"{__package__}.app")  # the module of the function that Hydra runs
-SEVERAL = ("evaluation",)  # groups of which one run can have several choices
+SEVERAL = ("evaluation",)  # groups that allow several choices in one run
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Command:
     """A command line without errors.
 
     Attributes:
-        jobs: all jobs; none for a command that only shows something. For a search, the jobs at the ends of the searched
+        jobs: all jobs; empty for a command that only prints information. For a search, the jobs at the ends of the searched
             intervals.
         swept: settings with several values.
         sweep: the folder that holds the folders of a sweep's jobs; None: a single run.
@@ -106,7 +106,7 @@ def check_command(arguments: Sequence[str]) -> Command:
 
 
 class _Loader(ConfigLoaderImpl):
-    """Notes which configuration files the last configuration was composed of."""
+    """Records the configuration files from which the last configuration was composed."""
 
     defaults: Sequence[ResultDefault] = ()
 
@@ -130,7 +130,7 @@ class _Composer:
         try:
             self.loader = _Loader(_search_path(parsed))
             self.parser = OverridesParser.create(self.loader)
-            # of all overrides only this one changes where configuration files are
+            # the only override that changes the search path of configuration files
             self.always = [text for text in parsed.overrides if text.lstrip("+").startswith("hydra.searchpath=")]
             self.compose([])
         except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -180,7 +180,7 @@ class _Composer:
 
 
 def _search_path(parsed: argparse.Namespace) -> Any:
-    """The search path that Hydra makes of ``--config-path`` and ``--config-dir``."""
+    """Return Hydra's search path for ``--config-path`` and ``--config-dir``."""
     path = parsed.config_path or str(config_folder())
     validate_config_path(path)
     found = create_automatic_config_search_path(*detect_calling_file_or_module_from_task_function(JOB), path)
@@ -252,7 +252,7 @@ def _choices(override: Override) -> Iterable[Any]:
 
 
 def _settings_of(composer: _Composer, groups: Sequence[Override]) -> DictConfig:
-    """A configuration with every setting that these choices of groups bring."""
+    """Compose a configuration with all settings of these choices."""
     first = [_as_text(override, next(iter(_choices(override)), None)) for override in groups]
     try:
         return composer.compose(first)
@@ -292,8 +292,10 @@ def _hydra_config(composer: _Composer, overrides: Sequence[Override]) -> DictCon
 def _axes(
     composer: _Composer, overrides: Sequence[Override], hydra_config: DictConfig | None
 ) -> tuple[list[str], list[list[str]]]:
-    """The overrides that all jobs share, and for each setting with several values one override per value. The settings in
-    ``hydra.sweeper.params`` count, too."""
+    """Return the overrides that all jobs share and, for each setting with several values, one override per value.
+
+    Includes the settings in ``hydra.sweeper.params``.
+    """
     single = [o.input_line for o in overrides if not o.is_sweep_override()]
     given = {override.key_or_group for override in overrides}
     params = (hydra_config.sweeper.get("params") or {}) if hydra_config is not None else {}

@@ -1,4 +1,4 @@
-"""Where the package keeps its configuration files."""
+"""The location of the configuration files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def config_folder() -> Path:
-    """The configuration files: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the configuration files: in the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"

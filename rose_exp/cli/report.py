@@ -1,4 +1,4 @@
-"""The ``rose-exp-report`` command: run records to one report."""
+"""The ``rose-exp-report`` command, which generates a report from run records."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..tracking.record import FILE_NAME, write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write ``report.md``, ``.csv``, ``.tex`` and ``.html``, and print the Markdown."""
+    """Write ``report.md``, ``.csv``, ``.tex`` and ``.html``, and print the Markdown report."""
     parser = argparse.ArgumentParser(
         prog="rose-exp-report",
-        description="Gather run records into tables: methods × sparsities, over paired seeds, published values beside ours.",
+        description="Generate tables of run records: methods × sparsities, over paired seeds, with published values.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"folders with {FILE_NAME} somewhere in them")
-    parser.add_argument("--output", type=Path, help="folder to write to; default: DIR/report")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"folders to search for {FILE_NAME}")
+    parser.add_argument("--output", type=Path, help="output folder (default: DIR/report)")
     parser.add_argument(
-        "--columns", default=SPARSITY, help="setting that varies from column to column, such as engine.block_size"
+        "--columns", default=SPARSITY, help="setting whose values are the columns, for example engine.block_size"
     )
-    parser.add_argument("--baseline", default=BASELINE, help="method that differences are taken to (default: %(default)s)")
+    parser.add_argument("--baseline", default=BASELINE, help="reference method for differences (default: %(default)s)")
     parser.add_argument(
-        "--allow", action="append", default=[], metavar="SETTING", help="let runs that differ in this stand in one table"
+        "--allow", action="append", default=[], metavar="SETTING", help="allow runs that differ in SETTING in one table"
     )
     options = parser.parse_args(arguments)
     try:
@@ -46,10 +46,10 @@ def write_report(
     baseline: str = BASELINE,
     allowed: Sequence[str] = (),
 ) -> str:
-    """Read the records below ``folders``, write the report to ``output``, and give it back as Markdown.
+    """Read the records below ``folders``, write the report to ``output``, and return it as Markdown.
 
     Raises:
-        RoseExpError: a folder is missing, holds no record or one that cannot be read; or the disk refuses.
+        RoseExpError: a folder does not exist, no folder has a record, a record is unreadable, or writing fails.
     """
     for folder in folders:
         if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""One run of a diffusion model, top to bottom; what :func:`rose_exp.runs.language.run_experiment` does for language models."""
+"""The stages of a diffusion model's run, for :func:`rose_exp.runs.language.run_experiment`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from .preparation import at_most, find_device, pruning_plan, resolved_backend
 
 log = logging.getLogger(__name__)
 
-EVALUATION_NOISE = 24432  # seed of the noise that images are measured on, whatever the seed of a run
+EVALUATION_NOISE = 24432  # seed of the noise for evaluation, independent of the run's seed
 LIBRARIES = ("diffusers", "torchmetrics")
 
 
 class DiffusionRun:
-    """The stages of a run, and what they hand on."""
+    """The stages of a diffusion model's run, and the data that they share."""
 
     def __init__(self, settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, tracker: Guarded):
         if ranks.size > 1:
@@ -59,7 +59,7 @@ class DiffusionRun:
         self.structures: list[Structure] = []
 
     def prepare(self, stack: ExitStack) -> None:
-        """Read the prompts, and what scores images, before anything takes long."""
+        """Read the prompts and load the image metrics, so that errors show up early."""
         settings, images = self.settings, self.settings.evaluation.images
         self.protocol |= {"seed": settings.seed, "ranks": 1} | environment(self.device)
         self.protocol["versions"] |= library_versions(LIBRARIES)
@@ -81,7 +81,7 @@ class DiffusionRun:
                 self.scores = load_scores(images, self.device)
 
     def load(self) -> None:
-        """The pipeline, what of it can be pruned, and the state that an earlier process has left."""
+        """Load the pipeline, find its prunable layers, and load the state of an interrupted run."""
         settings, sampling = self.settings, self.settings.diffusion
         with self.watch.stage("loading"):
             self.pipeline, self.protocol["model"] = load_pipeline(settings.model, sampling.scheduler)
@@ -96,8 +96,8 @@ class DiffusionRun:
             )
             if self.sampler.ignored:
                 raise RoseExpError(
-                    f"diffusion: expected null for {', '.join(self.sampler.ignored)}, which {type(self.pipeline).__name__} has "
-                    "no use for, got a value"
+                    f"diffusion: expected null for {', '.join(self.sampler.ignored)}, which {type(self.pipeline).__name__} "
+                    "does not support, got a value"
                 )
             self._find_layers()
         if settings.pruned and settings.pipeline.resume != "none":
@@ -124,7 +124,7 @@ class DiffusionRun:
             check_structures(self.structures, plan.sparsity)
             pruned = {part.layer.name for structure in self.structures for part in structure.consumers}
         if not pruned:
-            raise RoseExpError("pipeline.layers, pipeline.skip: expected to leave something to prune, got nothing")
+            raise RoseExpError("pipeline.layers, pipeline.skip: expected patterns that select a layer, got none")
         own = [Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in units]
         self.packages = packages([unit for unit in own if unit.groups], self.settings.diffusion.packages)
 
@@ -136,7 +136,7 @@ class DiffusionRun:
         return {"settings": identifying(self.settings), "model": model, "calibration": calibration, "code": code_sha256()} | own
 
     def prune(self) -> None:
-        """Make the dense model's images, then prune it."""
+        """Generate the dense model's images, then prune the denoiser."""
         settings, record, sampling = self.settings, self.record, self.settings.diffusion
         if settings.evaluation.images is not None:
             with self.watch.stage("evaluation.dense"):
@@ -169,7 +169,7 @@ class DiffusionRun:
         return render(self.sampler, prompts, noise_seeds(EVALUATION_NOISE, len(prompts)), what, on_batch)
 
     def measure(self) -> None:
-        """Sparsity, then what remains of heads and neurons, then the images."""
+        """Measure sparsity, remove pruned heads and neurons, then measure the images."""
         record, settings = self.record, self.settings
         reports = {report["name"]: report for report in record.data["layers"]}
         saved, total = saved_and_total([self.layers[name] for name in self.chosen], reports)
@@ -196,7 +196,7 @@ class DiffusionRun:
 
     def _compare(self, dense: Rendering, pruned: Rendering) -> None:
         self.record.data["images"]["dense_denoiser_ms"] = dense.milliseconds
-        if self.structures:  # zeros that are stored make nothing faster
+        if self.structures:  # only removed heads and neurons can change the speed
             self.record.measured("images.speedup", dense.milliseconds / pruned.milliseconds)
         if self.distances is not None:
             self.record.data["images"]["latent_mse"] = self.distances.latent_mse()
@@ -213,7 +213,7 @@ class DiffusionRun:
         self.tracker.tell("figure", "contact_sheet", path)
 
     def finish(self) -> None:
-        """Save, tell and draw."""
+        """Save the pipeline, log the results and draw the figures."""
         settings, record = self.settings, self.record
         if settings.save:
             with self.watch.stage("saving"):

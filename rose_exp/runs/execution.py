@@ -1,4 +1,4 @@
-"""Doing a run once: a finished run is reused, and no two processes work on the same run."""
+"""Executes a run exactly once: finished runs are reused, and a lock keeps other processes out."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def do_run(
     wait: bool = False,
     first_block: FirstBlock | None = None,
 ) -> dict[str, Any]:
-    """Do what :func:`run_experiment` does, unless ``folder`` already has the result.
+    """Call :func:`run_experiment`, unless ``folder`` already has the result.
 
-    With ``rerun`` the run starts anew, whatever an earlier process has left.
+    With ``rerun``, discards earlier results and progress.
 
     Args:
-        wait: wait for another process that works on the same run; else that is an error.
+        wait: wait if another process is working on the same run; False: raise an error.
     Returns:
-        The run record, of this run or of the earlier one.
+        The record of this run or of the reused one.
     Raises:
-        RoseExpError: as :func:`run_experiment`; or the folder holds another run, or another process works on it.
+        RoseExpError: as :func:`run_experiment`; or the folder contains another run, or another process is working on it.
     """
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
@@ -58,11 +58,12 @@ def do_run(
 
 
 def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
-    """The record of an earlier run, if it is finished and has left everything that the settings request. If not, removes its
-    saved model, and with ``rerun`` its state, so that this run does not find them.
+    """Return the record of an earlier run if it is finished and has everything that the settings request.
+
+    Otherwise, remove its saved model and, with ``rerun``, its state, and return None.
 
     Raises:
-        RoseExpError: the folder holds another run, or a model of unknown origin.
+        RoseExpError: the folder contains another run, or a model of unknown origin.
     """
     path = folder / FILE_NAME
     if not path.exists():
@@ -79,7 +80,7 @@ def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
         missing = lacking(settings, record, folder)
         if not missing:
             return record
-        log.info("%s is finished, but without %s: it runs again", settings.label, ", ".join(missing))
+        log.info("%s is finished, but without %s: running it again", settings.label, ", ".join(missing))
     in_the_way = ([STATE] if settings.rerun else []) + ([MODEL] if settings.rerun or settings.save else [])
     for name in in_the_way:
         try:
@@ -93,8 +94,7 @@ def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _locked(folder: Path, wait: bool, ranks: Ranks) -> Iterator[None]:
-    """Hold the folder's lock until the end of the block or of the process. Of several processes that share a run, the first one
-    holds it."""
+    """Hold the folder's lock while the body runs. Only the first rank of a distributed run acquires it."""
     if not ranks.first:
         yield
         return
@@ -105,8 +105,8 @@ def _locked(folder: Path, wait: bool, ranks: Ranks) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             if not wait:
-                raise RoseExpError(f"{folder}: another process is at this run; wait for it, or end it") from None
-            log.info("waiting for another process that works in %s", folder)
+                raise RoseExpError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+            log.info("waiting for another process that is working on %s", folder)
             lock.acquire()
     except OSError as error:
         raise RoseExpError(f"cannot write to {folder}: {error.strerror or error}") from error

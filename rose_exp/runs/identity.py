@@ -1,4 +1,4 @@
-"""The name of a run: a hash of all settings that can change its result."""
+"""Run IDs: hashes of all settings that can change a result."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ UNKNOWN = "unknown"
 
 
 def run_id(settings: Settings) -> str:
-    """Return twelve hexadecimal digits, equal for settings that must lead to equal results.
+    """Return twelve hexadecimal digits, which are equal for settings that lead to equal results.
 
-    The resolved settings count, so another default in a configuration file makes another run.
+    The ID depends on the resolved settings, so changing a default in a configuration file changes it.
     """
     text = json.dumps(identifying(settings), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
@@ -38,7 +38,7 @@ def identifying(settings: Settings) -> dict[str, Any]:
 
 
 def _contents(setting: Setting) -> Any:
-    """The fingerprint of what a setting names, if it names a file; else its value."""
+    """Return the fingerprint of the file or model that a setting names, or its value if it names none."""
     kind, value = setting.effect.place, setting.value
     if kind is None or value is None:
         return value
@@ -54,7 +54,7 @@ def _resolved_run_id(*, _root_: DictConfig) -> str:
     try:
         return run_id(read_settings(OmegaConf.to_container(plain, resolve=True)))
     except SettingsError:
-        return UNKNOWN  # of a configuration that is shown, not run
+        return UNKNOWN  # the configuration is only shown, not run
 
 
 def register_resolver() -> None:

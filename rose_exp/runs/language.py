@@ -1,4 +1,4 @@
-"""One run, top to bottom: read texts, load, prune, measure, save, and keep the record."""
+"""Runs one experiment: reads texts, loads the model, prunes, evaluates and saves it, and writes the run record."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ from .preparation import (
 
 log = logging.getLogger(__name__)
 
-STATE = "state"  # folder in the run's, while it is not finished
+STATE = "state"  # subfolder of an unfinished run
 
 
 def run_experiment(
@@ -81,20 +81,19 @@ def run_experiment(
     identity: Identity | None = None,
     first_block: FirstBlock | None = None,
 ) -> dict[str, Any]:
-    """Do what ``settings`` say and leave ``run.json`` (and with ``save`` the model) in ``folder``.
+    """Run an experiment, and write ``run.json`` (and with ``save`` the model) to ``folder``.
 
-    What an earlier process has kept of the same run in ``folder`` is not done again.
+    Resumes from the state of the same run in ``folder``, if there is one.
 
     Args:
-        config: the resolved configuration that the settings were read from, for the record.
-        identity: what trackers call the run; None: the method and the model.
-        first_block: what the runs of a sweep in this process share.
+        config: the resolved configuration of the settings, for the record.
+        identity: the name of the run for trackers; None: its method, model and pattern.
+        first_block: the moments of the first block that the runs of a sweep share.
     Returns:
         The run record.
     Raises:
-        RoseExpError: something outside the code is wrong; the record says ``failed`` and why.
-        Interrupted: the process was told to stop; the record says ``interrupted``, and the run goes on where it was when it is
-            started again.
+        RoseExpError: an error outside the code. The record has status ``failed`` and the error.
+        Interrupted: a signal has stopped the run. The record has status ``interrupted``; running again resumes.
     """
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
@@ -103,7 +102,7 @@ def run_experiment(
     tracker = Guarded(settings.tracking, record, identity, folder, settings.tags)
     try:
         if settings.model.kind == "diffusion":
-            from .diffusion import DiffusionRun  # needs packages that language models do without
+            from .diffusion import DiffusionRun  # requires packages that language models do not
 
             run: _Run | DiffusionRun = DiffusionRun(settings, record, folder, ranks, tracker)
         else:
@@ -131,7 +130,7 @@ def run_experiment(
 
 
 class _Run:
-    """The stages of a run, and what they hand on."""
+    """The stages of a language model's run, and the data that they share."""
 
     def __init__(
         self,
@@ -156,7 +155,7 @@ class _Run:
         self.state: RunState | None = None
 
     def prepare(self, stack: ExitStack) -> None:
-        """See that the run fits, then read the texts, which everything else hangs on."""
+        """Check that the run fits into memory and on disk, then read the texts."""
         settings = self.settings
         self.protocol |= {"seed": settings.seed, "ranks": self.ranks.size} | environment(self.device)
         self.protocol["backend"] = resolved_backend(settings, self.device) if settings.pruned else None
@@ -171,7 +170,7 @@ class _Run:
             self.bos = resolve_bos(settings.model, self.tokenizer)
             self.calibration = calibration_windows(settings, self.tokenizer, self.bos) if settings.pruned else None
             self.evaluation = evaluation_windows(settings, self.tokenizer, self.bos)
-            if self.zero_shot.tasks and self.ranks.first:  # in the stack: the tasks' rows lie in a folder that goes with them
+            if self.zero_shot.tasks and self.ranks.first:  # the stack removes the tasks' temporary folder
                 self.tasks = stack.enter_context(prepared(self.zero_shot))
                 facts = {"few_shot": self.zero_shot.few_shot, "limit": self.zero_shot.limit, "bos": self.bos}
                 self.protocol["zero_shot"] = facts | self.tasks.protocol
@@ -179,13 +178,13 @@ class _Run:
         self.protocol["evaluation"] = {name: windows.protocol for name, windows in self.evaluation.items()}
 
     def load(self) -> None:
-        """The model, in memory or open on disk, and the state that an earlier process has left."""
+        """Load the model, or open it for streaming from disk, and the state of an interrupted run."""
         settings = self.settings
         with self.watch.stage("loading"), self.ranks.one_by_one():
             if self.placed.weights == "memory":
                 loaded = load_model(settings.model)
             else:
-                log.info("%s is read a block at a time", settings.model.name)
+                log.info("streaming %s from disk, one block at a time", settings.model.name)
                 loaded, self.streamed = open_model(settings.model)
         self.model = loaded.model
         self.protocol["model"] = loaded.protocol
@@ -194,7 +193,7 @@ class _Run:
         check_window_lengths(settings, self.model)
         if settings.pruned and settings.save and isinstance(settings.sparsity.build(), Structured):
             if self.streamed is not None:
-                raise RoseExpError("save: expected false for structured sparsity of a model that is read a block at a time")
+                raise RoseExpError("save: expected false for structured sparsity of a model streamed from disk, got true")
             check_removable(self.model, find_blocks(self.model, settings.model.blocks), settings.sparsity.build())
         if settings.pruned and settings.pipeline.resume != "none":
             self.state = RunState(self.folder / STATE, self._fingerprint(), settings.pipeline.resume, self.ranks)
@@ -203,14 +202,14 @@ class _Run:
         self.weights: BlockWeights = OnDisk(self.streamed, kept) if self.streamed else InMemory(blocks)
         if self.state is not None and self.state.progress.blocks:
             self.record.data["resumed"] = self.state.progress.blocks
-        if not settings.pruned:  # pruning checks it as well
+        if not settings.pruned:  # pruning checks this itself
             vocabulary = self.model.config.get_text_config().vocab_size
             with loading_blocks(self.weights, "cpu") if self.streamed else nullcontext():
                 check_decoder(self.model, torch.arange(vocabulary)[None])
         self.record.write()
 
     def _fingerprint(self) -> dict[str, Any]:
-        """All that the result hangs on, as far as it can change while the settings do not."""
+        """Return everything that the result depends on, for the check that a state belongs to this run."""
         protocol = self.protocol
         model = {name: value for name, value in protocol["model"].items() if name not in ("name", "source")}
         names = ("versions", "device", "threads", "float32_matmul_precision", "ranks", "backend")
@@ -244,7 +243,7 @@ class _Run:
         record.pruned([report.as_dict() for report in reports], found, settings.reorder.build() is not None)
 
     def measure(self) -> None:
-        """Sparsity, then perplexity on every set, then zero-shot accuracy."""
+        """Measure sparsity, then perplexity on every text, then zero-shot accuracy."""
         settings, record = self.settings, self.record
         record.data["metrics"]["sparsity"] = self._sparsity()
         if settings.pruned and isinstance(settings.sparsity.build(), Structured) and self.streamed is None:
@@ -265,7 +264,7 @@ class _Run:
                     found = perplexity(self.model, windows.tokens, settings.evaluation.batch, bar, self.ranks, answers)
                     record.measured(f"perplexity.{name}", found.value, found.standard_error)
                     log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, found.value, found.standard_error)
-        if self.tasks is not None:  # on one process: lm-eval has a way of its own to share work
+        if self.tasks is not None:  # only on the first rank: lm-eval distributes work differently
             with self.watch.stage("zero_shot"), ExitStack() as stack:
                 hook = self.model.register_forward_pre_hook(lambda *_: interruption.check())
                 stack.callback(hook.remove)
@@ -277,7 +276,7 @@ class _Run:
             for name, value in accuracies.values.items():
                 record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
                 log.info("%s: %s %.2f %%", settings.label, name, value)
-        self.ranks.gather(None)  # the others have waited for it
+        self.ranks.gather(None)  # the other ranks wait for the first
 
     def _answers(self, tokens: Tensor, bar: str) -> Iterable[tuple[Tensor, Tensor]]:
         batch, place = self.settings.evaluation.batch, self.settings.pipeline.activations
@@ -286,7 +285,7 @@ class _Run:
         return answers_by_blocks(self.model, self.weights, tokens, self.device, batch, place, self.folder, bar)
 
     def _sparsity(self) -> float:
-        """Share of the numbers that need not be stored, among the layers that the pipeline's patterns choose, pruned or not."""
+        """Return the fraction of parameters that need not be stored, over all layers that match the pipeline's patterns."""
         pipeline, blocks = self.settings.pipeline, self.weights.blocks
         reports = {report["name"]: report for report in self.record.data["layers"]}
         saved = total = 0
@@ -298,7 +297,7 @@ class _Run:
         return saved / total
 
     def finish(self) -> None:
-        """Save, time, tell and draw."""
+        """Save the model, measure its speed, log the results and draw the figures."""
         settings, record = self.settings, self.record
         if settings.save and self.ranks.first:
             with self.watch.stage("saving"):
@@ -328,20 +327,20 @@ class _Run:
         return save_model(self.model.to("cpu"), self.tokenizer, place, description)
 
     def _peak_disk(self) -> int:
-        """Bytes that the run's folder has held at most, without activations that were only on disk while blocks ran."""
+        """Return the peak size of the run's folder in bytes, excluding activations on disk while a block is processed."""
         state = self.state.peak_bytes if self.state is not None else 0
         model = self.folder / "model"
         return state + (folder_bytes(model) if model.exists() else 0)
 
     def _measure_speed(self) -> None:
-        """Latency of the pruned model where the hardware makes use of its pattern, else the reason why there is none."""
+        """Measure the latency of the pruned model if the hardware supports its pattern, else record the reason."""
         settings, record = self.settings, self.record
         wanted = settings.evaluation.speed
         names = {layer["name"] for layer in record.data["layers"]}
         layers = [layer for layer in all_linear_layers(self.weights.blocks) if layer.name in names]
         pattern = settings.sparsity.build() if settings.pruned else None
         if self.placed.by_blocks:
-            why = "the model does not fit on the device as a whole"
+            why = "the whole model does not fit on the device"
         else:
             why = speed.obstacle(pattern, self.device, self.model.dtype, layers)
         self.protocol["speed"] = {"windows": wanted.windows, "window": wanted.window, "not_measured": why}
@@ -355,7 +354,7 @@ class _Run:
 
 
 def _move_outside(model: nn.Module, weights: BlockWeights, device: torch.device) -> None:
-    """Move all that is in no block to the device."""
+    """Move all modules outside the blocks to the device."""
     inside = {id(module) for block in weights.blocks.blocks for module in block.modules()}
     for module in model.modules():
         if id(module) not in inside:

@@ -1,5 +1,4 @@
-"""How much memory and disk a run takes at its peak, reckoned from the model's configuration before any work, and whether that
-is there."""
+"""Estimates of a run's peak memory and disk usage from the model's configuration, and the check against what is available."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from ..runtime.errors import RoseExpError
 from ..settings.effects import acting
 from ..settings.schema import Settings
 
-LIBRARIES = 700 * 2**20  # bytes of a process that has imported all and loaded nothing
-CONTROL_GROUPS = (  # folder, limit, usage, and what of the usage is a cache of files, which gives way
+LIBRARIES = 700 * 2**20  # bytes of a process that has imported everything but loaded no data
+CONTROL_GROUPS = (  # folder, limit, usage, and the reclaimable file cache within the usage
     ("/sys/fs/cgroup", "memory.max", "memory.current", "file "),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache "),
 )
@@ -30,7 +29,7 @@ CONTROL_GROUPS = (  # folder, limit, usage, and what of the usage is a cache of 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes at the peak; ``device`` is None where the work is done on the host."""
+    """Peak usage in bytes. ``device`` is None if the run uses the CPU."""
 
     host: int
     device: int | None
@@ -40,7 +39,7 @@ class Footprint:
         return asdict(self)
 
     def over(self, available: Footprint) -> list[str]:
-        """Which of the three is more than there is."""
+        """Return the names of the fields that exceed those of ``available``."""
         pairs = [(name, getattr(self, name), getattr(available, name)) for name in ("device", "host", "disk")]
         return [name for name, wanted, there in pairs if wanted is not None and there is not None and wanted > there]
 
@@ -51,11 +50,11 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run keeps what is large.
+    """Where a run keeps the model's weights.
 
     Attributes:
-        weights: ``memory``, the whole model on the host, or ``disk``, a block at a time.
-        by_blocks: whether perplexity is measured block by block, since the model does not fit where it is run.
+        weights: ``memory``: the whole model on the host; ``disk``: one block at a time.
+        by_blocks: whether perplexity is measured one block at a time, because the model does not fit on the device.
     """
 
     weights: str
@@ -63,12 +62,12 @@ class Placement:
 
 
 def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placement) -> Footprint:
-    """Peaks of a run, each the largest of its stages.
+    """Estimate the peak usage of a run, the maximum over its stages.
 
-    While a block is pruned there are, where it is worked on, the block, the hidden states of all windows (or of a batch, where
-    they are kept elsewhere), the moments of its layers, and the more of a forward pass and of solving a group of layers (see
-    :attr:`Method.working`; moments of layers that are solved are let go). Evaluation has the whole model, or a block and the
-    hidden states of a text, and the logits of a batch.
+    Pruning a block requires memory for the block, the hidden states of all windows (of one batch, if they are kept elsewhere),
+    the moments of its layers, and the larger of a forward pass and of solving a group of layers (see :attr:`Method.working`;
+    moments of solved layers are freed). Evaluation requires memory for the whole model, or a block and the hidden states of a
+    text, and for the logits of a batch.
     """
     width, kind = torch.finfo(shape.dtype).bits // 8, "cuda" if cuda else "cpu"
     whole, block, outside = (count * width for count in (shape.parameters, shape.largest, shape.outside))
@@ -78,12 +77,12 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
         calibration = settings.calibration
         batch = at_once(settings.pipeline.batch, kind)
         passing = calibration.window * batch * shape.widest * (4 * width + 4)
-        streams = 2 if settings.target.build() else 1  # the dense model's hidden states, and its layers' inputs
+        streams = 2 if settings.target.build() else 1  # the second stream has the dense model's hidden states and layer inputs
         passing *= streams
         pruning = _solving(settings, shape, passing, sums_dtype(kind, torch.float32).itemsize)
         if streams > 1 and settings.pipeline.true_sequential:
-            pruning += block  # the dense one, beside the one that is pruned part by part
-        copies = 2 if streams > 1 or settings.allocation.build() else 1  # a survey's are gone before the dense ones are made
+            pruning += block  # a dense copy of the block
+        copies = 2 if streams > 1 or settings.allocation.build() else 1  # the survey's copy is freed before the dense stream's
         states = copies * calibration.samples * calibration.window * shape.hidden * width
         kept = _kept_on_disk(settings, shape, states // copies * streams, width)
     measuring, texts = _measuring(settings, shape, width, kind)
@@ -94,7 +93,7 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
     disk = kept + (large if place == "disk" else 0) + (whole if settings.save else 0)
     held = LIBRARIES + (outside + block if on_disk else whole)
     if settings.pruned and on_disk:
-        held += block  # a copy while it is written
+        held += block  # a copy of the block while it is written
     if cuda:
         device = max(block + pruning, (block + outside if placed.by_blocks else whole) + measuring)
         return Footprint(held + (large if place == "host" else 0), device, disk)
@@ -102,22 +101,26 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
 
 
 def _solving(settings: Settings, shape: ModelShape, passing: int, sums: int) -> int:
-    """Moments, whose sums take ``sums`` bytes a number, and the larger of a forward pass and of solving, at the worst of a
-    block's groups."""
+    """Return the peak bytes of moments plus the larger of a forward pass and of solving, over the groups of a block.
+
+    Args:
+        passing: bytes of a forward pass.
+        sums: bytes per element of the moments.
+    """
     groups: dict[str, list[tuple[int, int]]] = {}
     for layer in shape.block:
         groups.setdefault(layer.group, []).append((layer.rows, layer.columns))
-    # attention's output projection is as wide as what it shares a module with, and has an input of its own
+    # attention's output projection has the width of the other projections in its module, but its own input
     moments = {name: (1 + (len(layers) > 2)) * layers[0][1] ** 2 * sums for name, layers in groups.items()}
-    if settings.target.build():  # drift is as large as moments, and once more where hidden states are part of it
+    if settings.target.build():  # drift has the size of the moments, plus a product with the hidden states
         moments = {name: 2 * size + shape.hidden * groups[name][0][1] * sums for name, size in moments.items()}
     square, flat = METHODS[settings.method.name].working
     if settings.refine.build():
         square, flat = max(square, Refine.working[0]), max(flat, Refine.working[1])
     if settings.target.build():
-        square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their moves
+        square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their changes
     if "permutation" in acting(settings.model_dump(mode="json")):
-        square += 1  # what is known of the inputs, once more in another order
+        square += 1  # a permuted copy of the input statistics
     peak, left = passing + sum(moments.values()), sum(moments.values())
     for name, layers in groups.items():
         solving = square * layers[0][1] ** 2 * 4 + flat * 4 * sum(rows * columns for rows, columns in layers)
@@ -128,7 +131,7 @@ def _solving(settings: Settings, shape: ModelShape, passing: int, sums: int) -> 
 
 
 def _kept_on_disk(settings: Settings, shape: ModelShape, states: int, width: int) -> int:
-    """The run's state: every pruned block, and while it changes the inputs of two."""
+    """Return the bytes of the run's state: all pruned blocks, and the inputs of two blocks while it is updated."""
     if settings.pipeline.resume == "none" and settings.pipeline.weights != "disk":
         return 0
     blocks = (shape.parameters - shape.outside) * width
@@ -136,7 +139,7 @@ def _kept_on_disk(settings: Settings, shape: ModelShape, states: int, width: int
 
 
 def _measuring(settings: Settings, shape: ModelShape, width: int, kind: str) -> tuple[int, int]:
-    """What evaluating takes beside the model, and the hidden states of the longest text where it is done by blocks."""
+    """Return the bytes of evaluation beyond the model, and of the longest text's hidden states, for evaluation by blocks."""
     evaluation = settings.evaluation
     windows = [text.window for text in evaluation.perplexity.values()] + ([512] if evaluation.zero_shot.tasks else [])
     token = shape.vocabulary * (width + 8) + shape.widest * width * 4
@@ -146,11 +149,11 @@ def _measuring(settings: Settings, shape: ModelShape, width: int, kind: str) -> 
     return logits, max(texts, default=0)
 
 
-UNKNOWN_WINDOWS = 170  # of a whole text: WikiText-2 in windows of 2048
+UNKNOWN_WINDOWS = 170  # assumed for a whole text; that of WikiText-2 with windows of 2048 tokens
 
 
 def choose(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> Placement:
-    """Where to keep what is large: as the settings say, and where they say ``auto`` in memory if that fits."""
+    """Choose the placement: as the settings request; for ``auto``, in memory if it fits."""
     wanted, by_blocks = settings.pipeline.weights, settings.pipeline.by_blocks
     weights = [wanted] if wanted != "auto" else ["memory", "disk"]
     ways = [by_blocks] if by_blocks != "auto" else [False, True]
@@ -160,10 +163,10 @@ def choose(settings: Settings, shape: ModelShape, cuda: bool, available: Footpri
 
 
 def check_fits(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> tuple[Placement, Footprint]:
-    """Where to keep what is large, and what the run takes there.
+    """Return the placement of the weights and the estimated peak usage.
 
     Raises:
-        RoseExpError: more than there is; the message has the numbers, and the settings that would make it fit.
+        RoseExpError: the estimate exceeds what is available. The message suggests settings with which the run fits.
     """
     placed = choose(settings, shape, cuda, available)
     found = footprint(settings, shape, cuda, placed)
@@ -172,13 +175,13 @@ def check_fits(settings: Settings, shape: ModelShape, cuda: bool, available: Foo
         return placed, found
     way_out = _way_out(settings, shape, cuda, available)
     raise RoseExpError(
-        f"{settings.model.name} does not fit ({' and '.join(over)}): this run takes {found}; there is {available}. {way_out}. "
-        f"preflight=false runs it all the same"
+        f"{settings.model.name} does not fit ({' and '.join(over)}): the run needs {found}; available: {available}. {way_out}. "
+        f"preflight=false skips this check"
     )
 
 
 def _way_out(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> str:
-    """The first few changes, one after the other, that bring the run under what there is."""
+    """Return a suggestion: the fewest settings, tried in order of increasing cost, with which the run fits."""
     changes: list[tuple[str, dict[str, Mapping[str, Any]]]] = []
     tried = settings
     for name, value in (
@@ -197,7 +200,7 @@ def _way_out(settings: Settings, shape: ModelShape, cuda: bool, available: Footp
             needed = [(n, v) for n, v in changes if not _fits_without(settings, changes, n, shape, cuda, available)]
             return "It would fit with " + " ".join(f"{n}={str(v).lower()}" for n, v in needed or changes)
     least = footprint(tried, shape, cuda, choose(tried, shape, cuda, available))
-    return f"No setting that leaves the result as it is makes it fit: at least {least}; fewer calibration.samples take less"
+    return f"No settings with an equal result make it fit: they need at least {least}. Reduce calibration.samples"
 
 
 def _fits_without(settings, changes, left_out: str, shape: ModelShape, cuda: bool, available: Footprint) -> bool:
@@ -215,10 +218,10 @@ def _changed(settings: Settings, name: str, value: Any) -> Settings:
 
 
 def available(folder: Path, device: torch.device) -> Footprint:
-    """What this process could take in all, what it has already among it.
+    """Return the bytes available to this process, including the memory that it already uses.
 
-    On the host the least of what the machine has free and of every limit on the process or its group; on a CUDA device, and on
-    the disk of ``folder``, what is free.
+    For the host, this is the minimum of the machine's free memory and all limits on the process or its control group. For the
+    disk of ``folder``, it is the free space.
     """
     process = psutil.Process()
     used = process.memory_info()
@@ -230,7 +233,7 @@ def available(folder: Path, device: torch.device) -> Footprint:
             cached = sum(int(line.split()[1]) for line in lines if line.startswith(cache))
             if most.isdigit():
                 host.append(int(most) - int(Path(group, current).read_text()) + cached + used.rss)
-        except OSError:  # no such group here
+        except OSError:  # no such control group
             continue
     for kind, here in ((resource.RLIMIT_AS, used.vms - used.rss), (resource.RLIMIT_DATA, getattr(used, "data", 0) - used.rss)):
         soft = resource.getrlimit(kind)[0]

@@ -1,4 +1,4 @@
-"""From settings to what the stages of a run work with: the device, windows of tokens, and the plan."""
+"""Inputs of a run's stages from its settings: the device, token windows and the pruning plan."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from ..settings.texts import Bos
 
 
 def find_device(name: str, ranks: Ranks) -> torch.device:
-    """The device that the settings call ``name``.
+    """Return the device that the setting ``device`` names.
 
     Raises:
-        RoseExpError: there is none.
+        RoseExpError: the device does not exist.
     """
     if name == "auto":
-        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # each rank has set its own
+        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # each rank has set its device
     elif ranks.size > 1 and name != "cpu":
         raise RoseExpError(f"device: expected auto or cpu with {ranks.size} processes, each of which has its own, got {name!r}")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # where kernels are launched, and memory and time are measured
+            torch.cuda.set_device(device)  # for kernel launches and for measurements of memory and time
     except (RuntimeError, AssertionError) as error:
         raise RoseExpError(f"device: expected auto, cpu or a CUDA device of this machine, got {name!r}: {error}") from error
     return device
 
 
 def resolved_backend(settings: Settings, device: torch.device) -> str:
-    """The engine's backend for this device, its name as resolved (layers of float64 models are solved in plain torch)."""
+    """Return the name of the engine's backend on this device. Float64 models always use plain torch."""
     try:
         return resolve(settings.engine.backend, device, torch.float32)
     except ValueError as error:
@@ -65,13 +65,17 @@ def evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase, b
 
 
 def at_most(settings: Settings, limit: int | None) -> int | None:
-    """The limit of a set, or that of all sets, where it is less."""
+    """Return the smaller of ``limit`` and ``evaluation.at_most``, or None if neither is set."""
     limits = [n for n in (limit, settings.evaluation.at_most) if n is not None]
     return min(limits, default=None)
 
 
 def check_window_lengths(settings: Settings, model: torch.nn.Module) -> None:
-    """See that no window is longer than the positions that the model has."""
+    """Check that no window is longer than the model's maximum sequence length.
+
+    Raises:
+        RoseExpError: a window is too long.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     wanted = {f"evaluation.perplexity.{name}.window": text.window for name, text in settings.evaluation.perplexity.items()}
     if settings.pruned:
@@ -80,11 +84,11 @@ def check_window_lengths(settings: Settings, model: torch.nn.Module) -> None:
         wanted["evaluation.speed.window"] = settings.evaluation.speed.window
     for where, window in wanted.items():
         if limit is not None and window > limit:
-            raise RoseExpError(f"{where}: expected at most {limit}, the positions that the model has, got {window}")
+            raise RoseExpError(f"{where}: expected at most {limit}, the model's maximum sequence length, got {window}")
 
 
 def pruning_plan(settings: Settings) -> PruningPlan:
-    """What to do with each layer."""
+    """Return the pruning plan of the settings."""
     method, engine, pipeline = settings.method, settings.engine, settings.pipeline
     return PruningPlan(
         method=method.build(),
@@ -112,9 +116,9 @@ def pruning_plan(settings: Settings) -> PruningPlan:
 
 
 def first_key(settings: Settings, protocol: Mapping[str, Any]) -> str:
-    """Return a key that differs for runs whose moments of the first block can differ.
+    """Return a key that differs between runs whose moments of the first block can differ.
 
-    It holds the settings that can change them, and the protocol's facts about the model, the windows and the device.
+    It contains the settings that can change them, and the model, windows and device of the protocol.
     """
     evaluated = ("evaluation", "zero_shot", "speed", "seed")
     facts = {name: value for name, value in protocol.items() if name not in evaluated}

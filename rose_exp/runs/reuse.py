@@ -1,6 +1,6 @@
-"""What a finished run lacks of what a command with the same run ID requests.
+"""Comparison of a finished run with a request for the same run ID.
 
-A run ID covers everything that can change a result. It does not cover what a run leaves next to it, such as a saved model.
+A run ID covers everything that can change a result. It does not cover other files of a run, such as a saved model.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..settings.schema import Settings, TrackingSettings
 from ..tracking import Guarded, Identity
 from ..tracking.record import FILE_NAME, write_atomically
 
-MODEL = "model"  # folder of the saved model, in the run's
+MODEL = "model"  # subfolder of the saved model
 
 
 def lacking(settings: Settings, record: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return the settings that a finished run has not followed, and that only running again can follow.
+    """Return the settings that a finished run has not fulfilled, and that require running it again.
 
     Args:
-        settings: of a run with the same ID.
-        record: of the finished run.
-        folder: of both.
+        settings: the requested settings, with the same run ID.
+        record: the record of the finished run.
+        folder: the folder of the finished run.
     """
     saved = (folder / MODEL).is_dir()
     followed = {
@@ -46,13 +46,13 @@ def lacking(settings: Settings, record: Mapping[str, Any], folder: Path) -> list
 def supplement(
     record: dict[str, Any], settings: Settings, config: Mapping[str, Any], folder: Path, identity: Identity | None = None
 ) -> dict[str, Any]:
-    """Draw the figures and tell the tracker of a finished run, if the settings request them and the run did not do so.
+    """Draw the figures of a finished run and log it to the tracker, if the settings request this and the run lacks it.
 
     Args:
         config: the configuration of ``settings``.
         identity: the name of the run for the tracker; None: its method, model and pattern.
     Returns:
-        The run record, which says where the run is tracked.
+        The run record, including the tracker of the run.
     """
     if settings.figures.draw and not _drawn(record, folder):
         draw_figures(record, folder)
@@ -74,7 +74,7 @@ def supplement(
 
 
 def _studied(settings: Settings, record: Mapping[str, Any], folder: Path) -> bool:
-    """Whether all layers that match were studied. A pattern that matches none is an error, which running again reports."""
+    """Return whether all matching layers were studied. False if a pattern matches none: running again reports the error."""
     for pattern in settings.figures.study:
         layers = [layer for layer in record["layers"] if fnmatchcase(layer["name"], pattern)]
         pruned = [layer["name"] for layer in layers if layer.get("instead") != "dense"]
@@ -84,13 +84,13 @@ def _studied(settings: Settings, record: Mapping[str, Any], folder: Path) -> boo
 
 
 def _described(folder: Path) -> bool:
-    """Whether the saved model's configuration describes its sparsity."""
+    """Return whether the saved model's configuration describes its sparsity."""
     path = folder / MODEL / "config.json"
     return path.is_file() and "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def _has_sheet(settings: Settings, record: Mapping[str, Any], folder: Path) -> bool:
-    """Whether a contact sheet has as many prompts as requested."""
+    """Return whether the contact sheet has at least as many prompts as requested."""
     images = settings.evaluation.images
     if images is None or not images.sheet or not settings.pruned or not settings.figures.draw:
         return True
@@ -100,7 +100,7 @@ def _has_sheet(settings: Settings, record: Mapping[str, Any], folder: Path) -> b
 
 
 def _timed(settings: Settings, record: Mapping[str, Any]) -> bool:
-    """Whether the speed was measured, or cannot be measured here either."""
+    """Return whether the speed was measured, or cannot be measured on this machine either."""
     if not any(within(name, "evaluation.speed") for name in effective(settings.model_dump(mode="json"))):
         return True
     found = record["protocol"].get("speed")
@@ -115,7 +115,7 @@ def _drawn(record: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _tracked(wanted: TrackingSettings, record: Mapping[str, Any]) -> bool:
-    """Whether the tracker has the run, or none is requested."""
+    """Return whether the run was logged to the requested tracker, or no tracker is requested."""
     if wanted.kind == "none" or (wanted.kind == "wandb" and wanted.mode == "disabled"):
         return True
     if record.get("tracking", {}).get("failure", "not started") is not None:

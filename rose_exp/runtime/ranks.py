@@ -56,7 +56,7 @@ class Ranks:
         moments.weight, moments.tokens = float(counts[0]), int(counts[1])
 
     def reduce_drift(self, drift: Drift, owner: int) -> None:
-        """Sum the drift of all ranks on ``owner``. On the other ranks it is undefined afterwards."""
+        """Sum the drift of the inputs over all ranks on ``owner``. On the other ranks it is undefined afterwards."""
         if self.size == 1:
             return
         for sums in drift.sums:

@@ -108,7 +108,7 @@ def test_a_failed_job_is_recorded_and_the_others_go_on(small, tmp_path):
     assert "Traceback" not in done.stderr
     records = [record for _, record in collect_records(tmp_path / "out")]
     assert [record["status"] for record in records] == ["finished", "failed"]
-    assert "calibration.window: expected at most 512, the positions that the model has" in records[1]["error"]
+    assert "calibration.window: expected at most 512, the model's maximum sequence length" in records[1]["error"]
     assert "1 ran, 1 failed, of 2 jobs" in done.stdout
     why = next(line for line in done.stdout.splitlines() if line.startswith("  calibration.window=1024"))
     assert "failed: RoseExpError: calibration.window: expected at most 512" in why

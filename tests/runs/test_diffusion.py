@@ -164,7 +164,7 @@ def test_a_pipeline_with_nothing_to_remove_is_refused(tmp_path):
     own = ["model=small-ddpm", "sparsity=structured"]
     with pytest.raises(RoseExpError, match=r"sparsity\.neurons: expected a model whose neurons are known"):
         run(tmp_path, *own)
-    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected enough to remove one of 4 heads"):
+    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected a ratio that removes at least one of 4 heads"):
         run(tmp_path, *own, "sparsity.neurons=false", "sparsity.ratio=0.05")
     record = run(tmp_path, *own, "sparsity.neurons=false", "sparsity.ratio=0.5")
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
@@ -227,7 +227,7 @@ def test_language_models_have_no_images(tmp_path):
 
 
 def test_settings_that_a_pipeline_has_no_use_for_and_folders_that_are_none_are_told(tmp_path):
-    with pytest.raises(RoseExpError, match="expected null for guidance_scale, which DDPMPipeline has no use for"):
+    with pytest.raises(RoseExpError, match="expected null for guidance_scale, which DDPMPipeline does not support"):
         run(tmp_path, "model=small-ddpm", "diffusion.guidance=3")
     empty = tmp_path / "empty"
     empty.mkdir()

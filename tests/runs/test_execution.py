@@ -91,7 +91,7 @@ def test_two_at_one_run_are_told_apart(small, tmp_path):
     job = check_command(small).jobs[0]
     with (tmp_path / LOCK).open("w") as other:  # as another process would
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(RoseExpError, match="another process is at this run"):
+        with pytest.raises(RoseExpError, match="another process is working on this run"):
             do_run(job.settings, job.config, tmp_path)
         threading.Timer(1, fcntl.flock, (other, fcntl.LOCK_UN)).start()
         assert do_run(job.settings, job.config, tmp_path, wait=True)["status"] == "finished"
@@ -190,7 +190,10 @@ def test_a_run_that_was_stopped_with_rerun_can_be_resumed_without(small, tmp_pat
 
 @pytest.mark.parametrize(
     ("override", "hint"),
-    [("rerun=false", "the same command goes on from there"), ("rerun=true", "rerun=true starts anew: drop it to resume")],
+    [
+        ("rerun=false", "run the same command again to resume"),
+        ("rerun=true", "to resume, run the same command without rerun=true"),
+    ],
 )
 def test_the_command_says_how_to_resume(override, hint, small, tmp_path, monkeypatch, capsys):
     stopping_after_a_block(monkeypatch)

@@ -79,13 +79,13 @@ def test_what_does_not_fit_is_refused_with_what_would(preflight):
     with pytest.raises(RoseExpError) as error:
         preflight.fitting("LLaMA2-70B", "24 GB GPU, 64 GB host")
     text = str(error.value)
-    assert "does not fit (device): this run takes" in text
-    assert "there is 22.4 GiB on the device" in text
+    assert "does not fit (device): the run needs" in text
+    assert "available: 22.4 GiB on the device" in text
     wanted = text.partition("It would fit with ")[2].partition(". preflight=false")[0].split()
     assert wanted
     preflight.fitting("LLaMA2-70B", "24 GB GPU, 64 GB host", *wanted)  # what it says is true
     shape, settings = preflight.shape("LLaMA2-70B"), settings_of(*preflight.PROTOCOL)
-    with pytest.raises(RoseExpError, match="No setting that leaves the result as it is makes it fit: at least"):
+    with pytest.raises(RoseExpError, match="No settings with an equal result make it fit: they need at least"):
         check_fits(settings, shape, False, Footprint(GIB, None, 10**15))
     with pytest.raises(RoseExpError, match=r"does not fit \(disk\)"):
         check_fits(settings, shape, False, Footprint(10**15, None, GIB))

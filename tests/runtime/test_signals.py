@@ -71,7 +71,7 @@ def test_a_run_goes_on_after_a_signal_and_ends_the_same(uninterrupted, tmp_path,
     assert process.returncode == status, errors
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["status"] == ("running" if number == signal.SIGKILL else "interrupted")
-    assert number == signal.SIGKILL or "the same command goes on from there" in errors
+    assert number == signal.SIGKILL or "run the same command again to resume" in errors
     assert not (tmp_path / "out" / "model").exists()
     done = command(*overrides, folder=tmp_path)
     assert done.returncode == 0, done.stderr
