@@ -1,8 +1,8 @@
-"""How much of each layer is pruned when the layers need not lose the same share: only the share of all together is given.
+"""Sparsity allocation across layers at a fixed overall sparsity.
 
-Two rules. :func:`owl_shares` is that of OWL (Yin et al., 2024): blocks with more outliers among their Wanda scores keep more.
-:func:`loss_shares` lets one threshold decide over all layers: a weight is worth what it is expected to lose, W²·E[x²], as a
-share of its layer's output power, so that the sum of the layers' relative losses is the least that can be.
+:func:`owl_shares` implements OWL (Yin et al., 2024): blocks with more outliers among their Wanda scores keep more weights.
+:func:`loss_shares` applies one threshold to all layers. The loss of a weight is W²·E[x²] relative to its layer's output power,
+so the threshold minimises the sum of the layers' relative losses.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 Rule = Literal["owl", "losses"]
-LOWEST, HIGHEST, PER_OCTAVE = -120, 40, 32  # of the base-2 logarithms of losses that are told apart, and how finely
+LOWEST, HIGHEST, PER_OCTAVE = -120, 40, 32  # range and resolution of the histograms of base-2 logarithms of losses
 
 
 @dataclass(frozen=True)
 class BlockSurvey:
-    """What the dense model shows of one block.
+    """Statistics of one block of the dense model.
 
     Attributes:
-        sizes: weights of its layers, by name.
-        outliers: for ``owl``: share of the Wanda scores of all its layers together that are above a multiple of their mean.
-        histograms: for ``losses``: of its layers by name, see :func:`loss_histogram`.
+        sizes: number of weights of each layer, by name.
+        outliers: for ``owl``: fraction of the Wanda scores of all layers of the block above a multiple of their mean.
+        histograms: for ``losses``: the :func:`loss_histogram` of each layer, by name.
     """
 
     sizes: Mapping[str, int]
@@ -36,13 +36,13 @@ class BlockSurvey:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How the share that is pruned differs between layers.
+    """Options of the sparsity allocation across layers.
 
     Args:
-        rule: ``owl``, between blocks by their outliers, or ``losses``, between layers by what weights are expected to lose.
-        spread: 0 to 1: by which a share differs from that of all together at most in ``losses``. In ``owl`` its authors' λ: the
-            largest and the smallest share are 2λ apart, and all are shifted to meet the total.
-        outlier: how many times the mean an outlier is above, in ``owl``; its authors' M.
+        rule: ``owl`` allocates between blocks by their outliers, ``losses`` between layers by expected losses.
+        spread: from 0 to 1. ``losses``: maximum difference between a layer's sparsity and the overall one. ``owl``: λ of the
+            paper; the largest and the smallest sparsity differ by 2λ, shifted to meet the overall sparsity.
+        outlier: for ``owl``: M of the paper; a score is an outlier above M times the mean.
     """
 
     rule: Rule
@@ -58,7 +58,7 @@ class Allocation:
             raise ValueError(f"outlier: expected a finite number above 0, got {self.outlier}")
 
     def shares(self, blocks: Sequence[BlockSurvey], ratio: float) -> dict[str, float]:
-        """The share of each layer's weights to prune, by name; of all together it is ``ratio``."""
+        """Return the fraction of each layer's weights to prune, by name; ``ratio`` is the overall fraction."""
         sizes = {name: size for block in blocks for name, size in block.sizes.items()}
         if not sizes:
             return {}
@@ -71,14 +71,14 @@ class Allocation:
 
 
 def outlier_share(scores: Sequence[Tensor], multiple: float) -> float:
-    """The share of some scores, all taken together, that are above a multiple of their mean."""
+    """Return the fraction of all scores that exceed a multiple of their common mean."""
     count = sum(s.numel() for s in scores)
     mean = sum(float(s.sum(dtype=torch.float64)) for s in scores) / count
     return sum(int((s > multiple * mean).sum()) for s in scores) / count
 
 
 def loss_histogram(weight: Tensor, mean_square: Tensor, power: Tensor | float) -> Tensor:
-    """How many weights are expected to lose how much: counts, int64, over the base-2 logarithm of W²·E[x²] / power.
+    """Return the histogram of expected losses: int64 counts over the base-2 logarithm of W²·E[x²] / power.
 
     Args:
         weight: W, (rows, columns).
@@ -86,7 +86,7 @@ def loss_histogram(weight: Tensor, mean_square: Tensor, power: Tensor | float) -
         power: E‖W x‖², above 0.
 
     Raises:
-        ValueError: the losses do not fit float32.
+        ValueError: if the losses exceed the range of float32.
     """
     losses = weight.float().square() * (mean_square.float() / power)
     largest = float(losses.max())
@@ -100,12 +100,12 @@ def loss_histogram(weight: Tensor, mean_square: Tensor, power: Tensor | float) -
 
 
 def loss_shares(histograms: Sequence[Tensor], ratio: float, spread: float) -> list[float]:
-    """The share of each layer that is pruned, so that all layers lose weights up to the same expected loss.
+    """Return the fraction to prune of each layer if all layers share one threshold of the expected loss.
 
     Args:
-        histograms: of each layer, see :func:`loss_histogram`.
-        ratio: of all weights together, 0 to 1.
-        spread: by which a layer's share may differ from ``ratio`` at most.
+        histograms: :func:`loss_histogram` of each layer.
+        ratio: overall fraction to prune, from 0 to 1.
+        spread: maximum difference between a layer's fraction and ``ratio``.
     """
     below = torch.stack([torch.cat([h.new_zeros(1), h.cumsum(0)]) for h in histograms]).double()  # (layers, bins + 1)
     sizes = below[:, -1]
@@ -120,13 +120,14 @@ def loss_shares(histograms: Sequence[Tensor], ratio: float, spread: float) -> li
 
 
 def owl_shares(outliers: Sequence[float], sizes: Sequence[int], ratio: float, spread: float) -> list[float]:
-    """The share of each layer that is pruned, the less the more outliers its block has: ``ratio`` ± ``spread``, shifted as the
-    total asks for.
+    """Return the fraction to prune of each layer: lower in blocks with more outliers.
+
+    The fractions span 2 · ``spread`` and are shifted so that the overall fraction is ``ratio``.
 
     Args:
-        outliers: share of the Wanda scores of each layer's block that are above some multiple of their mean.
-        sizes: weights of each layer.
-        ratio: of all weights together, 0 to 1.
+        outliers: fraction of outliers among the Wanda scores of each layer's block.
+        sizes: number of weights of each layer.
+        ratio: overall fraction to prune, from 0 to 1.
     """
     found = torch.tensor(outliers, dtype=torch.float64)
     width = found.max() - found.min()
@@ -135,8 +136,10 @@ def owl_shares(outliers: Sequence[float], sizes: Sequence[int], ratio: float, sp
 
 
 def _exact(shares: Callable[[float], Tensor], low: float, high: float, sizes: Sequence[int], ratio: float) -> list[float]:
-    """Shares c / n with whole counts c whose sum is that of all weights times ``ratio``, by bisection of what the shares grow
-    with."""
+    """Return fractions c / n with integer counts c that sum to ``ratio`` of all weights.
+
+    Bisects the argument of ``shares``, which increase with it, then distributes the rounding errors.
+    """
     total, weights = int(sum(sizes) * ratio), torch.tensor(sizes, dtype=torch.float64)
     for _ in range(100):
         middle = (low + high) / 2
@@ -153,5 +156,5 @@ def _exact(shares: Callable[[float], Tensor], low: float, high: float, sizes: Se
 
 
 def _share(count: int, size: int) -> float:
-    """The share that takes ``count`` of ``size``: one half more, so that rounding down does not lose it."""
+    """Return a fraction that selects ``count`` of ``size``; the added half keeps rounding down from losing one."""
     return min(1.0, (count + 0.5) / size) if 0 < count < size else count / size

@@ -1,4 +1,4 @@
-"""Factorising the Hessian: damping, dead columns, and what happens when it is not positive definite."""
+"""Damping and factorisation of the Hessian, with dead columns and failed factorisations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from .products import times_lower, times_upper, upper_blocks, upper_times
 
-DAMPING_TRIES = 5  # the damping asked for, then four times ten times more
-LEAST_RAISED_DAMPING = 1e-4  # what a damping of 0 is raised to first
+DAMPING_TRIES = 5  # the requested damping, then four tenfold increases
+LEAST_RAISED_DAMPING = 1e-4  # first retry after a damping of 0
 
-CHOLESKY = {"cpu": 600, "cuda": 512}  # columns up to which a factor is left to LAPACK
-SOLVE = 192  # columns up to which a triangular inverse is left to one solve
+CHOLESKY = {"cpu": 600, "cuda": 512}  # up to this many columns, LAPACK or its GPU counterpart computes the factor
+SOLVE = 192  # up to this many columns, one triangular solve computes the inverse
 
 
 class NotPositiveDefiniteError(ArithmeticError):
-    """The Hessian could not be factorised at any damping tried."""
+    """Raised if the Hessian cannot be factorised at any damping tried."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Factor:
     """The upper Cholesky factor U of the inverse of the damped Hessian: (H + λI)⁻¹ = Uᵀ U.
 
     Attributes:
-        upper: (columns, columns), upper triangular; of no meaning where ``failed``.
-        shift: λ, of no dimensions.
-        failed: above 0 where the damped Hessian is not positive definite, int tensor of no dimensions: on a device, to
-            look at it is to wait for it.
+        upper: (columns, columns), upper triangular; meaningless if ``failed``.
+        shift: λ, a scalar tensor.
+        failed: above 0 if the damped Hessian is not positive definite, a scalar int tensor. Reading it synchronises the
+            device.
     """
 
     upper: Tensor
@@ -41,16 +41,16 @@ class Factor:
 
 
 def dampings(first: float) -> list[float]:
-    """The dampings to try in turn, as shares of the mean of H's diagonal: ``first``, then raised by tens."""
+    """Return the dampings to try in turn, as fractions of the mean of H's diagonal: ``first``, then tenfold increases."""
     raised = first * 10 or LEAST_RAISED_DAMPING
     return [first, *(raised * 10**i for i in range(DAMPING_TRIES - 1))]
 
 
 def factorise(hessian: Tensor, damping: float) -> Factor:
-    """Damp and factorise ``hessian`` (columns, columns), which is overwritten with the factor; nothing is waited for.
+    """Damp and factorise ``hessian`` (columns, columns), in place, without synchronising the device.
 
-    λ = damping · mean(diag H), as in SparseGPT. A column that never fired (diagonal 0) gets the mean of the diagonal, so
-    that it is independent of all others.
+    λ = damping · mean(diag H), as in SparseGPT. A dead column (diagonal 0) gets the mean of the diagonal, which
+    keeps it independent of all others.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
@@ -63,14 +63,15 @@ def factorise(hessian: Tensor, damping: float) -> Factor:
 
 
 def _invert_factor(h: Tensor, failed: Tensor) -> None:
-    """Overwrite a symmetric h, of which the upper half is read, with R⁻¹, where h = R Rᵀ and R is upper triangular.
+    """Overwrite a symmetric h with R⁻¹, where h = R Rᵀ and R is upper triangular; only the upper half of h is read.
 
-    By halves: R₂₂ from h₂₂; R₁₂ = h₁₂ R₂₂⁻ᵀ; R₁₁ from h₁₁ − R₁₂ R₁₂ᵀ; and above the diagonal of the inverse −R₁₁⁻¹ R₁₂ R₂₂⁻¹.
-    Nearly all of the work is in large products, where a library's Cholesky and triangular solves are far slower.
+    Recursion by halves:
+    R₂₂ from h₂₂; R₁₂ = h₁₂ R₂₂⁻ᵀ; R₁₁ from h₁₁ − R₁₂ R₁₂ᵀ; and above the diagonal of the inverse −R₁₁⁻¹ R₁₂ R₂₂⁻¹.
+    Large products do nearly all the work; they are far faster than a library's Cholesky and triangular solves.
     """
     n = len(h)
     if n <= CHOLESKY.get(h.device.type, 256):
-        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1), check_errors=False)  # of the columns in reverse: R, reversed
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1), check_errors=False)  # reversed columns give R reversed
         failed += info.abs()
         h.copy_(lower.flip(0, 1))
         _invert_upper(h)
@@ -98,7 +99,7 @@ def _invert_upper(r: Tensor) -> None:
 
 
 def _join(r: Tensor, half: int) -> None:
-    """Finish an inverse whose diagonal blocks are inverted already, and whose upper right block is still R₁₂."""
+    """Complete an inverse whose diagonal blocks are already inverted and whose upper right block still holds R₁₂."""
     r12 = r[:half, half:]
     times_upper(r12, r[half:, half:])
     upper_times(r[:half, :half], r12)

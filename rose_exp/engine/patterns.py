@@ -1,4 +1,4 @@
-"""What a mask may look like: how many of which weights are pruned together."""
+"""Sparsity patterns: which weights are compared with each other, and how many of them are pruned."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .selection import lost_by_rank, lost_by_threshold, smallest
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weight may go: ``int(n · ratio)`` of the n weights that are compared with each other.
+    """Unstructured sparsity: prunes ``int(n · ratio)`` of the n weights that are compared with each other.
 
     Args:
-        ratio: share of the weights to prune, 0 to 1.
+        ratio: fraction of the weights to prune, from 0 to 1.
     """
 
     ratio: float
@@ -25,28 +25,28 @@ class Unstructured:
             raise ValueError(f"ratio: expected a number from 0 to 1, got {self.ratio}")
 
     def block_width(self, block_size: int) -> int:
-        """Width of the column blocks in which the weights are compared when pruning in blocks."""
+        """Return the width of the column blocks within which weights are compared."""
         return block_size
 
     def count(self, weights: int) -> int:
-        """Weights to prune of so many."""
+        """Return how many of ``weights`` weights to prune."""
         return int(weights * self.ratio)
 
     def select(self, scores: Tensor) -> Tensor:
-        """The mask of one block: the smallest of all its scores, (..., rows, columns) to bool of the same shape."""
+        """Return the mask of the smallest scores of a block, (..., rows, columns) to bool of the same shape."""
         flat = scores.flatten(-2)
         return smallest(flat, self.count(flat.shape[-1])).view(scores.shape)
 
     def select_by_row(self, scores: Tensor) -> Tensor:
-        """The mask when each row keeps the same number of weights: (rows, columns) to bool of the same shape."""
+        """Return the mask of the smallest scores of each row, (rows, columns) to bool of the same shape."""
         return smallest(scores, self.count(scores.shape[-1]))
 
     def expected_column_losses(self, scores: Tensor, width: int) -> Tensor:
-        """What an ordering expects each column to lose: in each block of ``width`` columns of ``scores`` (columns, rows) all
-        scores up to the one at sorted index int(n · ratio), summed by column, (columns,).
+        """Return the expected loss of each column, (columns,), from which an ordering is computed.
 
-        That is one score more than :meth:`select` takes, and all of its equals. It is the rule of the authors' code, and
-        is kept because the order hangs on it: a column's loss moves by a whole score. It decides no mask.
+        In each block of ``width`` columns of ``scores`` (columns, rows), sums by column all scores up to the one at sorted
+        index int(n · ratio). This includes one score more than :meth:`select` prunes, and its ties, as in the authors' code.
+        The rule is kept because it changes column losses by whole scores, and so the order. It does not affect the mask.
         """
         return lost_by_threshold(scores, width, self.count)
 
@@ -56,14 +56,14 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class SemiStructured:
-    """N:M sparsity: in each row, ``pruned`` of every ``group`` consecutive weights go, as in SparseGPT and Wanda.
+    """N:M sparsity: prunes ``pruned`` of every ``group`` consecutive weights of a row, as in SparseGPT and Wanda.
 
-    2:4 is ``SemiStructured(2, 4)``. Where the width is no multiple of the group, the last, narrower group of w weights
+    2:4 is ``SemiStructured(2, 4)``. If the width is not a multiple of the group, the last, narrower group of w weights
     loses ``w · pruned // group`` of them.
 
     Args:
-        pruned: N, weights to prune in each group.
-        group: M, weights in a group.
+        pruned: N, the number of weights to prune in each group.
+        group: M, the number of weights in a group.
     """
 
     pruned: int
@@ -80,15 +80,15 @@ class SemiStructured:
         return self.pruned / self.group
 
     def block_width(self, block_size: int) -> int:
-        """The group: the blocks that an ordering may move are whole groups, whatever the block size."""
+        """Return the group size: an ordering moves whole groups, regardless of the block size."""
         return self.group
 
     def count(self, width: int) -> int:
-        """Weights to prune in a group of ``width``, the last of which may be narrower than the others."""
+        """Return how many weights to prune in a group of ``width``; the last group may be narrower than the others."""
         return width * self.pruned // self.group
 
     def select(self, scores: Tensor) -> Tensor:
-        """The mask of whole groups that lie side by side, (..., rows, columns) to bool of the same shape."""
+        """Return the mask of adjacent groups, (..., rows, columns) to bool of the same shape."""
         columns = scores.shape[-1]
         whole = columns - columns % self.group
         grouped = scores[..., :whole].unflatten(-1, (-1, self.group))
@@ -98,10 +98,10 @@ class SemiStructured:
             mask = torch.cat([mask, rest], dim=-1)
         return mask
 
-    select_by_row = select  # a group never leaves its row
+    select_by_row = select  # a group never spans rows
 
     def expected_column_losses(self, scores: Tensor, width: int) -> Tensor:
-        """What an ordering expects each column to lose: the scores that :meth:`select` takes, summed by column, (columns,)."""
+        """Return the expected loss of each column, (columns,): the sum of the scores that :meth:`select` prunes."""
         return lost_by_rank(scores, width, self.count)
 
     def __str__(self) -> str:

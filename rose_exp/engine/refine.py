@@ -1,8 +1,7 @@
-"""What is made better of a layer once it is pruned: its mask is chosen again over the whole layer, and the weights that are
-kept are fitted to the layer's output.
+"""Post-pruning refinement: selects a new mask over the whole layer and fits the kept weights to the layer's output.
 
-Everything here has the columns scaled by sqrt(diag H), so that H has a diagonal of 1: no column counts for more because its
-inputs are large, and conjugate gradient needs no preconditioner.
+Columns are scaled by sqrt(diag H), so that H has a unit diagonal. ADMM then weights all columns equally, and conjugate gradient
+needs no preconditioner.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from .products import quadratic_form
 
 @dataclass(frozen=True)
 class Refine:
-    """How a pruned layer is refined. ``Refine(8)`` fits the kept weights in 8 steps; ``Refine(8, mask_iterations=20)`` chooses
-    the mask again before.
+    """Options of post-pruning refinement.
+
+    ``Refine(8)`` fits the kept weights in 8 steps. ``Refine(8, mask_iterations=20)`` first selects a new mask.
 
     Args:
-        steps: of least squares on the mask, by conjugate gradient.
-        tolerance: a row stops where the norm of its gradient is below this share of what it would be were all weights pruned.
-        damping: of H in what is lowered, tr((W−V)(H + λI)(W−V)ᵀ), as a share of the mean of its diagonal: what holds the kept
-            weights near those of the layer, and keeps them from fitting the calibration text alone.
-        mask_iterations: of ADMM over the whole layer, from the pruned weights; 0: the mask stays. A layer that ends with a
-            larger error than it had is left as it was pruned, and says so.
-        penalty: ADMM's ρ at the start.
-        growth: of ρ every so many iterations.
-        every: so many iterations.
-        relaxation: of ADMM, 1 to 2, 1 is none: what is solved for is taken so much further from the pruned weights (Boyd et
-            al., 2011, section 3.4.3).
+        steps: number of conjugate gradient steps on the mask.
+        tolerance: a row stops once its gradient norm is below this fraction of the norm with all weights pruned.
+        damping: λ in the objective tr((W−V)(H + λI)(W−V)ᵀ), as a fraction of the mean of H's diagonal. It keeps the weights
+            close to W and reduces overfitting to the calibration data.
+        mask_iterations: number of ADMM iterations over the whole layer, starting from the pruned weights; 0 keeps the mask. If
+            the error would increase, refinement is rejected and the result reports it.
+        penalty: initial ρ of ADMM.
+        growth: factor by which ρ grows.
+        every: number of iterations between increases of ρ.
+        relaxation: over-relaxation of ADMM, at least 1 (none) and below 2 (Boyd et al., 2011, section 3.4.3).
     """
 
     working: ClassVar[tuple[float, float]] = (2.0, 20.0)
-    """As that of a method: measured with ``mask_iterations``, without it takes less."""
+    """As :attr:`Method.working`, measured with ``mask_iterations``; without, refinement needs less."""
 
     steps: int = 8
     tolerance: float = 1e-4
@@ -70,12 +69,12 @@ class Refine:
 
 @dataclass(frozen=True)
 class Refined:
-    """One refined layer.
+    """A refined layer.
 
     Attributes:
         weight, mask: (rows, columns).
-        rechosen: weights that the mask has swapped, an int64 tensor of no dimensions.
-        taken: whether the layer is refined, and not left as it was, a bool tensor of no dimensions.
+        rechosen: number of weights that only the new mask prunes, a scalar int64 tensor.
+        taken: whether the refined weight is used, a scalar bool tensor; False if refinement was rejected.
     """
 
     weight: Tensor
@@ -92,18 +91,18 @@ def refine(
     sparsities: Sequence[Sparsity],
     how: Refine,
 ) -> list[Refined]:
-    """Refine pruned layers that share their inputs; nothing is waited for.
+    """Refine pruned layers that share their inputs, without synchronising the device.
 
     Args:
         weights: V of each layer, (rows, columns), zero where pruned.
-        targets: W that each is to come near to.
-        masks: bool, True where pruned.
-        curvature: of the inputs. H is damped as ``how`` says, not as the curvature does.
-        sparsities: of each layer's mask, should it be chosen again.
+        targets: regression target of each layer, (rows, columns).
+        masks: bool, (rows, columns), True where pruned.
+        curvature: statistics of the inputs. H is damped by ``how.damping``, not by the curvature's damping.
+        sparsities: sparsity pattern of each layer, for selecting a new mask.
     """
     hessian, scale = curvature.normalised(how.damping)
     rows = [len(weight) for weight in weights]
-    target, start = torch.cat(list(targets)) * scale, torch.cat(list(weights)) * scale  # side by side: one product for all
+    target, start = torch.cat(list(targets)) * scale, torch.cat(list(weights)) * scale  # concatenated for one product
     mask = torch.cat(list(masks))
     chosen, first = mask, start
     if how.mask_iterations:
@@ -114,7 +113,7 @@ def refine(
     for goal, old, old_mask, new, new_mask, plain, pruned in layers:
         error = quadratic_form(goal - new, hessian)
         better = (error <= quadratic_form(goal - old, hessian)) & torch.isfinite(error)
-        new = torch.where(curvature.dead, plain.masked_fill(new_mask, 0), new / scale)  # what stays there keeps its value
+        new = torch.where(curvature.dead, plain.masked_fill(new_mask, 0), new / scale)  # dead columns keep their values
         weight, final = torch.where(better, new, pruned), torch.where(better, new_mask, old_mask)
         refined.append(Refined(weight, final, (final & ~old_mask).sum(), better))
     return refined
@@ -123,10 +122,10 @@ def refine(
 def _choose_again(
     start: Tensor, target: Tensor, hessian: Tensor, sparsities: Sequence[Sparsity], rows: Sequence[int], how: Refine
 ) -> tuple[Tensor, Tensor]:
-    """Pruned weights and their masks from ADMM over layers that stand below each other, (rows of all, columns).
+    """Return pruned weights and masks from ADMM over row-wise concatenated layers, (all rows, columns).
 
-    The steps are those of ALPS (see :mod:`rose_exp.engine.methods.alps`). But ADMM begins where another method has ended, so
-    that a few iterations do, and ρ grows whatever the masks do, so that one factor serves several of them.
+    The steps are those of ALPS (see :mod:`rose_exp.engine.methods.alps`). ADMM starts from the result of another method, so a
+    few iterations suffice. ρ grows on a fixed schedule, so several iterations share one factorisation.
     """
     image = target @ hessian
     d, v, penalty = start, torch.zeros_like(start), how.penalty
@@ -146,8 +145,10 @@ def _choose_again(
 
 
 def _penalised_inverse(hessian: Tensor, penalty: float) -> Tensor:
-    """(H + ρI)⁻¹, (columns, columns); of no meaning where H is not positive semidefinite, which the guard of :func:`refine`
-    sees."""
+    """Return (H + ρI)⁻¹, (columns, columns).
+
+    The result is meaningless if H is not positive semidefinite; :func:`refine` then rejects the refinement.
+    """
     shifted = hessian.clone()
     shifted.diagonal().add_(penalty)
     lower, _ = torch.linalg.cholesky_ex(shifted, check_errors=False)
@@ -157,19 +158,19 @@ def _penalised_inverse(hessian: Tensor, penalty: float) -> Tensor:
 def conjugate_gradient(
     weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, steps: int, tolerance: float = 0.0
 ) -> Tensor:
-    """Lower tr((W−V) H (W−V)ᵀ) over the kept entries of V.
+    """Minimise tr((W−V) H (W−V)ᵀ) over the kept entries of V by conjugate gradient.
 
-    Every row is a problem of its own (H restricted to its kept columns), all are stepped at once; a step costs one product
-    rows × columns². A row whose residual is down to rounding is left alone: further steps would follow noise, and raise its
-    error.
+    Each row is an independent problem (H restricted to its kept columns); all rows step together. A step costs one product of
+    rows × columns² operations. A row stops once its residual reaches rounding error, since further steps would follow noise
+    and increase its error.
 
     Args:
-        weight: V to start from, (rows, columns), zero where pruned.
+        weight: initial V, (rows, columns), zero where pruned.
         target: W, (rows, columns).
         mask: bool, (rows, columns), True where pruned.
-        hessian: H, (columns, columns), its diagonal all of one size: conjugate gradient is not preconditioned.
-        steps: at most.
-        tolerance: a row stops where the norm of its residual is below this share of that of H W.
+        hessian: H, (columns, columns), with a constant diagonal, since conjugate gradient is not preconditioned.
+        steps: maximum number of steps.
+        tolerance: a row stops once the norm of its residual is below this fraction of the norm of W H.
 
     Returns:
         The refined V, a new tensor, zero where pruned.

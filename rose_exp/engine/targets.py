@@ -1,9 +1,9 @@
-"""What a layer is asked to be: not W, but what brings the pruned model back to the dense one.
+"""Regression targets that compensate for the errors of the layers pruned before.
 
-In a model that is pruned from its first block on a layer is fed with x, where the dense model feeds it with x + δ. Asymmetric
-calibration, as in GPTAQ (Li et al., 2025), asks for V x ≈ W (x + δ). A layer whose output is added to the hidden states can do
-more: these have drifted, too, from h + ε to h, and V x ≈ W (x + δ) + ε brings them back. Without a mask the least squares
-solution is T = W + (W·E[δ xᵀ] + E[ε xᵀ])·E[x xᵀ]⁻¹, and it is T that is pruned in place of W.
+A layer of a partly pruned model receives the input x, where the dense model would give it x + δ. Asymmetric calibration, as in
+GPTAQ (Li et al., 2025), fits V x ≈ W (x + δ). A layer whose output is added to the hidden states can also correct their drift
+from h + ε to h, by fitting V x ≈ W (x + δ) + ε. The least-squares solution without a mask is the target
+T = W + (W·E[δ xᵀ] + E[ε xᵀ])·E[x xᵀ]⁻¹, which is pruned in place of W.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .products import add_product
 
 
 class Drift:
-    """Sums over calibration tokens of ``δ xᵀ`` and ``ε xᵀ``.
+    """Accumulates ``δ xᵀ`` and ``ε xᵀ`` over calibration tokens.
 
-    They are summed in the way of :class:`rose_exp.engine.InputMoments`: on a CPU the split into updates changes no bit.
+    As in :class:`rose_exp.engine.InputMoments`, the sums on a CPU are bitwise independent of the split into updates.
 
     Args:
         columns: width of the layer's input.
-        width: of the hidden states that the layer's output is added to; None: it is not added to any.
-        device: where the sums are kept; inputs are moved there.
-        dtype: float32 or float64, of the products.
+        width: width of the hidden states that the layer's output is added to; None if there are none.
+        device: device of the sums; inputs are moved there.
+        dtype: dtype of the products, float32 or float64.
     """
 
     def __init__(
@@ -57,21 +57,21 @@ class Drift:
 
     @property
     def residual(self) -> Tensor | None:
-        """Σ ε xᵀ, (width, columns); None where the layer's output is not added to hidden states."""
+        """Σ ε xᵀ, (width, columns); None if the layer's output is not added to hidden states."""
         self._finish_piece()
         return self._residual
 
     @torch.no_grad()
     def update(self, inputs: Tensor, dense: Tensor, missing: Tensor | None = None) -> None:
-        """Add some tokens.
+        """Add a batch of tokens.
 
         Args:
             inputs: x, (..., columns).
             dense: x + δ, of the same shape.
-            missing: ε, (..., width): what the hidden states lack; None: nothing is added to those sums.
+            missing: ε, (..., width), the dense minus the pruned hidden states; None leaves the sums of ε unchanged.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: if the shapes do not match.
         """
         if inputs.shape != dense.shape or inputs.shape[-1:] != (self.columns,):
             raise ValueError(
@@ -102,19 +102,18 @@ class Drift:
             self._add(*pieces)
 
     def finish(self) -> None:
-        """Round the sums to ``dtype``. No update may follow."""
+        """Round the sums to ``dtype``. Call it after the last update."""
         self._finish_piece()
         self._gram = self._gram.to(self.dtype)
         self._residual = None if self._residual is None else self._residual.to(self.dtype)
 
     @torch.no_grad()
     def leave_out(self, weight: Tensor) -> None:
-        """Take W δ out of ``missing``, where the hidden states already contained the layer's own output: those lack W δ
-        beside ε."""
+        """Subtract W δ from the sums of ε, if the hidden states passed to :meth:`update` included the layer's own output."""
         self.residual.addmm_(weight.to(self.gram), self.gram, alpha=-1)
 
     def permuted(self, order: Tensor) -> Drift:
-        """That of the same inputs with their columns in another order (columns,) int64; a new object."""
+        """Return the drift of the same inputs with their columns in the given order, (columns,) int64."""
         other = Drift(self.columns, device="meta", dtype=self.dtype)
         other._gram = self.gram[order][:, order]
         other._residual, other.width = None if self.residual is None else self.residual[:, order], self.width
@@ -131,10 +130,10 @@ class Target:
     """T = W + (s·W·E[δ xᵀ] + r·E[ε xᵀ])·(E[x xᵀ] + λI)⁻¹.
 
     Args:
-        strength: s, from 0 to 1. What x says of δ is known from the calibration text alone, and a layer that answers with what
-            is expected answers with too little variance: at s = 1 that adds up from block to block until the model comes apart.
-        residual: r, from 0 to 1; of layers whose output is added to the hidden states.
-        damping: λ, as a share of the mean of the diagonal of E[x xᵀ].
+        strength: s, from 0 to 1. δ is predicted from x on the calibration data. The prediction has less variance than δ; at
+            s = 1 this loss accumulates from block to block until the model breaks down.
+        residual: r, from 0 to 1; applies to layers whose output is added to the hidden states.
+        damping: λ, as a fraction of the mean of the diagonal of E[x xᵀ].
     """
 
     strength: float = 0.5
@@ -152,13 +151,15 @@ class Target:
         return self.strength > 0 or self.residual > 0
 
     def of(self, weights: Sequence[Tensor], curvature: Curvature, drift: Drift) -> list[Tensor]:
-        """T of each of the ``weights`` (rows, columns) that share their inputs.
+        """Return the target T of each weight (rows, columns); all weights share their inputs.
+
+        A target is NaN where the damped E[x xᵀ] is not positive definite.
 
         Raises:
-            ValueError: several weights, of which the drift cannot say which are added to the hidden states.
+            ValueError: if the drift includes hidden states and there is more than one weight.
         """
         if drift.residual is not None and len(weights) != 1:
-            raise ValueError(f"drift: expected one layer where hidden states are part of it, got {len(weights)}")
+            raise ValueError(f"drift: expected a single layer if it includes hidden states, got {len(weights)}")
         shifted = curvature.hessian.clone()  # 2 E[x xᵀ]
         mean = shifted.diagonal().mean()
         shifted.diagonal().add_(self.damping * torch.where(mean > 0, mean, torch.ones_like(mean)))

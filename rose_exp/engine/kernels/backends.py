@@ -1,4 +1,4 @@
-"""Which backend sweeps a layer."""
+"""Selection of the backend for the sweep."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Backend = Literal["auto", "torch", "numba", "triton"]
 
 
 def resolve(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that ``auto`` stands for on a device, or the one asked for.
+    """Return the backend to use on a device, resolving ``auto``.
 
-    ``auto`` is Numba on a CPU and Triton on CUDA for float32, and plain torch for all else.
+    For float32, ``auto`` selects Numba on a CPU and Triton on CUDA; otherwise it selects plain torch.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot work on this device or with this dtype.
+        ValueError: if the backend is unknown, or supports neither this device nor this dtype.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
@@ -35,13 +35,13 @@ def resolve(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backe
 
 
 def kernels_for(backend: Backend, weight: Tensor) -> ModuleType:
-    """The module that sweeps blocks of ``weight``."""
+    """Return the kernel module for ``weight``."""
     name = resolve(backend, weight.device, weight.dtype)
     return cuda_kernels() if name == "triton" else {"torch": plain, "numba": cpu}[name]
 
 
 def cuda_kernels() -> ModuleType:
-    """The Triton kernels; Triton is there with CUDA builds of torch only."""
+    """Import and return the Triton kernels; only CUDA builds of torch include Triton."""
     from . import gpu
 
     return gpu

@@ -1,11 +1,11 @@
-"""ALPS (Meng et al., 2024): masks chosen over a whole layer by ADMM, then conjugate gradient on the mask found.
+"""ALPS (Meng et al., 2024): selects the mask of a whole layer by ADMM, then fits the kept weights by conjugate gradient.
 
-With columns scaled so that the damped Hessian H has a diagonal of 1, ADMM holds two copies of the layer, B that fits the output
-and D that is pruned, with multipliers V between them:
+Columns are scaled so that the damped Hessian H has a unit diagonal. ADMM keeps two copies of the layer, B that fits the output
+and D that is pruned, coupled by multipliers V:
 
     B ← (H W − V + ρD) (H + ρI)⁻¹        D ← the largest entries of B + V/ρ        V ← V + ρ (B − D)
 
-ρ grows with how much of the mask still changes, on the schedule of the authors' code.
+ρ grows by a factor that depends on how much the mask still changes, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from ..refine import conjugate_gradient
 from .base import Layer, Method, Solution, drop
 
 LARGEST_PENALTY = 1e6
-TOLERANCE = 1e-4  # of conjugate gradient, as the authors have it
+TOLERANCE = 1e-4  # of conjugate gradient, from the authors' code
 
 
 @dataclass(frozen=True)
 class ALPS(Method):
-    """Defaults are those of the authors' own code. Unstructured weights are compared over the whole layer. H is damped by the
-    damping that :func:`rose_exp.engine.prune_layer` is told, whose default is the authors', too.
+    """ALPS with the defaults of the authors' code.
+
+    Unstructured weights are compared over the whole layer. H is damped by the ``damping`` of
+    :func:`rose_exp.engine.prune_layer`, whose default is also the authors'.
 
     Args:
-        penalty: ρ at the start.
-        max_iterations: of ADMM.
-        check_every: iterations from one look at how much of the mask has changed to the next; each sets ρ anew.
-        min_iterations: before the mask may count as settled.
-        tolerance: it has settled where less than this share of the kept weights has changed.
-        steps: of conjugate gradient on the mask found.
+        penalty: initial ρ.
+        max_iterations: maximum number of ADMM iterations.
+        check_every: number of iterations between checks of how much the mask has changed; each check updates ρ.
+        min_iterations: number of iterations before the mask may count as converged.
+        tolerance: the mask has converged once fewer than this fraction of the kept weights change.
+        steps: number of conjugate gradient steps on the final mask.
     """
 
     working = (12.0, 8.0)
@@ -57,21 +59,21 @@ class ALPS(Method):
         hessian, scale = layer.curvature.normalised(layer.curvature.damping)
         dense, sparsity = layer.weight * scale, layer.sparsity
         mask = sparsity.select(dense.abs())
-        if not 0 < int(mask.sum()) < mask.numel():  # there is nothing to choose
+        if not 0 < int(mask.sum()) < mask.numel():  # all or nothing is pruned
             return Solution(drop(layer.weight, mask), mask, damped=True)
         fitting = self._alternate(layer, dense, hessian, mask)
         mask = sparsity.select(fitting.abs())
         weight = conjugate_gradient(drop(fitting, mask), dense, mask, hessian, self.steps, TOLERANCE)
-        weight = torch.where(layer.dead, drop(layer.weight, mask), weight / scale)  # what stays there keeps its value
+        weight = torch.where(layer.dead, drop(layer.weight, mask), weight / scale)  # kept weights of dead columns are unchanged
         return Solution(weight, mask, damped=True)
 
     def _alternate(self, layer: Layer, dense: Tensor, hessian: Tensor, before: Tensor) -> Tensor:
-        """B where ADMM ends, (rows, columns), from the mask ``before``."""
+        """Run ADMM from the mask ``before`` and return the final B, (rows, columns)."""
         inverse, select, penalty = layer.curvature.penalised_inverse, layer.sparsity.select, self.penalty
         image = dense @ hessian
         start = drop(dense, before)
         b, d, v = dense, start, torch.zeros_like(dense)
-        begun = False  # until the mask has changed for the first time, ρ is lowered, and ADMM begun anew
+        begun = False  # until the mask first changes, ρ is lowered and ADMM restarts
         kept = before.numel() - int(before.sum())
         solve = inverse(penalty)
         for iteration in range(1, self.max_iterations + 1):
@@ -101,5 +103,5 @@ class ALPS(Method):
 
 
 def _growth(changed: float) -> float:
-    """By how much ρ grows, from the share of the kept weights by which the mask has changed."""
+    """Return the growth factor of ρ, given the change of the mask as a fraction of the kept weights."""
     return 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
