@@ -1,1 +1,1 @@
-"""The commands."""
+"""The commands ``rose-exp`` and ``rose-exp-report``."""

@@ -1,4 +1,4 @@
-"""Checking a whole command line, including every job of a sweep, before any job runs."""
+"""Checks a whole command line, including every job of a sweep, before any job runs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Command:
 
     @property
     def planned(self) -> bool:
-        """Whether to list the jobs instead of running them."""
+        """Whether the command lists its jobs instead of running them."""
         return any(job.settings.plan for job in self.jobs)
 
     def without_multirun(self) -> str | None:
@@ -167,7 +167,7 @@ class _Composer:
         return [name for name in found if not name.startswith("_")]
 
     def _mode(self, overrides: Sequence[str]) -> RunMode | None:
-        """``hydra.mode``, if the configuration sets it."""
+        """Return ``hydra.mode`` if the configuration sets it."""
         try:
             return self.loader.load_configuration(
                 self.name, list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False
@@ -235,7 +235,7 @@ def _group_problems(composer: _Composer, override: Override) -> list[str]:
 
 
 def _several(group: str, names: Sequence[str]) -> str:
-    """The error of a run with several choices of a group."""
+    """Return the error of a run with several choices of a group."""
     listed = f"{group}: expected one choice, got the list [{', '.join(names)}]"
     if len(names) == 1:
         return f"{listed}; give {group}={names[0]}"
@@ -243,7 +243,7 @@ def _several(group: str, names: Sequence[str]) -> str:
 
 
 def _choices(override: Override) -> Iterable[Any]:
-    """All values of an override; of a searched interval, its ends."""
+    """Return all values of an override or, for a searched interval, its ends."""
     if not override.is_sweep_override():
         return [override.value()]
     if override.is_interval_sweep():
@@ -281,7 +281,7 @@ def _all_names(nodes: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _hydra_config(composer: _Composer, overrides: Sequence[Override]) -> DictConfig | None:
-    """Hydra's own settings; None if they cannot be composed, in which case checking a job reports the reason."""
+    """Return Hydra's own settings, or None if they cannot be composed. Checking a job then reports the reason."""
     single = [o.input_line for o in overrides if not o.is_sweep_override()]
     try:
         return composer.compose(single).hydra
@@ -306,7 +306,7 @@ def _axes(
 
 
 def _as_text(override: Override, value: Any) -> str:
-    """``setting=value`` for one value of an override."""
+    """Return ``setting=value`` for one value of an override."""
     if not override.is_sweep_override() and override.input_line:
         return override.input_line
     key = override.get_key_element()
@@ -315,7 +315,7 @@ def _as_text(override: Override, value: Any) -> str:
 
 
 def _job(composer: _Composer, overrides: Sequence[str], own: Sequence[str]) -> Job | list[str]:
-    """One job, or its errors."""
+    """Return one job, or its errors."""
     try:
         composed = composer.compose(overrides)
         if mixed := {group: names for group, names in composer.merged().items() if group not in SEVERAL}:

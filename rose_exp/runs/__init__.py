@@ -1,1 +1,1 @@
-"""Runs: one run from settings to record, its identity, its memory, and the reuse of finished runs."""
+"""Runs: the stages of a run, its ID and record, memory estimates, and the reuse of finished runs."""

@@ -181,7 +181,7 @@ def check_fits(settings: Settings, shape: ModelShape, cuda: bool, available: Foo
 
 
 def _way_out(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> str:
-    """Return a suggestion: the fewest settings, tried in order of increasing cost, with which the run fits."""
+    """Return a suggestion of settings with which the run fits. None of them is redundant."""
     changes: list[tuple[str, dict[str, Mapping[str, Any]]]] = []
     tried = settings
     for name, value in (

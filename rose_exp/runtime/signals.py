@@ -1,4 +1,4 @@
-"""Graceful shutdown on signals: the run finishes the current layer, saves its progress, and exits with a status of its own."""
+"""Graceful shutdown on signals: the run finishes the current layer, saves its progress, and exits with :data:`EXIT_STATUS`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Typed settings of a run, their checks, and what each of them can change."""
+"""Typed settings of a run, their checks, and the effects of each setting."""

@@ -69,7 +69,7 @@ class ModelSettings(Section):
 
 
 class ZeroShotSettings(Section):
-    """Tasks of lm-eval."""
+    """Zero-shot evaluation on tasks of lm-eval."""
 
     tasks: list[str] = Field([])  # none: no zero-shot evaluation
     few_shot: Count | None = None  # examples in each prompt; null: the task's default, which is none for the papers' seven

@@ -37,7 +37,7 @@ UNSUPPORTED_SUFFIXES = frozenset(
 def text_format(path: str | Path) -> TextFormat | None:
     """Return how a text or prompts file is read, or None if its format is not supported.
 
-    The suffix decides, whatever its case. ``json``: rows of JSON, one per line or in one array. ``tsv``: tab-separated values.
+    The suffix decides, ignoring its case. ``json``: rows of JSON, one per line or in one array. ``tsv``: tab-separated values.
     ``text``: plain text, which includes every suffix that names no other format.
     """
     suffix = Path(path).suffix.lower()
