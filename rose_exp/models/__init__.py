@@ -1,4 +1,4 @@
-"""Loading and saving models, and where a model keeps its prunable layers."""
+"""Loading and saving models, and locating their prunable layers."""
 
 from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 from .bos import needs_bos, resolve_bos

@@ -1,4 +1,4 @@
-"""Finding a decoder's blocks and their linear layers by structure, so that no model family needs code of its own."""
+"""Finding a decoder's blocks and linear layers by structure, without code for individual model families."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LinearLayer:
 
     Attributes:
         name: full name in the model, such as ``model.layers.0.self_attn.q_proj``.
-        module: ``nn.Linear``, whose weight is W; GPT-2's ``Conv1D``, whose weight is Wᵀ; or an expert's part of a stack.
+        module: an ``nn.Linear``, whose weight is W; a ``Conv1D`` of GPT-2, whose weight is Wᵀ; or a :class:`Projection`.
     """
 
     name: str
@@ -31,12 +31,12 @@ class LinearLayer:
 
     @property
     def of_expert(self) -> bool:
-        """Whether only those tokens reach the layer that are routed to it."""
+        """Whether the layer belongs to an expert and receives only the tokens routed to it."""
         return isinstance(self.module, Projection) or bool(re.search(r"(^|\.)experts\.\d+\.", self.name))
 
     @property
     def weight(self) -> Tensor:
-        """W, (rows, columns) = (outputs, inputs), a view."""
+        """View of W, (rows, columns) = (outputs, inputs)."""
         return self.module.weight.detach().T if self.transposed else self.module.weight.detach()
 
     @property
@@ -50,10 +50,10 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class BlockList:
-    """The decoder's blocks, in the order that they run in.
+    """The blocks of a decoder, in execution order.
 
     Attributes:
-        name: of the list in the model, such as ``model.layers``.
+        name: full name of the list in the model, such as ``model.layers``.
     """
 
     name: str
@@ -64,7 +64,7 @@ class BlockList:
 
 
 def linear_layers(module: nn.Module, name: str) -> list[LinearLayer]:
-    """All linear layers inside ``module``, which the model calls ``name``, each expert's on its own, but no routers."""
+    """Return all linear layers inside ``module``, whose full name is ``name``, including each expert's but no routers."""
     found, left_out = [], routers(module)
     for inner, layer in module.named_modules():
         full = f"{name}.{inner}" if inner else name
@@ -76,11 +76,12 @@ def linear_layers(module: nn.Module, name: str) -> list[LinearLayer]:
 
 
 def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
-    """The ``nn.ModuleList`` of the decoder's blocks: the one that ``name`` says, or else the one that holds most of the
-    linear weights and stands inside no other list.
+    """Find the ``nn.ModuleList`` of the decoder's blocks.
 
+    Args:
+        name: full name of the list; None for the outermost list with the most linear weights.
     Raises:
-        RoseExpError: no such list, or a tie between two.
+        RoseExpError: there is no such list, or several are equally large.
     """
     lists = {
         path: module
@@ -94,7 +95,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
     outer = {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
     sizes = {path: sum(layer.weight.numel() for layer in linear_layers(m, "")) for path, m in outer.items()}
     if not sizes:
-        raise RoseExpError(f"{type(model).__name__} has no list of blocks with linear layers that could be pruned")
+        raise RoseExpError(f"{type(model).__name__} has no list of blocks with linear layers to prune")
     largest = max(sizes.values())
     found = [path for path, size in sizes.items() if size == largest]
     if len(found) > 1:
@@ -103,5 +104,5 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
 
 
 def all_linear_layers(blocks: BlockList) -> list[LinearLayer]:
-    """The linear layers of every block, in the order of the blocks."""
+    """Return the linear layers of all blocks, in block order."""
     return [layer for i, block in enumerate(blocks.blocks) for layer in linear_layers(block, blocks.block_name(i))]

@@ -38,11 +38,11 @@ Find = Callable[[str], Path | None]
 
 
 class Checkpoint(ABC):
-    """The weights of a model in files.
+    """The weights of a model stored in files.
 
     Attributes:
-        where: the setting that names the checkpoint, and its value, for errors.
-        tensors: dtype and shape of every tensor by its name in the files; None for a shape that is known only once it is read.
+        where: name and value of the setting that selects the checkpoint, for error messages.
+        tensors: dtype and shape of every tensor by its name in the files; None if the shape is unknown before reading.
     """
 
     where: str
@@ -54,12 +54,12 @@ class Checkpoint(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating-point tensor."""
+        """Dtype of the first floating-point tensor."""
         return next((dtype for dtype, _ in self.tensors.values() if dtype.is_floating_point), torch.float32)
 
     @abstractmethod
     def read(self, names: Sequence[str]) -> Any:
-        """A context that gives these tensors by name, or lazy slices of them that ``[...]`` reads.
+        """Return a context manager that yields the tensors by name, or lazy slices that ``[...]`` reads.
 
         Raises:
             RoseExpError: a file is missing or damaged.
@@ -67,7 +67,7 @@ class Checkpoint(ABC):
 
 
 class FilesCheckpoint(Checkpoint):
-    """One file, or shards and their index, all in one folder."""
+    """A single file, or shards and their index in one folder."""
 
     def __init__(self, find: Find, where: str, single: str, index: str):
         self.where = where
@@ -80,26 +80,26 @@ class FilesCheckpoint(Checkpoint):
             held = {path: self._contents(path) for path in dict.fromkeys(files.values())}
         for name, path in files.items():
             if name not in held[path]:
-                raise RoseExpError(f"{where}: {path.name} has no {name}, though the index says so")
+                raise RoseExpError(f"{where}: {path.name} does not contain {name}, which the index lists there")
         unlisted = sorted(name for path in held for name in held[path] if files.get(name) != path)
         if unlisted:
-            raise RoseExpError(f"{where}: the index does not list {_few(unlisted)}, which its shards hold")
+            raise RoseExpError(f"{where}: the index does not list {_few(unlisted)}, which the shards contain")
         self.files = files
         self.tensors = {name: held[path][name] for name, path in files.items()}
 
     @abstractmethod
     def _contents(self, path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """Dtype and shape of every tensor in a file."""
+        """Return dtype and shape of every tensor in a file."""
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         try:
             return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RoseExpError(f"{self.where}: {index} is no index of shards: {error!r}") from error
+            raise RoseExpError(f"{self.where}: {index} is not an index of shards: {error!r}") from error
 
     def _shard(self, find: Find, shard: str) -> Path:
-        if Path(shard).name != shard or shard.startswith("."):  # hidden files are in no fingerprint
-            raise RoseExpError(f"{self.where}: expected names of files beside the index, got {shard!r}, which leads elsewhere")
+        if Path(shard).name != shard or shard.startswith("."):  # the fingerprint does not cover hidden files
+            raise RoseExpError(f"{self.where}: expected file names in the folder of the index, got {shard!r}")
         path = find(shard)
         if path is None:
             raise RoseExpError(f"{self.where}: the shard {shard} is missing")
@@ -110,19 +110,19 @@ class SafetensorsCheckpoint(FilesCheckpoint):
     """Safetensors files.
 
     Args:
-        find: the local path of a file of the checkpoint by its name; None where there is no such file.
-        where: the setting that names the checkpoint, and its value, for errors.
+        find: returns the local path of a file by its name in the checkpoint, or None if it does not exist.
+        where: name and value of the setting that selects the checkpoint, for error messages.
 
     Raises:
-        RoseExpError: the index names a file outside the folder, or one that is missing or damaged.
+        RoseExpError: the index names a file outside the folder, or a file that is missing or damaged.
     """
 
     def __init__(self, find: Find, where: str):
         super().__init__(find, where, SINGLE, INDEX)
 
     def _contents(self, path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        with self._open(path) as file:  # refuses a header that does not fit the length of the file
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        with self._open(path) as file:  # rejects a header that does not match the file size
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
             return {name: (self._dtype(name, part), torch.Size(part.get_shape())) for name, part in slices.items()}
 
     def _dtype(self, name: str, part: Any) -> torch.dtype:
@@ -147,7 +147,7 @@ class SafetensorsCheckpoint(FilesCheckpoint):
 
 
 class TorchCheckpoint(FilesCheckpoint):
-    """Files of ``torch.save``, of which nothing but tensors is unpickled. Arguments and errors as of safetensors."""
+    """Files of ``torch.save``, loaded with ``weights_only``. Arguments and errors match :class:`SafetensorsCheckpoint`."""
 
     def __init__(self, find: Find, where: str):
         super().__init__(find, where, TORCH_SINGLE, TORCH_INDEX)
@@ -166,20 +166,19 @@ class TorchCheckpoint(FilesCheckpoint):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())[:200]
-            raise RoseExpError(f"{self.where}: {path} is missing, damaged or holds more than tensors: {reason}") from error
+            raise RoseExpError(f"{self.where}: {path} is missing, damaged or contains more than tensors: {reason}") from error
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise RoseExpError(f"{self.where}: expected a mapping of names to tensors in {path}, got {type(state).__name__}")
         return dict(state)
 
 
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file, whose tensors are dequantized as they are read.
+    """A GGUF file, whose tensors are dequantized when they are read.
 
-    The layout of each family is transformers' own knowledge. It keeps that in functions that are not public, which are used
-    here because its public one reads the whole file at once.
+    Uses private functions of transformers for the layout of each family, because the public one reads the whole file at once.
 
     Attributes:
-        unmapped: names of tensors in the file that transformers maps to nothing in the model.
+        unmapped: names of tensors in the file that transformers does not map to the model.
     """
 
     def __init__(self, path: Path, model: nn.Module, where: str):
@@ -197,7 +196,7 @@ class GgufCheckpoint(Checkpoint):
             self.keys = gguf_utils.get_gguf_hf_weights_map(model, self.processor)
         except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
             raise RoseExpError(f"{where}: cannot read {path}: {error}") from error
-        self.sources: dict[str, list[Any]] = {}  # tensors of the file that a tensor of the model is made of
+        self.sources: dict[str, list[Any]] = {}  # source tensors in the file of each model tensor
         self.unmapped: list[str] = []
         for tensor in reader.tensors:
             name = self.keys.get(tensor.name, self.keys.get(tensor.name.removesuffix(".weight")))
@@ -213,7 +212,7 @@ class GgufCheckpoint(Checkpoint):
         from gguf import dequantize
 
         found: dict[str, Tensor] = {}
-        merged = self.parsed["tensors"] = {}  # where transformers puts a tensor that several of the file make
+        merged = self.parsed["tensors"] = {}  # where transformers stores a tensor merged from several
         for name in names:
             for tensor in self.sources[name]:
                 result = self.processor.process(
@@ -233,21 +232,21 @@ class GgufCheckpoint(Checkpoint):
 
 
 def open_checkpoint(find: Find, where: str) -> Checkpoint:
-    """The checkpoint of a folder: safetensors, or else files of ``torch.save``.
+    """Open the checkpoint in a folder: safetensors files, or files of ``torch.save`` as a fallback.
 
     Raises:
-        RoseExpError: the folder has neither, or they are damaged.
+        RoseExpError: the folder contains neither, or the files are damaged.
     """
     if find("adapter_config.json") is not None:
         raise RoseExpError(
             f"{where}: expected the weights of a whole model, got an adapter (adapter_config.json); merge it into its base "
-            "model and save that"
+            "model and save the result"
         )
     for kind, names in ((SafetensorsCheckpoint, (SINGLE, INDEX)), (TorchCheckpoint, (TORCH_SINGLE, TORCH_INDEX))):
         if any(find(name) is not None for name in names):
             return kind(find, where)
     raise RoseExpError(
-        f"{where}: expected {SINGLE}, {INDEX}, {TORCH_SINGLE}, {TORCH_INDEX} or the path of a GGUF file, found none of them"
+        f"{where}: expected {SINGLE}, {INDEX}, {TORCH_SINGLE}, {TORCH_INDEX} or the path of a GGUF file, got none of them"
     )
 
 

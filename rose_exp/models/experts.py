@@ -1,5 +1,4 @@
-"""Mixtures of experts: the layers of experts that transformers keeps stacked in three-dimensional parameters, and what routes
-to them."""
+"""Mixtures of experts: access to experts that transformers stacks in three-dimensional parameters, and their routers."""
 
 from __future__ import annotations
 
@@ -12,14 +11,14 @@ from torch.nn import functional
 
 
 class Projection(nn.Module):
-    """One expert's part of a stacked parameter, as a linear layer of its own that hooks can be put on.
+    """One expert's part of a stacked parameter, as a linear layer that accepts hooks.
 
-    It holds no weight: ``weight`` is a view, (rows, columns), of what the stack is at the time.
+    It has no parameters: ``weight`` is a view, (rows, columns), of the current stack.
     """
 
     def __init__(self, owner: nn.Module, parameter: str, expert: int, rows: slice):
         super().__init__()
-        self.__dict__["owner"] = owner  # not as a submodule: the owner is above
+        self.__dict__["owner"] = owner  # bypass registration as a submodule: the owner is the parent
         self.parameter, self.expert, self.rows = parameter, expert, rows
 
     @property
@@ -31,8 +30,10 @@ class Projection(nn.Module):
 
 
 def projections(module: nn.Module) -> list[dict[str, Projection]]:
-    """The layers of each expert of a stack, by the names that they have where experts stand in a list of their own; none where
-    ``module`` is no stack of a known layout: (experts, rows, columns), gate above up, no biases."""
+    """Return the layers of each expert in a stack, by the names used for unstacked experts.
+
+    The list is empty unless ``module`` is a stack in a known layout: (experts, rows, columns), gate before up, no biases.
+    """
     kept = module.__dict__.get("_projections")
     if kept is None:
         kept = module.__dict__["_projections"] = _find(module)
@@ -63,8 +64,10 @@ def _find(module: nn.Module) -> list[dict[str, Projection]]:
 
 @contextmanager
 def one_by_one(block: nn.Module) -> Iterator[None]:
-    """Let the stacked experts inside ``block`` run one after the other, each through its own layers, every one of which is
-    called, though it be with no token."""
+    """Run the stacked experts inside ``block`` one after another through their own layers.
+
+    Every layer is called, even if no token is routed to it.
+    """
     stacks = [module for module in block.modules() if projections(module)]
     try:
         for module in stacks:
@@ -77,7 +80,7 @@ def one_by_one(block: nn.Module) -> Iterator[None]:
 
 def _forward(module: nn.Module):
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (tokens, columns); top_k_index, top_k_weights (tokens, experts a token)."""
+        """hidden_states (tokens, columns); top_k_index, top_k_weights (tokens, experts per token)."""
         output = torch.zeros_like(hidden_states)
         for expert, layers in enumerate(projections(module)):
             token, place = torch.where(top_k_index == expert)
@@ -94,8 +97,10 @@ def _forward(module: nn.Module):
 
 
 def routers(block: nn.Module) -> set[nn.Module]:
-    """Linear layers that choose among experts, or weigh a shared one: those beside experts that answer with a number an expert,
-    or one."""
+    """Return the linear layers that route to experts or gate a shared expert.
+
+    These are siblings of the experts with one output per expert, or a single output.
+    """
     found: set[nn.Module] = set()
     for module in block.modules():
         experts = getattr(module, "experts", None)

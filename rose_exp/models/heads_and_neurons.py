@@ -1,5 +1,4 @@
-"""Attention heads and FFN neurons: which columns of which layers they are, which rows make them, and how layers get smaller
-without them."""
+"""Attention heads and FFN neurons: the rows that produce them, the columns that read them, and their removal."""
 
 from __future__ import annotations
 
@@ -14,17 +13,17 @@ from ..runtime.errors import RoseExpError
 from .blocks import LinearLayer
 
 MAKERS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "q_proj", "k_proj", "v_proj")
-OF_KEYS = ("to_k", "to_v", "add_k_proj", "add_v_proj", "k_proj", "v_proj")  # makers with a head for each group of query heads
+OF_KEYS = ("to_k", "to_v", "add_k_proj", "add_v_proj", "k_proj", "v_proj")  # makers with one head per group of query heads
 
-NORMS_OF_INPUTS = ("group_norm", "spatial_norm", "norm_cross")  # inside an attention, of what enters it
+NORMS_OF_INPUTS = ("group_norm", "spatial_norm", "norm_cross")  # normalize the inputs of an attention
 
 
 @dataclass(frozen=True)
 class Part:
-    """A layer's share in each group.
+    """The rows or columns of a layer that belong to each group.
 
     Attributes:
-        places: (groups, width) int64, rows of a layer that makes the groups, or columns of one that reads them.
+        places: (groups, width) int64, rows of a layer that produces the groups or columns of a layer that reads them.
     """
 
     layer: LinearLayer
@@ -33,13 +32,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Structure:
-    """The heads of an attention (those query heads that share a key and value together), or the neurons of an FFN.
+    """The groups of a module: the heads of an attention or the neurons of an FFN.
+
+    Query heads that share a key and value head form one group.
 
     Attributes:
-        name: of the module, in the model.
-        owner: the module, which may keep how many heads it has.
-        consumers: layers that read the groups: one, or the two of joint attention.
-        makers: layers whose rows make them.
+        name: full name of the module in the model.
+        owner: the module, which may store its number of heads.
+        consumers: layers that read the groups: one, or two for joint attention.
+        makers: layers whose rows produce the groups.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Structure:
 
     @torch.no_grad()
     def mask(self, removed: Tensor) -> None:
-        """Make zero all that belongs to the groups ``removed`` (groups,) bool, biases included."""
+        """Zero all weights and biases that belong to the groups ``removed``, (groups,) bool."""
         for part in self.consumers:
             part.layer.module.weight[:, part.places[removed].flatten()] = 0
         for part in self.makers:
@@ -64,7 +65,7 @@ class Structure:
                 part.layer.module.bias[rows] = 0
 
     def masked(self) -> Tensor:
-        """Groups that nothing is read of, (groups,) bool: all their columns are zero."""
+        """Return which groups are masked, that is, have only zero columns in all consumers, (groups,) bool."""
         zero = torch.ones(self.groups, dtype=torch.bool)
         for part in self.consumers:
             nothing = (part.layer.weight == 0).all(dim=0).cpu()
@@ -72,7 +73,7 @@ class Structure:
         return zero
 
     def makers_norm(self) -> Tensor:
-        """L1 norm of all that makes each group, biases included, (groups,)."""
+        """Return the L1 norm of the weights and biases that produce each group, (groups,)."""
         total = torch.zeros(self.groups, device=self.consumers[0].layer.weight.device)
         for part in self.makers:
             rows = part.layer.weight.abs().sum(dim=1, dtype=torch.float32)
@@ -82,21 +83,23 @@ class Structure:
         return total
 
     def remove_masked(self, count: int) -> None:
-        """Make the layers smaller by ``count`` groups that are masked; no output changes.
+        """Shrink the layers by ``count`` masked groups, without changing any output.
 
         Raises:
-            ValueError: fewer are masked.
+            ValueError: fewer groups are masked.
         """
         gone = self.masked().nonzero().flatten()
         if len(gone) < count:
-            raise ValueError(f"{self.name}: expected {count} {self.kind} that are masked, got {len(gone)}")
+            raise ValueError(f"{self.name}: expected at least {count} masked {self.kind}, got {len(gone)}")
         kept = torch.ones(self.groups, dtype=torch.bool)
         kept[gone[:count]] = False
         self.keep(kept)
 
     def keep(self, kept: Tensor) -> None:
-        """Make the layers smaller: only the groups ``kept`` (groups,) bool stay. Other structures of the same layers must be
-        found anew."""
+        """Shrink the layers to the groups ``kept``, (groups,) bool.
+
+        Call :func:`find_structures` again before using other structures of the same layers.
+        """
         before, after = self.groups, int(kept.sum())
         for part in self.consumers:
             stay = torch.ones(part.layer.columns, dtype=torch.bool)
@@ -123,13 +126,15 @@ def _narrow(layer: nn.Linear, dim: int, stay: Tensor) -> None:
 
 
 def find_structures(module: nn.Module, name: str = "", kinds: Collection[str] = ("heads", "neurons")) -> list[Structure]:
-    """The heads and neurons of all attentions and FFNs in ``module``, which the model calls ``name``, in the modules' order.
+    """Find the heads and neurons of all attentions and FFNs in a module, in module order.
 
-    Known are attentions with ``to_q`` … ``to_out`` (diffusers) or ``q_proj`` … ``o_proj`` (transformers), Flux's single blocks,
+    Supports attentions with ``to_q`` … ``to_out`` (diffusers) or ``q_proj`` … ``o_proj`` (transformers), Flux's single blocks,
     and FFNs with ``net`` (diffusers) or ``up_proj`` and ``down_proj``, gated or not.
 
+    Args:
+        name: full name of the module in the model.
     Raises:
-        RoseExpError: an attention whose heads cannot be told apart.
+        RoseExpError: the heads of an attention cannot be identified.
     """
     return list(_all(module, name, kinds))
 
@@ -142,7 +147,7 @@ def _all(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Struc
             for child, layer in part.named_modules()
             if isinstance(layer, nn.Linear)
         }
-        single = {"proj_mlp", "proj_out", "attn.to_q"} <= set(layers)  # Flux: heads and neurons are read side by side
+        single = {"proj_mlp", "proj_out", "attn.to_q"} <= set(layers)  # Flux: one layer reads heads and neurons
         if single:
             first = layers["attn.to_q"].module.out_features
             if "heads" in kinds:
@@ -168,7 +173,7 @@ def _all(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Struc
 def _heads(
     name: str, owner: nn.Module, layers: dict[str, LinearLayer], consumers: Sequence[LinearLayer], beside: int = 0
 ) -> Structure:
-    """``beside``: columns of the consumers that come after those of the heads."""
+    """Return the heads of an attention; ``beside`` counts the consumers' columns after those of the heads."""
     query = layers["to_q" if "to_q" in layers else "q_proj"].module
     keys = layers["to_k" if "to_k" in layers else "k_proj"].module
     if isinstance(getattr(owner, "heads", None), int):
@@ -176,16 +181,16 @@ def _heads(
     else:
         width = getattr(owner, "head_dim", None)
     known = isinstance(width, int) and not query.out_features % width and not keys.out_features % width
-    of_head = [name for name, _ in owner.named_parameters(recurse=False)]  # such as a sink for each
+    of_head = [name for name, _ in owner.named_parameters(recurse=False)]  # parameters per head, such as attention sinks
     if not known or of_head or any(layer.columns != query.out_features + beside for layer in consumers):
-        raise RoseExpError(f"sparsity.heads: {name} keeps its heads in a way that is not known, so none can be removed")
+        raise RoseExpError(f"sparsity.heads: expected a known layout of heads in {name}, got another, so none can be removed")
     groups = keys.out_features // width
     shared = query.out_features // keys.out_features * width
     for inner, part in owner.named_modules():
         if isinstance(part, nn.Linear) or "norm" not in inner or inner in NORMS_OF_INPUTS or query.out_features == width:
             continue
         if any(parameter.numel() == query.out_features for parameter in part.parameters(recurse=False)):
-            raise RoseExpError(f"sparsity.heads: {name}.{inner} normalises over all heads, so none can be removed")
+            raise RoseExpError(f"sparsity.heads: {name}.{inner} normalizes over all heads, so none can be removed")
     of_queries, of_keys = torch.arange(groups * shared).view(groups, shared), torch.arange(groups * width).view(groups, width)
     makers = [Part(layers[k], of_keys if k in OF_KEYS else of_queries) for k in MAKERS if k in layers]
     return Structure(name, "heads", owner, tuple(Part(layer, of_queries) for layer in consumers), tuple(makers))
@@ -194,7 +199,7 @@ def _heads(
 def _neurons(name: str, owner: nn.Module, maker: LinearLayer, consumer: LinearLayer, first: int = 0) -> Structure:
     neurons, rows = consumer.columns - first, maker.module.out_features
     if rows not in (neurons, 2 * neurons):
-        raise RoseExpError(f"sparsity.neurons: {maker.name} makes {rows} for {neurons} of {consumer.name}, a way not known")
+        raise RoseExpError(f"sparsity.neurons: {maker.name} has {rows} rows for {neurons} inputs of {consumer.name}: unknown")
     places = torch.arange(neurons)[:, None]
     makers = (Part(maker, places if rows == neurons else torch.cat([places, places + neurons], dim=1)),)  # gated: value, gate
     return Structure(name, "neurons", owner, (Part(consumer, places + first),), makers)

@@ -1,4 +1,4 @@
-"""Where a model and its tokenizer are: embedded, in a local folder or GGUF file, or on the hub."""
+"""Locating a model and its tokenizer: embedded, in a local folder or GGUF file, or on the hub."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class LoadedModel:
     """A model in evaluation mode on the CPU.
 
     Attributes:
-        protocol: what the weights are: source, revision or fingerprint, dtype, number of parameters.
-        warnings: for the record, (kind, detail): what of the checkpoint is not used, or not as the configuration says.
+        protocol: identity of the weights: source, revision or fingerprint, dtype, number of parameters.
+        warnings: (kind, detail) pairs for the run record about unused weights and deviations from the configuration.
     """
 
     model: nn.Module
@@ -35,20 +35,21 @@ class LoadedModel:
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
-        RoseExpError: it cannot be had.
+        RoseExpError: the tokenizer cannot be loaded.
     """
     return from_pretrained(AutoTokenizer, settings.model_copy(update={"revision": revision(settings)}))
 
 
 def revision(settings: ModelSettings) -> str | None:
-    """The commit that a branch or tag of the hub stands for just now, so that all parts of a model are of one; what the
-    settings say where the model is not the hub's.
+    """Resolve a branch or tag on the hub to its current commit, so that all parts of a model have the same revision.
+
+    For models that are not on the hub, returns ``model.revision`` unchanged.
 
     Raises:
-        RoseExpError: its configuration cannot be had.
+        RoseExpError: the configuration cannot be loaded.
     """
     source, _ = located(settings)
     if settings.path is None or Path(source).exists():
@@ -57,10 +58,10 @@ def revision(settings: ModelSettings) -> str | None:
 
 
 def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Module:
-    """The causal language model that a configuration describes, on the default device or wherever the caller has set.
+    """Build the causal language model that a configuration describes, on the current default device.
 
     Raises:
-        RoseExpError: it describes no decoder, a quantized model, or one that transformers cannot build.
+        RoseExpError: the model is not a decoder, is quantized, or cannot be built by transformers.
     """
     where = f"{setting_of(settings)}: {settings.path or settings.embedded}"
     if getattr(config, "is_encoder_decoder", False):
@@ -82,15 +83,15 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
 
 
 def setting_of(settings: ModelSettings) -> str:
-    """The name of the setting that says where the model is."""
+    """Return the name of the setting that selects the model."""
     return "model.path" if settings.path is not None else "model.embedded"
 
 
 def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
-    """What ``auto``, a class of transformers, makes of the model's folder, file or hub id.
+    """Call ``from_pretrained`` of ``auto``, a transformers class, for the model's folder, file or hub ID.
 
     Raises:
-        RoseExpError: it cannot be had.
+        RoseExpError: loading fails.
     """
     options |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     source, gguf = located(settings)
@@ -99,12 +100,12 @@ def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
         return auto.from_pretrained(source, **options)
     except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         what = source if settings.path is not None else settings.embedded
-        hint = "" if Path(source).exists() else " (no such folder here, and not to be had from the hub)"
+        hint = "" if Path(source).exists() else " (no such local folder, and not available from the hub)"
         raise RoseExpError(f"{setting_of(settings)}: cannot load {what!r}{hint}: {_first_lines(error)}") from error
 
 
 def located(settings: ModelSettings) -> tuple[str, str | None]:
-    """The model's folder or hub id, and the name of the GGUF file in it, if it is one."""
+    """Return the model's folder or hub ID, and the name of the GGUF file in the folder, if any."""
     where = fetch(settings.embedded) if settings.path is None else Path(settings.path).expanduser()
     if where.suffix == ".gguf" and where.is_file():
         return str(where.parent), where.name
@@ -117,7 +118,7 @@ def _first_lines(error: Exception, limit: int = 400) -> str:
 
 
 def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
-    """Return what the weights are, for the record.
+    """Return the identity of the weights for the run record.
 
     ``sha256`` covers the weights of a local model, and ``files_sha256`` all of its files, such as the tokenizer.
     """

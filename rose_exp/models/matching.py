@@ -1,7 +1,7 @@
-"""How the tensors of a checkpoint map to those of a model: the one place that decides it, whatever the model is read for.
+"""Mapping the tensors of a checkpoint to those of a model.
 
-The mapping itself (renamed, stacked and split tensors) is transformers' own. :func:`match` runs it on empty tensors before any
-weight is read, and refuses a checkpoint that does not fit its configuration; :func:`fill` runs it on the weights.
+transformers provides the mapping itself (renamed, stacked and split tensors). :func:`match` applies it to empty tensors before
+any weight is read, and rejects a checkpoint that does not match its configuration. :func:`fill` applies it to the weights.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Match:
     """How a checkpoint fills a model.
 
     Attributes:
-        outside: names, in the checkpoint, of the tensors that fill what is in no block.
-        of_block: the same of each block, by its index.
-        missing: names, in the model, of tensors that the checkpoint lacks since they are tied to others.
-        unused: names, in the checkpoint, of tensors outside the blocks that the model has no place for.
-        conversions: of transformers, which the checkpoint makes use of; saving reverts them.
+        outside: checkpoint names of the tensors outside the blocks.
+        of_block: checkpoint names of the tensors of each block, by block index.
+        missing: model names of tensors that the checkpoint omits because they are tied to others.
+        unused: checkpoint names of tensors outside the blocks that the model does not have.
+        conversions: transformers' conversions that the checkpoint needs; saving reverts them.
     """
 
     outside: list[str] = field(default_factory=list)
@@ -45,12 +45,12 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
     """Map a checkpoint to a model.
 
     Args:
-        model: on the meta device, as its configuration describes it; it is used up.
-        blocks: its blocks.
+        model: a model on the meta device, built from its configuration. It cannot be used afterwards.
+        blocks: the blocks of the model.
 
     Raises:
-        RoseExpError: the checkpoint lacks a tensor that is not tied to another, has one of another shape, one inside a block
-            that the model has no place for, one that is quantized, or two for the same place. The message names them.
+        RoseExpError: a tensor is missing and not tied to another, has an unexpected shape, is unexpected inside a block, is
+            quantized, or occurs twice. The message names the tensors.
     """
     expected = {name: value.shape for name, value in model.state_dict().items()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -64,7 +64,7 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
     info = convert(model, empty, "meta")
     problems += [f"{name}: {reason}" for name, reason in dict(info.conversion_errors).items()] + list(info.error_msgs)
     problems += [
-        f"expected {name} of shape {tuple(wanted)}, as the configuration says, got {tuple(found)}"
+        f"expected {name} of shape {tuple(wanted)} according to the configuration, got {tuple(found)}"
         for name, found, wanted in sorted(info.mismatched_keys)
     ]
     missing = _not_tied(model, set(info.missing_keys))
@@ -73,7 +73,7 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
     unexpected, of_blocks = _unexpected(model, checkpoint, info.unexpected_keys, blocks)
     if of_blocks:
         problems.append(
-            f"the checkpoint has {_few(of_blocks)}, but the model that its configuration describes has no place for them"
+            f"the checkpoint contains {_few(of_blocks)}, which the model described by its configuration does not have"
         )
     if problems:
         raise RoseExpError(f"{checkpoint.where}: the weights do not fit the configuration: {'; '.join(problems)}")
@@ -84,8 +84,8 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
 def fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], matched: Match) -> None:
     """Read tensors of a checkpoint into a model that :func:`match` has accepted.
 
-    Every tensor gets memory of its own that starts on a cache line, so that neither a later change of the file nor the layout
-    of the file can change a result.
+    Every tensor gets its own memory that starts on a cache line, so that results depend neither on later changes of the file
+    nor on its layout.
 
     Raises:
         RoseExpError: a tensor holds NaN or infinity, or a file cannot be read.
@@ -103,14 +103,14 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], m
 
 
 def tie(model: PreTrainedModel, matched: Match) -> list[str]:
-    """Tie what the configuration says is tied, as transformers does for a checkpoint that it reads.
+    """Tie the weights that the configuration ties, as transformers does when it loads a checkpoint.
 
-    If the checkpoint has only one tensor of a pair, the other is tied to it, whichever it is. If it has both and they are
-    equal, they are tied. If they differ, both stay as they are stored, and the configuration is corrected, so that the saved
-    model loads as it is.
+    If the checkpoint contains only one tensor of a pair, the other is tied to it. If it contains both and they are equal, they
+    are tied. If they differ, both keep their stored values, and the configuration is corrected so that the saved model loads
+    correctly.
 
     Returns:
-        Names of tensors that the configuration ties to others, but that the checkpoint stores with other values.
+        Names of tensors that the configuration ties to others, but that the checkpoint stores with different values.
     """
     before = dict(model.all_tied_weights_keys)
     model.tie_weights(missing_keys=set(matched.missing), recompute_mapping=False)
@@ -122,17 +122,18 @@ def tie(model: PreTrainedModel, matched: Match) -> list[str]:
 
 
 def tie_again(model: PreTrainedModel) -> None:
-    """Tie the weights that :func:`tie` has tied, after they were moved one by one."""
+    """Tie the weights again that :func:`tie` tied, after they were moved individually."""
     model.tie_weights(recompute_mapping=False)
 
 
 def convert(model: PreTrainedModel, tensors: dict[str, Any], device: str) -> Any:
-    """Rename, stack and cast checkpoint tensors into a model, by transformers' own function.
+    """Rename, stack and cast checkpoint tensors into a model with transformers' own function.
 
-    The function is not public, and its parameters have changed within version 5: each version is given those that it knows.
+    The function is not public, and its parameters vary within version 5. Only parameters that the installed version knows are
+    passed.
 
     Returns:
-        transformers' account of missing, unexpected and mismatched tensors.
+        transformers' report of missing, unexpected and mismatched tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -145,7 +146,7 @@ def convert(model: PreTrainedModel, tensors: dict[str, Any], device: str) -> Any
     config = LoadStateDictConfig(**_known(LoadStateDictConfig, settings))
     given = {"model": model, "state_dict": tensors, "load_config": config, "tp_plan": None, "dtype_plan": plan}
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # there would be one for each block
+    logging.disable_progress_bar()  # otherwise one is shown for each block
     try:
         result = convert_and_load_state_dict_in_model(**_known(convert_and_load_state_dict_in_model, given))
     finally:
@@ -160,8 +161,10 @@ def _known(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _places(model: PreTrainedModel, names: Iterable[str], expected: dict[str, torch.Size]) -> tuple[dict[str, str], list[str]]:
-    """The name, in the model, of the tensor that each checkpoint tensor goes to, or of the first of several; and those
-    checkpoint tensors that are only renamed, and not stacked with others or split."""
+    """Return the model name of each checkpoint tensor's target, and the checkpoint tensors that are only renamed.
+
+    If a tensor has several targets, the first one counts. Tensors that are stacked or split are not among the renamed ones.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -190,7 +193,7 @@ def _quantized(checkpoint: Checkpoint, places: dict[str, str], parameters: set[s
 
 
 def _doubled(places: dict[str, str]) -> list[str]:
-    """Checkpoint tensors for the same place, of which one would silently win."""
+    """Describe checkpoint tensors with the same target, of which one would silently overwrite the other."""
     seen: dict[str, str] = {}
     found = []
     for name, place in places.items():
@@ -201,7 +204,7 @@ def _doubled(places: dict[str, str]) -> list[str]:
 
 
 def _gaps(names: Iterable[str]) -> list[str]:
-    """Experts that are missing between others, which would be numbered anew as they are stacked."""
+    """Describe gaps in the numbering of experts, which stacking would silently close."""
     found: dict[str, dict[int, str]] = {}
     for name in names:
         expert = re.search(r"\bexperts\.(\d+)\.", name)
@@ -218,7 +221,7 @@ def _gaps(names: Iterable[str]) -> list[str]:
 
 
 def _not_tied(model: PreTrainedModel, missing: set[str]) -> list[str]:
-    """Missing tensors that no other fills by being tied to it, but those that the model's class says may be missing."""
+    """Return missing tensors that are neither tied to a present one nor allowed to be missing by the model's class."""
     groups: dict[str, set[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
@@ -232,7 +235,7 @@ def _not_tied(model: PreTrainedModel, missing: set[str]) -> list[str]:
 def _unexpected(
     model: PreTrainedModel, checkpoint: Checkpoint, unexpected: Iterable[str], blocks: BlockList
 ) -> tuple[list[str], list[str]]:
-    """What the model has no place for outside its blocks, and inside; without what the model's class says to ignore."""
+    """Return unexpected tensors outside and inside the blocks, without those that the model's class ignores."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or [])
     patterns += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"]  # buffers that older versions stored
     names = [name for name in unexpected if not any(re.search(pattern, name) for pattern in patterns)]
@@ -245,12 +248,12 @@ def _unexpected(
 
 
 def _of_other_part(name: str) -> bool:
-    """Whether a name belongs to a part beside the language model, such as a vision tower that is not built."""
+    """Return whether a name belongs to a part next to the language model, such as a vision tower that is not built."""
     return bool(re.search(r"(^|\.)(vision|visual|audio|speech|image)[a-z_]*\.", name))
 
 
 def _by_block(places: dict[str, str], blocks: BlockList) -> tuple[list[str], dict[int, list[str]]]:
-    """Names of checkpoint tensors that fill what is outside the blocks, and those of each block."""
+    """Split the names of checkpoint tensors into those outside the blocks and those of each block."""
     outside: list[str] = []
     of_block: dict[int, list[str]] = {}
     inside = re.compile(rf"^{re.escape(blocks.name)}\.(\d+)\.")
@@ -264,7 +267,7 @@ def _by_block(places: dict[str, str], blocks: BlockList) -> tuple[list[str], dic
 
 
 def _own(model: nn.Module, name: str, where: str) -> None:
-    """Give a tensor that was read memory of its own, and check it."""
+    """Give a loaded tensor its own memory, and check that it is finite."""
     owner, _, own = name.rpartition(".")
     module = model.get_submodule(owner)
     held = module._parameters if own in module._parameters else module._buffers
@@ -282,17 +285,17 @@ def _own(model: nn.Module, name: str, where: str) -> None:
 
 
 def own_weights(model: nn.Module, where: str) -> None:
-    """Give every tensor of a model memory of its own, and check it.
+    """Give every tensor of a model its own memory, and check that it is finite.
 
     Raises:
-        RoseExpError: one holds NaN or infinity; the message names it.
+        RoseExpError: a tensor contains NaN or infinity; the message names it.
     """
     for name, _ in [*model.named_parameters(), *model.named_buffers()]:
         _own(model, name, where)
 
 
 def own_memory(value: Tensor) -> Tensor:
-    """``value``, or a copy of it where it is a part of something larger, such as a file, or does not start on a cache line."""
+    """Return ``value``, copied if it is part of a larger storage, such as a file, or not aligned to a cache line."""
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
     return aligned(value) if whole else value.clone(memory_format=torch.contiguous_format)
 

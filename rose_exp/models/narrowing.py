@@ -1,4 +1,4 @@
-"""Language models that get smaller: heads and neurons that are masked leave, and the configuration says the new widths."""
+"""Removing masked heads and neurons from language models, and updating their configuration."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..runtime.errors import RoseExpError
 from .blocks import BlockList
 from .heads_and_neurons import find_structures
 
-QUERIES, KEYS, NEURONS = "num_attention_heads", "num_key_value_heads", "intermediate_size"  # in configurations
+QUERIES, KEYS, NEURONS = "num_attention_heads", "num_key_value_heads", "intermediate_size"  # configuration fields
 
 
 def check_removable(model: nn.Module, blocks: BlockList, sparsity: Structured) -> None:
-    """See that the model's configuration can say how many heads and neurons will be left.
+    """Check that the model's configuration can describe the numbers of heads and neurons after pruning.
 
     Raises:
-        RoseExpError: it cannot, or its class refuses these numbers.
+        RoseExpError: it cannot, or its class rejects these numbers.
     """
     config = model.config.get_text_config()
     _narrowed(config, sparsity)
@@ -32,24 +32,24 @@ def check_removable(model: nn.Module, blocks: BlockList, sparsity: Structured) -
             own = [structure.groups for structure in found if structure.kind == kind]
             if own != [groups[kind]]:
                 raise RoseExpError(
-                    f"save: expected {groups[kind]} {kind} in each block, as the configuration says, got {own} in "
-                    f"{blocks.block_name(index)}: the smaller model could not be loaded"
+                    f"save: expected {groups[kind]} {kind} in each block according to the configuration, got {own} in "
+                    f"{blocks.block_name(index)}: the pruned model cannot be loaded"
                 )
 
 
 def remove_masked(
     model: nn.Module, blocks: BlockList, sparsity: Structured, pruned: Collection[str], configure: bool
 ) -> dict[str, int]:
-    """Take the masked heads and neurons out, as many as ``sparsity`` says. No output changes.
+    """Remove as many masked heads and neurons as ``sparsity`` requests, without changing any output.
 
     Args:
-        pruned: names of the layers whose inputs lost heads or neurons; all others are left as they are.
-        configure: let the configuration say the new widths, so that the model is saved and loaded with them; whether it can was
-            seen to by :func:`check_removable`.
+        pruned: names of the layers whose inputs lost heads or neurons; other layers do not change.
+        configure: whether to update the configuration, so that the model can be saved and loaded; requires a previous
+            :func:`check_removable`.
     Returns:
-        Parameters before and after: ``dense`` and ``pruned``.
+        Number of parameters before and after: ``dense`` and ``pruned``.
     Raises:
-        ValueError: fewer are masked.
+        ValueError: fewer heads or neurons are masked.
     """
     before = sum(parameter.numel() for parameter in model.parameters())
     for index, block in enumerate(blocks.blocks):
@@ -64,14 +64,14 @@ def remove_masked(
 
 
 def _narrowed(config: PreTrainedConfig, sparsity: Structured) -> dict[str, int]:
-    """What the configuration says afterwards, by name."""
+    """Return the changed configuration fields by name."""
     found: dict[str, int] = {}
     if sparsity.heads:
         queries, width = getattr(config, QUERIES, None), getattr(config, "head_dim", None)
         if queries is None or not hasattr(config, "head_dim"):
             raise RoseExpError(
                 f"sparsity.heads: expected a model whose configuration has {QUERIES} and head_dim, got {config.model_type}; "
-                "sparsity.heads=false removes neurons alone"
+                "set sparsity.heads=false to remove only neurons"
             )
         keys = getattr(config, KEYS, None) or queries
         left = keys - sparsity.count(keys)
@@ -84,8 +84,8 @@ def _narrowed(config: PreTrainedConfig, sparsity: Structured) -> dict[str, int]:
     try:
         values = copy.deepcopy(config).to_dict() | found
         type(config).from_dict(values)
-    except (ValueError, TypeError, StrictDataclassError) as error:  # of its own checks
+    except (ValueError, TypeError, StrictDataclassError) as error:  # from the checks of the configuration class
         told = " ".join(str(error).split())[:200]
         wanted = ", ".join(f"{name} {value}" for name, value in found.items())
-        raise RoseExpError(f"sparsity.ratio: {config.model_type} takes no {wanted}: {told}") from error
+        raise RoseExpError(f"sparsity.ratio: {config.model_type} does not support {wanted}: {told}") from error
     return found

@@ -1,4 +1,4 @@
-"""Writing a pruned model as a plain Hugging Face folder."""
+"""Saving a pruned model as a standard Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from .streaming import StreamedModel
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, sparsity: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write safetensors, configuration and tokenizer to ``folder``, whole or not at all.
+    """Write safetensors, configuration and tokenizer to ``folder`` atomically.
 
-    The zeros are stored as they are: the folder is no smaller than the dense model's, and loads like any other.
+    Zeros are stored explicitly: the folder is as large as the dense model's, and loads like any other.
 
     Args:
-        sparsity: what ``config.json`` says as ``quantization_config``; see :func:`sparsity_description`.
+        sparsity: ``quantization_config`` for ``config.json``, see :func:`sparsity_description`.
 
     Raises:
-        RoseExpError: ``folder`` exists already, or the disk refuses.
+        RoseExpError: ``folder`` already exists, or writing fails.
     """
     with whole_or_not(folder) as scratch:
         model.save_pretrained(scratch)
@@ -53,10 +53,10 @@ def save_streamed(
     folder: Path,
     sparsity: Mapping[str, Any] | None = None,
 ) -> Path:
-    """What :func:`save_model` writes, a shard a block, of a model whose blocks come from ``block_at(index, device)``.
+    """Save a model whose blocks come from ``block_at(index, device)``, like :func:`save_model`, with one shard per block.
 
     Raises:
-        RoseExpError: as :func:`save_model`.
+        RoseExpError: as for :func:`save_model`.
     """
     model, blocks = streamed.model, streamed.blocks
     total = len(blocks.blocks) + 1
@@ -82,14 +82,14 @@ def save_streamed(
 
 
 def sparsity_description(pattern: str, share: float, targets: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
-    """How compressed-tensors called a model with N:M zeros that are stored as they are.
+    """Return the compressed-tensors description of a model with N:M sparsity and explicitly stored zeros.
 
-    Readers that still honour it (vLLM before 0.24, which removed its sparse kernels) take such a model for what it is; later
-    ones, and transformers without that package, refuse it.
+    vLLM before 0.24, which removed its sparse kernels, recognizes such a model. Later versions reject it, and so does
+    transformers without the compressed-tensors package.
 
     Args:
-        share: of zeros among the pruned layers.
-        targets: classes of modules.
+        share: fraction of zeros in the pruned layers.
+        targets: module classes.
         left_out: names of modules of these classes that are not pruned.
     """
     return {
@@ -110,12 +110,12 @@ def sparsity_description(pattern: str, share: float, targets: Sequence[str], lef
 def _parts(
     streamed: StreamedModel, block_at: Callable[[int, str], AbstractContextManager[nn.Module]]
 ) -> Iterator[dict[str, Tensor]]:
-    """Tensors of each block by their full names, then those of the rest, each once though the model uses it twice."""
+    """Yield the tensors of each block by full name, then all others; tied tensors occur once."""
     blocks = streamed.blocks
     for index in range(len(blocks.blocks)):
         with block_at(index, "cpu") as block:
             yield {f"{blocks.block_name(index)}.{name}": value for name, value in block.state_dict().items()}
-    named = dict(streamed.model.named_parameters())  # what is tied stands here once
+    named = dict(streamed.model.named_parameters())  # contains tied tensors once
     buffers = {name: value for name, value in streamed.model.state_dict().items() if name not in named and not value.is_meta}
     tied = {value.data_ptr() for value in named.values() if not value.is_meta}
     rest = named | {name: value for name, value in buffers.items() if value.data_ptr() not in tied}
@@ -123,17 +123,17 @@ def _parts(
 
 
 def _as_in_files(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names and shapes that transformers gives a model's tensors in files; in memory it stacks experts, for one."""
+    """Revert transformers' conversions, such as stacked experts, to the names and shapes used in files."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, tensors)
 
 
 def _check_complete(model: PreTrainedModel, folder: Path, blocks: str | None = None) -> None:
-    """Check that the files of a saved model fill the model that its saved configuration describes.
+    """Check that the weights of a saved model match its saved configuration.
 
     Raises:
-        RoseExpError: they do not; the message names the tensors.
+        RoseExpError: they do not match; the message names the tensors.
     """
     config = type(model.config).from_pretrained(folder)
     with torch.device("meta"):
@@ -152,9 +152,9 @@ def _describe(folder: Path, sparsity: Mapping[str, Any] | None) -> None:
 
 @contextmanager
 def whole_or_not(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its place once all is written."""
+    """Yield a temporary folder that is renamed to ``folder`` once everything is written."""
     if folder.exists():
-        raise RoseExpError(f"save: {folder} exists already, and is not written over")
+        raise RoseExpError(f"save: expected a folder that does not exist, got {folder}")
     scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

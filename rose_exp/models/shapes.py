@@ -1,4 +1,4 @@
-"""How large a model is, from its configuration alone."""
+"""Sizes of a model, computed from its configuration alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .loading import build_empty, from_pretrained
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One prunable layer.
+    """Shape of a prunable layer.
 
     Attributes:
-        group: of layers in a row that stand in one module and are equally wide: those that share their input are among them.
+        group: key shared by layers of one parent module with equally many columns, a superset of those that share an input.
     """
 
     rows: int
@@ -31,10 +31,12 @@ class ModelShape:
     """Sizes of a model.
 
     Attributes:
-        parameters: of the whole model; ``outside`` its blocks; of its ``largest`` block.
+        parameters: number of parameters of the model.
+        outside: number of parameters outside the blocks.
+        largest: number of parameters of the largest block.
         layers: (rows, columns) of each prunable layer of all blocks.
-        block: layers of the block with most weights, in the order that they are in.
-        hidden: columns of a hidden state.
+        block: layers of the largest block, in module order.
+        hidden: width of the hidden states.
         widest: the widest input or output of a layer.
     """
 
@@ -51,10 +53,10 @@ class ModelShape:
 
 
 def model_shape(settings: ModelSettings) -> ModelShape:
-    """Sizes of the model, no weight of which is read.
+    """Return the sizes of a model without reading its weights.
 
     Raises:
-        RoseExpError: its configuration cannot be had.
+        RoseExpError: its configuration cannot be loaded.
     """
     if settings.kind == "diffusion":
         raise RoseExpError("no estimate is made for diffusion models")
@@ -64,7 +66,7 @@ def model_shape(settings: ModelSettings) -> ModelShape:
 
 
 def shape_of(config: PreTrainedConfig, dtype: torch.dtype | str, settings: ModelSettings) -> ModelShape:
-    """Sizes of the model of a configuration, kept in ``dtype``."""
+    """Return the sizes of the model that a configuration describes, stored in ``dtype``."""
     with torch.device("meta"):
         model = build_empty(config, settings)
     blocks = find_blocks(model, settings.blocks)

@@ -1,4 +1,4 @@
-"""A model whose blocks are read from its files one at a time, or all at once."""
+"""Loading a model's blocks from its files, one at a time or all at once."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class StreamedModel:
     """A causal language model built from its configuration, with empty blocks.
 
     Attributes:
-        model: embeddings, head, norms and buffers are in memory, on the CPU; the blocks' weights are on the meta device.
-        blocks: of it.
-        untied: names of tensors that the configuration ties to others, but that the checkpoint stores with other values.
+        model: the model, with embeddings, head, norms and buffers on the CPU and the blocks' weights on the meta device.
+        blocks: the blocks of the model.
+        untied: names of tensors that the configuration ties to others, but that the checkpoint stores with different values.
 
     Raises:
-        RoseExpError: the weights outside the blocks cannot be read, or are not finite.
+        RoseExpError: the weights outside the blocks cannot be read or are not finite.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, blocks: BlockList, matched: Match):
@@ -43,10 +43,10 @@ class StreamedModel:
         self._check_filled({name: value for name, value in _tensors(model).items() if not self.inside(name)}, "the model")
 
     def load(self, index: int) -> nn.Module:
-        """The block with the weights of the checkpoint, on the CPU.
+        """Load a block's weights from the checkpoint to the CPU and return the block.
 
         Raises:
-            RoseExpError: they cannot be read, or are not finite.
+            RoseExpError: the weights cannot be read or are not finite.
         """
         block, name = self.blocks.blocks[index], self.blocks.block_name(index)
         fill(self.model, self.checkpoint, self.matched.of_block.get(index, []), self.matched)
@@ -54,17 +54,17 @@ class StreamedModel:
         return block
 
     def inside(self, name: str) -> bool:
-        """Whether a parameter of this name belongs to a block."""
+        """Return whether the parameter ``name`` belongs to a block."""
         return name.startswith(f"{self.blocks.name}.")
 
     def _check_filled(self, tensors: Mapping[str, Tensor], what: str) -> None:
         missing = [name for name, value in tensors.items() if value.is_meta]
         if missing:
-            raise RoseExpError(f"{self.checkpoint.where}: {what} has no {', '.join(missing[:3])} in the checkpoint")
+            raise RoseExpError(f"{self.checkpoint.where}: the checkpoint lacks tensors of {what}: {', '.join(missing[:3])}")
 
 
 def let_go(block: nn.Module) -> None:
-    """Take a block's parameters out of memory, its buffers to the CPU."""
+    """Release the memory of a block's parameters and move its buffers to the CPU."""
     for module in block.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -75,10 +75,10 @@ def let_go(block: nn.Module) -> None:
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
-    """The model with all of its blocks in memory.
+    """Load a model with all of its blocks in memory.
 
     Raises:
-        RoseExpError: as :func:`open_model`.
+        RoseExpError: as for :func:`open_model`.
     """
     loaded, streamed = open_model(settings)
     for index in tqdm(range(len(streamed.blocks.blocks)), "loading", unit="block", disable=None, leave=False):
@@ -87,10 +87,10 @@ def load_model(settings: ModelSettings) -> LoadedModel:
 
 
 def open_model(settings: ModelSettings) -> tuple[LoadedModel, StreamedModel]:
-    """The model, its blocks still in their files. Weights of a GGUF are dequantized to float32.
+    """Open a model without loading its blocks. Weights of a GGUF file are dequantized to float32.
 
     Raises:
-        RoseExpError: the model cannot be found or built, is no decoder, or its weights do not fit its configuration.
+        RoseExpError: the model cannot be found or built, is not a decoder, or its weights do not match its configuration.
     """
     log.info("loading %s", settings.name)
     source, gguf = located(settings)
@@ -116,17 +116,17 @@ def _warnings(streamed: StreamedModel) -> list[tuple[str, str]]:
     found = []
     if streamed.matched.unused:
         names = streamed.matched.unused
-        detail = f"{len(names)} tensors of the checkpoint have no place in the model: {', '.join(names[:5])}"
+        detail = f"{len(names)} tensors of the checkpoint are not used by the model: {', '.join(names[:5])}"
         found.append(("unused_weights", detail))
     if streamed.untied:
         names = ", ".join(streamed.untied)
-        detail = f"the configuration ties {names} to other weights, but the checkpoint stores other values, which are used"
+        detail = f"the configuration ties {names} to other weights, but the checkpoint stores different values, which are used"
         found.append(("untied_weights", detail))
     return found
 
 
 def _finder(source: str, settings: ModelSettings, config: Any) -> Callable[[str], Path | None]:
-    """Files of the model by name, from its folder or the hub."""
+    """Return a function that finds files of the model by name, in its folder or on the hub."""
     revision = getattr(config, "_commit_hash", None) or settings.revision
 
     def find(name: str) -> Path | None:

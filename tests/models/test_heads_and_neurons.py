@@ -122,14 +122,14 @@ def test_models_without_heads_or_neurons_that_are_known_are_refused_and_not_prun
     ):
         with pytest.raises(RoseExpError, match=told):
             prune_model(build(family), tokens(), PruningPlan(SparseGPT(), Structured(0.5, **kinds), batch=2))
-    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected enough to remove one of"):
+    with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected a ratio that removes at least one of"):
         prune_model(build("llama"), tokens(), PruningPlan(SparseGPT(), Structured(0.01, neurons=False), batch=2))
 
 
 def test_heads_that_are_normalised_together_stay_and_neurons_go():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = Olmo2ForCausalLM(Olmo2Config(vocab_size=256, **sizes)).eval()
-    with pytest.raises(RoseExpError, match="q_norm normalises over all heads"):
+    with pytest.raises(RoseExpError, match="q_norm normalizes over all heads"):
         prune_model(model, tokens(), PruningPlan(SparseGPT(), Structured(0.5), batch=2))
     plan = PruningPlan(SparseGPT(), Structured(0.5, heads=False), batch=2)
     assert {report.groups for report in prune_model(model, tokens(), plan)} == {48}
@@ -145,7 +145,7 @@ def test_layers_that_were_not_pruned_stay_and_those_that_should_be_masked_must_b
     torch.testing.assert_close(answers(model), expected, rtol=1e-4, atol=1e-4)
     widths = [block.mlp.down_proj.in_features for block in model.model.layers]
     assert widths == [52, *([26] * (len(widths) - 1))]
-    with pytest.raises(ValueError, match="heads that are masked, got 0"):
+    with pytest.raises(ValueError, match="masked heads, got 0"):
         remove_masked(build("llama"), find_blocks(build("llama")), sparsity, pruned, configure=False)
 
 

@@ -120,7 +120,7 @@ def test_damaged_checkpoints_are_told_before_any_work(tmp_path):
     with pytest.raises(RoseExpError, match=r"model.path: .*expected names of files beside the index, got '\.\./"):
         open_model(_settings(folder))
     index.write_text("{}")
-    with pytest.raises(RoseExpError, match="is no index of shards"):
+    with pytest.raises(RoseExpError, match="is not an index of shards"):
         open_model(_settings(folder))
     index.write_text(text)
 
@@ -132,7 +132,7 @@ def test_damaged_checkpoints_are_told_before_any_work(tmp_path):
     with pytest.raises(RoseExpError, match=f"the shard {shards[1]} is missing"):
         open_model(_settings(folder))
     (folder / shards[1]).write_bytes((folder / shards[2]).read_bytes())
-    with pytest.raises(RoseExpError, match=f"{shards[1]} has no .*, though the index says so"):
+    with pytest.raises(RoseExpError, match=f"{shards[1]} does not contain .*, which the index lists there"):
         open_model(_settings(folder))
 
 
@@ -152,5 +152,5 @@ def test_a_shard_that_disappears_and_a_block_without_weights_are_told(tmp_path):
 
 def test_a_folder_with_nothing_to_read_by_parts_is_told(tmp_path):
     build("llama").config.save_pretrained(tmp_path)
-    with pytest.raises(RoseExpError, match=r"expected model.safetensors, model.safetensors.index.json, .*found none of them"):
+    with pytest.raises(RoseExpError, match=r"expected model.safetensors, model.safetensors.index.json, .*got none of them"):
         open_model(_settings(tmp_path))
