@@ -1,14 +1,14 @@
-"""How long the engine takes to prune one layer, beside the loop as published and beside the limit of the hardware.
+"""Benchmark pruning one layer with the engine, compared with the published loop and the limit of the hardware.
 
-    python scripts/benchmark_engine.py                                    # the shapes of SmolLM2-135M, on the CPU
+    python scripts/benchmark_engine.py                                    # shapes of SmolLM2-135M, on the CPU
     python scripts/benchmark_engine.py --shapes 4096x4096 4096x11008 --device cuda --json results.json
 
-For each shape (rows x columns of W) and pattern, medians of repeated runs, interleaved, in milliseconds:
+For each shape (rows x columns of W) and pattern, prints the median milliseconds of repeated, interleaved runs:
 
-published   the loop of the released SparseGPT, written out in published.py: one step a column, ten small operations a step
-engine      prune_layer, SparseGPT, by each backend that works here; it measures the layer's error as well
-rose        prune_layer with ROSE's order, by the automatic backend
-limit       Cholesky, inverse, Cholesky, and one rows x columns^2 product, as torch does them in the same run
+published   loop of the released SparseGPT, reimplemented in published.py: one step per column, ten small operations per step
+engine      prune_layer with SparseGPT, torch and fastest backend; includes measuring the layer's error
+rose        prune_layer with ROSE's order, automatic backend
+limit       Cholesky, inverse, Cholesky and one rows x columns^2 product in torch
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMOLLM2 = ["576x576", "192x576", "1536x576", "576x1536"]
 
 
 def limit(weight: Tensor, hessian: Tensor) -> Tensor:
-    """The least that SparseGPT as published has to compute, at the rate of torch's own routines."""
+    """Run the minimum of operations that the published SparseGPT needs, with torch's own routines."""
     damped = hessian.clone()
     damped.diagonal().add_(published.DAMPING * damped.diagonal().mean())
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
@@ -41,7 +41,7 @@ def limit(weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def medians(tasks: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Milliseconds of each task, after a warm-up, the tasks in turn so that a drift of the machine meets all of them."""
+    """Return the median milliseconds of each task after a warm-up; tasks alternate, so that drift affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for repeat in range(repeats + 1):
         for name, task in tasks.items():
@@ -107,10 +107,10 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SMOLLM2, help="rows x columns, such as 4096x11008")
-    parser.add_argument("--ratio", type=float, default=0.7, help="of the unstructured runs")
+    parser.add_argument("--ratio", type=float, default=0.7, help="sparsity of the unstructured runs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     cases = [

@@ -1,14 +1,14 @@
-"""How long a whole model takes to be pruned with ROSE, where the time goes, and the released code's way beside it.
+"""Benchmark pruning a whole model with ROSE, by kind of work, compared with the released code.
 
     python scripts/benchmark_model.py                                       # SmolLM2-135M, 32 x 1024 tokens, on the CPU
     python scripts/benchmark_model.py --model llama2-7b --samples 128 --window 2048 --device cuda --json results.json
 
-``llama2-7b`` and the like are of the real shape with random weights, which take as long to prune as trained ones: nothing is
-fetched. Tokens are random, too. Each way starts from the same weights; ratios are of runs in turn within one process.
+``llama2-7b`` and other shapes have random weights, which take as long to prune as trained ones, so nothing is downloaded.
+Tokens are random as well. All ways start from the same weights and alternate within one process.
 
 rose        prune_model with ROSE's order
-sparsegpt   the same without an order
-published   the walk of the released ROSE, written out in published.py
+sparsegpt   prune_model without an order
+published   loop of the released ROSE, reimplemented in published.py
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rose_exp.pruning import PassSeconds, PruningPlan, prune_model
 from rose_exp.settings.schema import ModelSettings
 from rose_exp.tracking.record import write_atomically
 
-SHAPES = {  # hidden size, width of the MLP, layers, heads, heads of keys and values, vocabulary
+SHAPES = {  # hidden size, MLP width, layers, heads, key-value heads, vocabulary
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
     "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
@@ -40,7 +40,7 @@ SHAPES = {  # hidden size, width of the MLP, layers, heads, heads of keys and va
 
 
 def build(name: str, blocks: int | None, dtype: torch.dtype) -> nn.Module:
-    """The embedded model, or a model of a known shape with random weights; of the first ``blocks`` blocks only."""
+    """Return the embedded model or a known shape with random weights, truncated to the first ``blocks`` blocks if not None."""
     if name not in SHAPES:
         model = load_model(ModelSettings(embedded=name)).model
         if blocks is not None:
@@ -95,7 +95,7 @@ def _result(total: float, forward: float, moments: float, solving: float) -> dic
 
 
 def measure(ways: dict[str, Callable[[nn.Module], dict]], model: nn.Module, device: str, repeats: int) -> dict[str, dict]:
-    """Medians of every way, run in turn, each from the same weights."""
+    """Return the medians of every way; the ways alternate and start from the same weights."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     runs: dict[str, list[dict]] = {name: [] for name in ways}
     _warm_up(torch.device(device))
@@ -109,7 +109,7 @@ def measure(ways: dict[str, Callable[[nn.Module], dict]], model: nn.Module, devi
 
 
 def _warm_up(device: torch.device) -> None:
-    """Let the engine's kernels be compiled, or read from their cache, before anything is timed."""
+    """Compile the engine's kernels, or load them from their cache, before timing."""
     for size in (200, 400):
         moments = InputMoments(size, device=device)
         moments.update(torch.randn(2 * size, size, device=device))
@@ -133,17 +133,17 @@ def table(results: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", choices=["smollm2-135m", *SHAPES])
-    parser.add_argument("--blocks", type=int, help="only so many blocks")
+    parser.add_argument("--blocks", type=int, help="number of blocks to keep (default: all)")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--ratio", type=float, default=0.7)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float16", help="of the shapes with random weights")
+    parser.add_argument("--dtype", default="float16", help="data type of the shapes with random weights")
     parser.add_argument("--activations", default="device", choices=["device", "host", "disk"])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--ways", nargs="+", default=["published", "rose", "sparsegpt"])
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = build(arguments.model, arguments.blocks, getattr(torch, arguments.dtype))

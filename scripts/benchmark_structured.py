@@ -1,8 +1,8 @@
-"""How much faster a denoiser is without heads and neurons: an MMDiT of random weights, whole and narrowed, calls taken in turn.
+"""Benchmark the speedup of a denoiser after removing heads and neurons, with an MMDiT of random weights.
 
     python scripts/benchmark_structured.py [--device cuda] [--blocks 8] [--repeats 15]
 
-Ratios of one process on one machine, written to benchmark_structured.DEVICE.json beside this file.
+Calls of the dense and the narrowed models alternate in one process. Results go to scripts/benchmark_structured.DEVICE.json.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rose_exp.models import find_structures
 from rose_exp.tracking.record import device_name
 
 RATIOS = (0.15, 0.2, 0.25, 0.3)  # as in Tables 4 and 5 of the paper
-HEADS, WIDTH = 16, 64  # of attention
-LATENTS, TEXT = 64, 77  # side of the latents, which stand for images of 512 pixels; tokens of text
+HEADS, WIDTH = 16, 64  # number and size of the attention heads
+LATENTS, TEXT = 64, 77  # side length of the latents (512 pixels), text tokens
 
 
 def denoiser(blocks: int) -> SD3Transformer2DModel:
@@ -42,7 +42,7 @@ def denoiser(blocks: int) -> SD3Transformer2DModel:
 
 
 def narrowed(blocks: int, ratio: float) -> SD3Transformer2DModel:
-    """The same without a share of heads and neurons in all blocks but the first and the last."""
+    """Return the denoiser with a share ``ratio`` of heads and neurons removed from all blocks but the first and the last."""
     model, sparsity = denoiser(blocks), Structured(ratio)
     for structure in find_structures(model):
         if structure.name.split(".")[1] not in ("0", str(blocks - 1)):
@@ -73,7 +73,7 @@ def main() -> None:
         for ratio, model in models.items():
             start = _now(device)
             model(**inputs)
-            if turn:  # the first is to warm up
+            if turn:  # the first turn is a warm-up
                 times[ratio].append(_now(device) - start)
     dense = statistics.median(times[0.0])
     found = {

@@ -1,9 +1,9 @@
-"""Peak memory and disk of pruning the ROSE paper's five models by its protocol, reckoned from their configurations alone.
+"""Estimate peak memory and disk usage for pruning the five models of the ROSE paper, from their configurations alone.
 
-    python scripts/preflight.py            # the table of preflight.md beside this file
+    python scripts/preflight.py            # prints the table in scripts/preflight.md
 
-The configurations are the published ones, written out, so that nothing has to be fetched. 128 windows of 2048 tokens, ROSE at
-70 %, perplexity on WikiText-2, the pruned model not saved.
+The published configurations are included, so nothing is downloaded. The protocol is the paper's: 128 windows of 2048 tokens,
+ROSE at 70 % sparsity, perplexity on WikiText-2. The pruned model is not saved.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROTOCOL = [
     "calibration.window=2048",
     "evaluation=wikitext2",
 ]
-MACHINES = {  # GPU memory, host memory; disk is not what fails
+MACHINES = {  # GPU memory, host memory; disk space is assumed to suffice
     "80 GB GPU, 64 GB host": (80e9, 64e9),
     "24 GB GPU, 64 GB host": (24e9, 64e9),
     "CPU, 24 GB": (None, 24 * GIB),
@@ -54,12 +54,12 @@ MACHINES = {  # GPU memory, host memory; disk is not what fails
 
 @cache
 def shape(name: str) -> ModelShape:
-    """Sizes of one of the five models, in half precision."""
+    """Return the sizes of one of the five models, in half precision."""
     return shape_of(MODELS[name], torch.float16, check_command(PROTOCOL).jobs[0].settings.model)
 
 
 def fitting(name: str, machine: str, *overrides: str) -> tuple[Placement, Footprint]:
-    """Where a run keeps what is large on a machine, and what it takes; RoseExpError where it does not fit."""
+    """Return the placement of weights on a machine and the estimated memory; raise RoseExpError if the run does not fit."""
     device, host = MACHINES[machine]
     settings = check_command([*PROTOCOL, *overrides]).jobs[0].settings
     there = Footprint(int(host), int(device) if device else None, 10**15)
@@ -71,7 +71,7 @@ SMALLER += (["pipeline.batch=1", "pipeline.activations=disk"],)
 
 
 def table() -> str:
-    """Markdown: for each model and machine the first settings that fit, and the peaks with them."""
+    """Return a Markdown table with the first settings that fit and their peaks, for each model and machine."""
     from rose_exp.runtime.errors import RoseExpError
 
     lines = ["| model | whole, on a GPU | machine | fits with | device | host | disk |", "|---|---|---|---|---:|---:|---:|"]

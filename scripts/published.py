@@ -1,6 +1,6 @@
-"""The loops of the released SparseGPT and ROSE, written out again for the benchmarks: what the engine is measured against.
+"""Reimplementation of the released loops of SparseGPT and ROSE, as the baseline of the benchmarks.
 
-Not a reference for results: masks follow the released rule, which takes one weight a block more.
+This is not a reference for results: masks follow the released rule, which prunes one more weight per block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ THRESHOLD = 0.5
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: Unstructured | SemiStructured) -> Tensor:
-    """A sort for each block's threshold, then column by column, ten small operations a column."""
+    """Prune with the released loop: a sort per block for the threshold, then ten small operations per column."""
     w, h = weight.clone(), hessian.clone()
     columns = w.shape[1]
     dead = h.diagonal() == 0
@@ -64,8 +64,13 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: Unstructured | SemiStru
 
 
 def rose(weight: Tensor, hessian: Tensor, squares: Tensor, sparsity: Unstructured) -> Tensor:
-    """ROSE's order from the Wanda scores (``squares``: of the inputs, (columns,)), then SparseGPT in it. The released code
-    works out the block losses twice; here they are once."""
+    """Prune with SparseGPT in ROSE's order, which follows from the Wanda scores.
+
+    The released code computes the block losses twice, this function once.
+
+    Args:
+        squares: mean squares of the inputs, (columns,).
+    """
     score = weight.abs() * squares.sqrt()
     order, losses = [], []
     for start in range(0, weight.shape[1], BLOCK):
@@ -73,7 +78,7 @@ def rose(weight: Tensor, hessian: Tensor, squares: Tensor, sparsity: Unstructure
         threshold = torch.sort(part.flatten())[0][int(part.numel() * sparsity.ratio)]
         lost = part * (part <= threshold)
         order.append(start + torch.argsort(lost.sum(0), descending=True))
-        losses.append(lost.sum().item() / part.shape[1])  # a column: else a narrow last block would read as columnar
+        losses.append(lost.sum().item() / part.shape[1])  # per column, else a narrow last block looks columnar
     if (max(losses) - min(losses)) / max(losses) <= THRESHOLD:
         return sparsegpt(weight, hessian, sparsity)
     permutation = torch.cat([order[i] for i in sorted(range(len(losses)), key=lambda i: -losses[i])])
@@ -82,7 +87,7 @@ def rose(weight: Tensor, hessian: Tensor, squares: Tensor, sparsity: Unstructure
 
 
 class _Statistics:
-    """What the released code keeps for each layer, whether or not another layer has the same input."""
+    """Statistics of a layer as in the released code, which does not share them between layers with the same input."""
 
     def __init__(self, layer: nn.Linear):
         columns = layer.weight.shape[1]
@@ -101,7 +106,7 @@ class _Statistics:
 
 @dataclass
 class Seconds:
-    """By kind of work: forward passes, Hessians, solving."""
+    """Seconds by kind of work: forward passes, Hessians and solving."""
 
     forward: float = 0.0
     moments: float = 0.0
@@ -110,8 +115,11 @@ class Seconds:
 
 @torch.no_grad()
 def prune_model(model: nn.Module, tokens: Tensor, sparsity: Unstructured, device: torch.device) -> Seconds:
-    """ROSE over a whole model as the released code walks it: one window at a time, a Hessian for every layer, every layer's
-    outputs computed in both passes of every block."""
+    """Prune a whole model with ROSE as in the released code.
+
+    The code runs one window at a time, accumulates a Hessian for every layer, and computes all outputs in both passes of every
+    block.
+    """
     seconds = Seconds()
     blocks = find_blocks(model)
     found = probe(model, blocks, tokens, device)
@@ -160,7 +168,7 @@ def _now(device: torch.device) -> float:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the figures were had on; the processor's own name where Linux tells it."""
+    """Return the hardware and torch version of a benchmark, with the processor's model name if Linux reports it."""
     name = platform.machine()
     info = Path("/proc/cpuinfo")
     if device.type == "cuda":

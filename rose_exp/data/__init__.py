@@ -1,4 +1,4 @@
-"""Text to token windows, for calibration and for perplexity."""
+"""Texts, token windows and prompts for calibration and evaluation."""
 
 from .prompts import Prompts, load_prompts
 from .texts import Text, load_text

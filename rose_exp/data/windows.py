@@ -1,4 +1,4 @@
-"""Cutting texts into windows of tokens."""
+"""Cut texts into windows of tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..runtime.errors import RoseExpError
 from ..settings.texts import Bos
 from .texts import Text
 
-MAX_DRAWS_PER_WINDOW = 10_000  # documents drawn before the search for a long enough one is given up
+MAX_DRAWS_PER_WINDOW = 10_000  # limit of the search for a long enough document
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of equal length, and what they depend on.
+    """Windows of equal length, with their provenance.
 
     Attributes:
         tokens: (windows, length) int64.

@@ -1,4 +1,4 @@
-"""Measuring a model: perplexity and zero-shot accuracy."""
+"""Evaluation of a model: perplexity, zero-shot accuracy and speed."""
 
 from .perplexity import Perplexity, perplexity
 

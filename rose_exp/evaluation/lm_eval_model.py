@@ -1,4 +1,4 @@
-"""The pruned model as lm-eval sees it. Importing this module imports lm-eval, which is slow."""
+"""Adapter of the pruned model to lm-eval. Importing this module imports lm-eval, which is slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity in the protocol of the pruning papers."""
+"""Perplexity with the protocol of the pruning papers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..runtime.ranks import Ranks
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What was measured.
+    """A perplexity with its standard error.
 
     Attributes:
         value: exp of the mean over windows.
-        standard_error: of the value, from the spread of the windows' own means (delta method); 0 for a single window.
+        standard_error: standard error of ``value``, from the spread of the windows' means (delta method); 0 for one window.
     """
 
     value: float
@@ -40,35 +40,35 @@ def perplexity(
     ranks: Ranks | None = None,
     answers: Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]] | None = None,
 ) -> Perplexity:
-    """exp of the mean over windows of the mean negative log-likelihood of each window's tokens but its first.
+    """Return exp of the mean negative log-likelihood of tokens, averaged within windows and then over windows.
 
-    Each window is read on its own: its first token is predicted from nothing, so it does not count, and nothing is
-    carried over from the window before (SparseGPT, Wanda and ROSE do the same).
+    Windows are independent: no context carries over. The first token of a window has no context and does not count.
+    SparseGPT, Wanda and ROSE use the same protocol.
 
     Args:
         model: a causal language model, on the device to run on.
         tokens: (windows, length) int64.
-        batch: windows at once, on a GPU; see :func:`rose_exp.runtime.batches.at_once`.
-        ranks: the processes that share the windows, each with the model; None: this one alone.
-        answers: gives batches of windows and their logits in another way than by running the whole model.
+        batch: windows per forward pass on a GPU, see :func:`rose_exp.runtime.batches.at_once`.
+        ranks: processes that share the windows, each with a copy of the model; None: a single process.
+        answers: function that yields batches of windows and their logits, to replace the forward pass of the whole model.
 
     Raises:
-        RoseExpError: the model answers with NaN or infinity.
+        RoseExpError: the logits contain NaN or infinity.
     """
     ranks = ranks or Ranks()
     own = ranks.share(tokens)
     size = at_once(batch, next(model.parameters()).device)
     pairs = answers(own) if answers is not None else _answers(model, own, size)
-    means: list[float] = []  # of the negative log-likelihood, a window
+    means: list[float] = []  # negative log-likelihood per window
     for windows, logits in tqdm(pairs, name, -(-len(own) // size), unit="batch", disable=None, leave=False):
         interruption.check()
         following = windows[:, 1:].to(logits.device)
-        for scores, targets in zip(logits[:, :-1], following, strict=True):  # one at a time: logits are large
+        for scores, targets in zip(logits[:, :-1], following, strict=True):  # one window at a time, because logits are large
             means.append(float(functional.cross_entropy(scores.float(), targets)))
     means = [value for of_rank in ranks.gather(means) for value in of_rank]
     mean = sum(means) / len(means)
     if not math.isfinite(mean):
-        raise RoseExpError(f"{name}: the model's predictions are not finite (mean negative log-likelihood {mean})")
+        raise RoseExpError(f"{name}: expected finite predictions, got a mean negative log-likelihood of {mean}")
     if mean >= 700:
         return Perplexity(math.inf, math.inf)
     spread = statistics.stdev(means) if len(means) > 1 else 0.0

@@ -1,6 +1,6 @@
-"""How fast the pruned model really is: 2:4 weights on a GPU with sparse tensor cores, through what torch provides.
+"""Measure the speed of models with 2:4 sparsity on GPUs with sparse tensor cores, using torch's semi-structured kernels.
 
-Zeros alone make nothing smaller or faster. Where no hardware makes use of the pattern, nothing is measured.
+Zeros alone save neither memory nor time. Without hardware support for the pattern, nothing is measured.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from ..engine import SemiStructured, Sparsity
 from ..models import LinearLayer
 
-SPARSE_TENSOR_CORES = (8, 0)  # compute capability from which on there are any: Ampere
-MULTIPLES = (32, 64)  # of rows and columns, that torch converts
+SPARSE_TENSOR_CORES = (8, 0)  # minimum compute capability: Ampere
+MULTIPLES = (32, 64)  # of rows and columns, required by torch
 WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One forward pass of the pruned model, with its zeros stored and multiplied (``dense``) and without (``sparse``).
+    """Time and memory of a forward pass of the pruned model with dense and with semi-structured weights.
 
     Attributes:
-        dense_seconds, sparse_seconds: medians of a pass.
-        dense_bytes, sparse_bytes: of the weights that were converted.
-        difference: largest absolute difference of the logits, as a share of their largest absolute value.
-        layers: how many were converted.
+        dense_seconds, sparse_seconds: median time of a pass.
+        dense_bytes, sparse_bytes: memory of the converted weights.
+        difference: largest absolute difference of the logits, relative to their largest absolute value.
+        layers: number of converted layers.
     """
 
     dense_seconds: float
@@ -47,9 +47,9 @@ class Speed:
 def obstacle(
     sparsity: Sparsity | None, device: torch.device, dtype: torch.dtype, layers: Sequence[LinearLayer] = ()
 ) -> str | None:
-    """Why the speed of a model cannot be measured here; None: it can."""
+    """Return the reason why the speed of a model cannot be measured, or None if it can."""
     if sparsity != SemiStructured(2, 4):
-        return f"expected 2:4 sparsity, the only pattern that torch has fast products for, got {sparsity or 'a dense model'}"
+        return f"expected 2:4 sparsity, the only pattern with fast kernels in torch, got {sparsity or 'a dense model'}"
     if device.type != "cuda":
         return f"expected a CUDA device with sparse tensor cores, got {device.type}"
     capability = torch.cuda.get_device_capability(device)
@@ -61,17 +61,17 @@ def obstacle(
         rows, columns = layer.weight.shape
         if layer.transposed or rows % MULTIPLES[0] or columns % MULTIPLES[1]:
             kind = "transposed " if layer.transposed else ""
-            expected = f"linear layers of multiples of {MULTIPLES[0]} x {MULTIPLES[1]}"
+            expected = f"linear layers with multiples of {MULTIPLES[0]} x {MULTIPLES[1]} weights"
             return f"expected {expected}, got {kind}{layer.name} of {rows} x {columns}"
     return None
 
 
 @torch.no_grad()
 def measure(model: nn.Module, layers: Sequence[LinearLayer], tokens: Tensor, repeats: int = 10) -> Speed:
-    """Time a forward pass of the model before and after its 2:4 layers are converted; they are put back afterwards.
+    """Time a forward pass before and after converting the 2:4 layers, and restore them.
 
     Args:
-        layers: of 2:4 sparsity, all ``nn.Linear``.
+        layers: layers with 2:4 sparsity, all ``nn.Linear``.
         tokens: (windows, length) int64, on the model's device.
     """
     from torch.sparse import to_sparse_semi_structured
@@ -97,7 +97,7 @@ def measure(model: nn.Module, layers: Sequence[LinearLayer], tokens: Tensor, rep
 
 
 def _timed(run: Callable[[], Tensor], device: torch.device, repeats: int) -> tuple[float, Tensor]:
-    """Median seconds of a run, and what it answers."""
+    """Return the median seconds of a call, and its last result in float32."""
     times = []
     answer = None
     for repeat in range(WARM_UP + repeats):
@@ -111,6 +111,6 @@ def _timed(run: Callable[[], Tensor], device: torch.device, repeats: int) -> tup
 
 
 def _stored_bytes(weight: Any) -> int:
-    """Of a semi-structured tensor: the values that are kept, and where they stand."""
+    """Return the memory of a semi-structured tensor: its nonzero values and their positions."""
     parts = (getattr(weight, name, None) for name in ("packed", "meta"))
     return sum(part.nbytes for part in parts if part is not None)

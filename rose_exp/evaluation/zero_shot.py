@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of the model in memory, by lm-eval and its own tasks."""
+"""Zero-shot accuracy of a model in memory, measured with lm-eval."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CPU_BATCH = 16  # replaces "auto" on a CPU, where lm-eval's search for the largest batch takes long and ends in swapping
+CPU_BATCH = 16  # replaces "auto" on a CPU, where lm-eval's search for the largest batch is slow and exhausts memory
 AVERAGED = tuple(SPLITS)  # the papers' seven tasks
 
 
@@ -103,13 +103,13 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
 
 
 def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Write a task file for each stock task whose rows come from elsewhere; return their names and what the rows are."""
+    """Write a task file for each stock task with replaced rows; return their names and the protocol of the rows."""
     if settings.data_dir is None and settings.data == "hub":
         return [], {"source": "hub"}
     protocol = {}
     for task in settings.tasks:
         if task not in SPLITS:
-            continue  # other tasks read the source that their own file names
+            continue  # other tasks use the source in their own file
         if settings.data_dir is not None:
             rows = local_file(Path(settings.data_dir).expanduser(), task)
         else:
@@ -123,7 +123,7 @@ def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], di
             "training_split": None,
         }
         if SPLITS[task] == "test":
-            changes["validation_split"] = None  # for examples only, and there are none
+            changes["validation_split"] = None  # only used for few-shot examples, which are not available
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(changes), encoding="utf-8")
         protocol[task] = rows.protocol
     return list(protocol), protocol

@@ -1,6 +1,6 @@
 """The rows of the papers' seven zero-shot tasks without a hub: local files, or a wheel from the package index.
 
-Only the place from which a stock task of lm-eval reads its rows changes, nothing else of the task.
+Only the source of the rows of a stock lm-eval task changes, nothing else of the task.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _openbookqa(documents: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def _choices(document: dict[str, Any]) -> dict[str, Any]:
-    labels = [chr(ord("A") + i) for i in range(len(document["choices"]))]  # a few of the hub's rows have digits; unused
+    # a few rows of the hub have digits as labels, which the tasks do not use
+    labels = [chr(ord("A") + i) for i in range(len(document["choices"]))]
     return {"choices": {"text": document["choices"], "label": labels}, "answerKey": labels[document["gold"]]}
 
 
