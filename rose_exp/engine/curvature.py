@@ -1,4 +1,4 @@
-"""What pruning needs to know of a layer's inputs, worked out once for all layers that share them."""
+"""Statistics of a layer's inputs, computed once for all layers that share them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .moments import InputMoments
 
 @dataclass
 class Curvature:
-    """Statistics of one set of inputs, in the precision that the layers are solved in.
+    """Statistics of one set of inputs, in the precision in which the layers are solved.
 
     Attributes:
-        damping: of the factor, as a share of the mean of H's diagonal.
+        damping: damping of the factor, as a fraction of the mean of H's diagonal.
     """
 
     moments: InputMoments
@@ -36,17 +36,20 @@ class Curvature:
 
     @cached_property
     def dead(self) -> Tensor:
-        """Columns whose input never fired, (columns,) bool."""
+        """Dead input channels (always zero on the calibration data), (columns,) bool."""
         return self.hessian.diagonal() == 0
 
     @cached_property
     def factor(self) -> Factor:
-        """Of the inverse Hessian, columns left to right."""
+        """Factor of the inverse Hessian, columns left to right."""
         return factorise(self.hessian.clone(), self.damping)
 
     def normalised(self, damping: float) -> tuple[Tensor, Tensor]:
-        """D⁻¹(H + λI)D⁻¹, (columns, columns), whose diagonal is 1, and D, (columns,): the Hessian of W·D. λ is ``damping``
-        times the mean of H's diagonal; a column that never fired at a damping of 0 has a row of zeros, and a scale of 1."""
+        """Return D⁻¹(H + λI)D⁻¹, (columns, columns), which has a unit diagonal, and D, (columns,).
+
+        The first is the Hessian of W·D. λ is ``damping`` times the mean of H's diagonal. At a damping of 0, dead columns
+        have a row of zeros and a scale of 1.
+        """
         diagonal = self.hessian.diagonal()
         scale = (diagonal + damping * diagonal.mean()).sqrt()
         alive = scale > 0
@@ -57,11 +60,11 @@ class Curvature:
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (columns,) and eigenvectors (columns, columns), float64, of the damped Hessian that :meth:`normalised`
-        makes of this damping.
+        """Eigenvalues (columns,) and eigenvectors (columns, columns), float64, of the Hessian of
+        :meth:`normalised` at this damping.
 
         Raises:
-            NotPositiveDefiniteError: they cannot be found.
+            NotPositiveDefiniteError: if the eigenvalue solver fails.
         """
         try:
             values, vectors = torch.linalg.eigh(self.normalised(self.damping)[0].double())
@@ -72,10 +75,10 @@ class Curvature:
         return values, vectors
 
     def penalised_inverse(self, penalty: float) -> Tensor:
-        """(H + ρI)⁻¹ of that Hessian, (columns, columns); not kept."""
+        """Return (H + ρI)⁻¹ for the Hessian of :attr:`spectrum`, (columns, columns); not cached."""
         values, vectors = self.spectrum
         return ((vectors / (values + penalty)) @ vectors.T).to(self.dtype)
 
     def factor_in(self, order: Tensor) -> Factor:
-        """Of the inverse Hessian, columns in another order (columns,) int64; not kept."""
+        """Return the factor of the inverse Hessian with columns in the given order, (columns,) int64; not cached."""
         return factorise(self.hessian.index_select(0, order).index_select(1, order), self.damping)

@@ -1,4 +1,4 @@
-"""Streaming second moments of a layer's inputs: all that the pruning methods need to know of the calibration data."""
+"""Streaming second moments of a layer's inputs, the only calibration statistics that the pruning methods use."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .products import Precision, add_gram, mirror
 
 
 class InputMoments:
-    """Sums over calibration tokens of ``x xᵀ``, ``x`` and 1, from which every statistic is derived.
+    """Accumulates ``x xᵀ``, ``x`` and 1 over calibration tokens; every statistic is derived from these sums.
 
-    Every token counts the same: H = 2·E[x xᵀ], and the Wanda norm is sqrt(E[x²]), with no decay. On a CPU the sums are equal
-    bit for bit however the tokens are split into updates: they are kept in float64 and computed from pieces of a fixed number
-    of tokens. Reading a sum ends the piece at hand. On other devices the split changes the rounding.
+    All tokens count equally, without decay: H = 2·E[x xᵀ], and the Wanda norm is sqrt(E[x²]). On a CPU the sums are bitwise
+    independent of how the tokens are split into updates: they are kept in float64 and computed from pieces of a fixed number
+    of tokens. Reading a sum ends the current piece. On other devices the split affects rounding.
 
     Args:
         columns: width of the layer's input.
-        device: where the sums are kept; inputs are moved there.
-        dtype: float32 or float64, of the products and of the statistics; inputs of any float type are converted first.
-        precision: of the products of float32 inputs where ``dtype`` is float32. ``float32``: none is rounded further.
-            ``tf32``: inputs are rounded to 10 bits of mantissa, on CUDA. ``bf16x2``: each input is split into two bfloat16,
-            16 bits together, and the product of the two small parts is left out. Half-precision inputs are never rounded;
-            CUDA tensor cores multiply them as they are.
+        device: device of the sums; inputs are moved there.
+        dtype: dtype of the products and statistics, float32 or float64; inputs of any floating dtype are converted to it.
+        precision: precision of the products of float32 inputs if ``dtype`` is float32. ``float32``: no further rounding.
+            ``tf32``: inputs are rounded to 10 mantissa bits, on CUDA. ``bf16x2``: each input is split into two bfloat16
+            numbers (16 bits in total), and the product of the two small parts is omitted. Half-precision inputs are never
+            rounded; CUDA tensor cores multiply them directly.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class InputMoments:
         self.precision = precision
         self.dtype = dtype
         sums = sums_dtype(device, dtype)
-        self._gram = torch.zeros(columns, columns, device=device, dtype=sums)  # Σ w x xᵀ; below the diagonal only when read
+        self._gram = torch.zeros(columns, columns, device=device, dtype=sums)  # Σ w x xᵀ; lower triangle filled on reading
         self._mirrored = True
         self._sum = torch.zeros(columns, device=device, dtype=sums)  # Σ w x
         self._pieces = TokenPieces(dtype)
@@ -64,7 +64,7 @@ class InputMoments:
 
     @property
     def sum(self) -> Tensor:
-        """Σ w x, (columns,), of the type of :attr:`gram`."""
+        """Σ w x, (columns,), in the dtype of :attr:`gram`."""
         self._finish_piece()
         return self._sum
 
@@ -77,7 +77,7 @@ class InputMoments:
         """Add the tokens of ``inputs`` (..., columns), each counted ``weight`` times.
 
         Raises:
-            ValueError: a last dimension other than ``columns``, a type that is not floating, or a negative weight.
+            ValueError: if the last dimension is not ``columns``, the dtype is not floating, or the weight is negative.
         """
         if inputs.ndim == 0 or inputs.shape[-1] != self.columns:
             raise ValueError(f"inputs: expected shape (..., {self.columns}), got {tuple(inputs.shape)}")
@@ -105,25 +105,25 @@ class InputMoments:
             self._add(piece, weight)
 
     def to(self, device: torch.device | str) -> InputMoments:
-        """Move the sums to ``device``; this object."""
+        """Move the sums to ``device`` in place and return this object."""
         self._finish_piece()
         self._gram, self._sum = self._gram.to(device), self._sum.to(device)
         return self
 
     def finish(self) -> None:
-        """Round the sums to ``dtype``, which halves the memory of float64 sums of float32 products. No update may follow."""
+        """Round the sums to ``dtype``, which halves the memory of float64 sums. Call it after the last update."""
         self._finish_piece()
         self._gram = self.gram.to(self.dtype)
 
     def permuted(self, order: Tensor) -> InputMoments:
-        """Those of the same inputs with their columns in another order (columns,) int64; a new object."""
+        """Return the moments of the same inputs with their columns in the given order, (columns,) int64."""
         other = InputMoments(self.columns, device="meta", dtype=self.dtype, precision=self.precision)
         other._gram, other._sum = self.gram[order][:, order], self.sum[order]
         other.weight, other.tokens = self.weight, self.tokens
         return other
 
     def merge(self, other: InputMoments) -> None:
-        """Add what ``other`` has seen, as if its inputs had come here."""
+        """Add the sums of ``other``."""
         if other.columns != self.columns:
             raise ValueError(f"other: expected moments of {self.columns} columns, got {other.columns}")
         self.gram.add_(other.gram.to(self._gram))
@@ -132,34 +132,34 @@ class InputMoments:
         self.tokens += other.tokens
 
     def hessian(self) -> Tensor:
-        """H = 2·E[x xᵀ] of the layer-wise squared error, (columns, columns). A new tensor."""
+        """Return H = 2·E[x xᵀ], the Hessian of the layer-wise squared error, (columns, columns), as a new tensor."""
         result = torch.empty_like(self._gram, dtype=self.dtype)
         return torch.mul(self.gram, 2 / self._total, out=result)
 
     def mean_square(self) -> Tensor:
-        """E[x²] of each column, (columns,): the square of Wanda's activation norm, up to the number of tokens."""
+        """Return E[x²] of each column, (columns,): the squared activation norm of Wanda divided by the number of tokens."""
         return (self.gram.diagonal() / self._total).to(self.dtype)
 
     def mean(self) -> Tensor:
-        """E[x] of each column, (columns,)."""
+        """Return E[x] of each column, (columns,)."""
         return (self.sum / self._total).to(self.dtype)
 
     def variance(self) -> Tensor:
-        """E[x²] − E[x]² of each column, (columns,), never negative."""
+        """Return E[x²] − E[x]² of each column, (columns,), never negative."""
         variance = self.gram.diagonal() / self._total - (self.sum / self._total).square()
         return variance.clamp_min_(0).to(self.dtype)
 
     @property
     def _total(self) -> float:
-        return self.weight or 1.0  # nothing seen: all sums are zero, and so are all statistics
+        return self.weight or 1.0  # without tokens, all sums and statistics are zero
 
     def __repr__(self) -> str:
         return f"InputMoments(columns={self.columns}, tokens={self.tokens})"
 
 
 def sums_dtype(device: torch.device | str | None, dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums of products of ``dtype`` are kept on ``device``.
+    """Return the dtype of sums of ``dtype`` products on ``device``.
 
-    Float64 on a CPU, where it costs little. On a GPU it would double the memory of the Hessians and slow every update.
+    This is float64 on a CPU, where it costs little. On a GPU it would double the memory of Hessians and slow down updates.
     """
     return torch.float64 if torch.device(device or "cpu").type == "cpu" else dtype

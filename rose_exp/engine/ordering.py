@@ -1,7 +1,7 @@
-"""In which order the columns of a layer are pruned.
+"""Pruning order of the columns of a layer.
 
-ROSE: what is pruned late can no longer be compensated, so the columns and blocks that will lose most go first, and only
-in layers whose loss is concentrated in some blocks (the columnar ones).
+Columns pruned late have few columns left to compensate for them. ROSE therefore prunes the columns and blocks with the largest
+expected loss first, but only in columnar layers, whose loss is concentrated in a few blocks.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Direction = Literal["descending", "ascending", "none"]
 
 @dataclass(frozen=True)
 class Ordering:
-    """How to order the columns of a layer by the loss that pruning them is expected to cost.
+    """Options for ordering the columns of a layer by their expected loss.
 
     Args:
-        columns: order of the columns inside each block, by column loss.
+        columns: order of the columns within each block, by column loss.
         blocks: order of the blocks, by block loss.
-        threshold: reorder only where the relative range of the block losses is above this; None: always.
-        score: what a weight is expected to cost, a name of :data:`rose_exp.engine.scores.SCORES`: ``wanda`` |W|·sqrt(E[x²]),
+        threshold: reorder only if the relative range of the block losses exceeds this value; None always reorders.
+        score: expected loss of a weight, a name of :data:`rose_exp.engine.scores.SCORES`: ``wanda`` |W|·sqrt(E[x²]),
             ``magnitude`` |W|, ``obs`` W²/[H⁻¹]ⱼⱼ with the damped Hessian.
     """
 
@@ -48,20 +48,20 @@ class Ordering:
 
     @classmethod
     def rose(cls) -> Ordering:
-        """The order of the ROSE paper: columns and blocks descending where the relative range exceeds 0.5."""
+        """Return the ordering of the ROSE paper: columns and blocks descending where the relative range exceeds 0.5."""
         return cls("descending", "descending", 0.5, "wanda")
 
 
 @dataclass(frozen=True)
 class ColumnOrder:
-    """The order found for one layer. All tensors stay on the layer's device, and nothing is waited for.
+    """The column order of one layer. All tensors stay on the layer's device, without synchronisation.
 
     Attributes:
         order: (columns,) int64; position i of the pruning order holds column ``order[i]``.
-        block_order: (blocks,) int64, the same of whole blocks, should the layer be reordered.
-        width: of all blocks but perhaps the last.
-        relative_range: of the block losses, a float tensor of no dimensions.
-        reordered: whether the order differs from left to right because the relative range asked for it, bool tensor.
+        block_order: (blocks,) int64, the order of the blocks if the layer is reordered.
+        width: width of the blocks; the last one may be narrower.
+        relative_range: relative range of the block losses, a scalar float tensor.
+        reordered: whether the layer is reordered, a scalar bool tensor.
     """
 
     order: Tensor
@@ -71,8 +71,10 @@ class ColumnOrder:
     reordered: Tensor
 
     def widths(self, moved: bool) -> list[int]:
-        """Widths of the blocks in pruning order, where the columns have been ``moved`` or not; they sum to the columns.
-        A narrow last block that may stand anywhere is waited for."""
+        """Return the widths of the blocks in pruning order; ``moved`` says whether the columns are reordered.
+
+        Locating a narrow block after reordering synchronises the device.
+        """
         whole, narrow = divmod(len(self.order), self.width)
         widths = [self.width] * whole + [narrow] * (narrow > 0)
         return [widths[block] for block in self.block_order.tolist()] if moved and narrow else widths
@@ -80,12 +82,12 @@ class ColumnOrder:
 
 @dataclass(frozen=True)
 class ExpectedLosses:
-    """Loss of pre-pruning a layer without compensation, from its scores.
+    """Expected losses from pruning a layer without compensation.
 
     Attributes:
-        columns: (columns,) sum of the scores that would be pruned in each column.
-        blocks: (blocks,) the same of each block, per column of the block: a narrower last block is no smaller for that.
-        width: of all blocks but perhaps the last.
+        columns: (columns,), sum of the scores that would be pruned in each column.
+        blocks: (blocks,), mean of the column losses of each block, so that a narrower last block is comparable.
+        width: width of the blocks; the last one may be narrower.
     """
 
     columns: Tensor
@@ -94,13 +96,13 @@ class ExpectedLosses:
 
     @property
     def relative_range(self) -> Tensor:
-        """(max − min) / max of the block losses, in 0 to 1; 0 where nothing is lost."""
+        """(max − min) / max of the block losses, from 0 to 1; 0 if nothing is lost."""
         largest, smallest = self.blocks.max(), self.blocks.min()
         return torch.where(largest > 0, (largest - smallest) / largest, torch.zeros_like(largest))
 
 
 def expected_losses(scores: Tensor, sparsity: Sparsity, block_size: int) -> ExpectedLosses:
-    """Pre-prune each block of ``scores`` (columns, rows) by itself and add up what is lost.
+    """Return the losses from pruning each block of ``scores`` (columns, rows) independently.
 
     The blocks are ``block_size`` columns wide, or one group for N:M patterns.
     """
@@ -115,7 +117,7 @@ def expected_losses(scores: Tensor, sparsity: Sparsity, block_size: int) -> Expe
 
 
 def arrange(ordering: Ordering | None, losses: ExpectedLosses) -> ColumnOrder:
-    """Turn expected losses into an order of columns; equal losses keep their natural order."""
+    """Return the column order for the expected losses; equal losses keep their natural order."""
     columns, width = len(losses.columns), losses.width
     natural = torch.arange(columns, device=losses.columns.device)
     relative_range = losses.relative_range
@@ -123,7 +125,7 @@ def arrange(ordering: Ordering | None, losses: ExpectedLosses) -> ColumnOrder:
         stays = torch.zeros_like(relative_range, dtype=torch.bool)
         return ColumnOrder(natural, natural[: len(losses.blocks)], width, relative_range, stays)
 
-    # two stable sorts, the later key first: by loss inside the block, then by the block's place
+    # two stable sorts, secondary key first: by loss within the block, then by the position of the block
     inside = _argsort(losses.columns, ordering.columns)
     block_order = _argsort(losses.blocks, ordering.blocks)
     place = torch.empty_like(block_order).scatter_(0, block_order, natural[: len(block_order)])

@@ -1,8 +1,8 @@
-"""Channels of an N:M pruned layer in another order, so that what its groups keep is worth more.
+"""Channel permutation for N:M sparsity.
 
-An N:M pattern counts within groups of columns that lie side by side. Where several columns of one group hold much, one of them
-must go all the same; side by side with columns that hold little they could all stay. Layers whose inputs another layer of the
-model makes, channel by channel, can be given theirs in any order for free (as in Pool and Yu, 2021).
+An N:M pattern prunes a fixed number of weights in each group of adjacent columns, even where a group holds several important
+ones. Permuting the channels spreads important columns over the groups, so that more of them are kept. The permutation is free
+for layers whose input channels are the output channels of another layer (Pool and Yu, 2021).
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from torch import Tensor
 
 from .patterns import SemiStructured
 
-ROUNDS = 2  # of moving every member of every group once
+ROUNDS = 2  # in each round, every member of every group is reassigned once
 
 
 def channel_order(scores: Tensor, sparsity: SemiStructured) -> Tensor:
-    """The order of channels whose groups keep most, as far as it is found.
+    """Return a channel order that increases the sum of the scores that N:M pruning keeps.
 
-    Channels are dealt to the groups by their sums. Then, as in RIA (Zhang et al., 2024), one member of every group is taken
-    out, and all of these are assigned anew so that the sum of what is kept is the largest, which the Hungarian algorithm finds;
-    so in turn with each place of the groups. The natural order stays where that does not better it.
+    Channels are first distributed over the groups by their sums. Then, as in RIA (Zhang et al., 2024), one member of every
+    group is removed, and the Hungarian algorithm reassigns these members so that the sum of the kept scores is largest. This
+    repeats for each position in the groups. If the result is no better, the natural order is returned.
 
     Args:
-        scores: what each weight is worth, (rows, channels), none negative.
+        scores: importance of each weight, (rows, channels), non-negative.
 
     Returns:
-        (channels,) int64: position i of the new order holds channel ``order[i]``. Channels beyond the last whole group stay.
+        (channels,) int64: position i of the new order holds channel ``order[i]``. Channels beyond the last whole group keep their positions.
     """
-    from scipy.optimize import linear_sum_assignment  # here: it takes 36 MB, and reserves 97, that most runs have no use for
+    from scipy.optimize import linear_sum_assignment  # takes 36 MB (97 reserved), which most runs do not need
 
     channels, group = scores.shape[1], sparsity.group
     natural = torch.arange(channels, device=scores.device)
     groups, kept = channels // group, group - sparsity.pruned
     if groups < 2 or kept in (0, group):
         return natural
-    whole = scores[:, : groups * group].T.contiguous()  # a channel is a row of memory
+    whole = scores[:, : groups * group].T.contiguous()  # a channel is contiguous
     members = whole.sum(dim=1).argsort(descending=True, stable=True).view(group, groups)
     members[1::2] = members[1::2].flip(1)  # the group of the largest gets the smallest of the next
     for place in list(range(group)) * ROUNDS:
@@ -45,14 +45,14 @@ def channel_order(scores: Tensor, sparsity: SemiStructured) -> Tensor:
         gain = torch.cdist(whole[moving], threshold, p=1) + whole[moving].sum(dim=1, keepdim=True)  # 2 Σ max, but for constants
         _, places = linear_sum_assignment(gain.T.cpu().double().numpy(), maximize=True)
         members[place] = moving[torch.as_tensor(places, device=members.device)]
-    found = members.T.sort(dim=1).values  # inside a group the order is of no meaning
+    found = members.T.sort(dim=1).values  # the order within a group is irrelevant
     found = found[found[:, 0].argsort()].flatten()
     better = _kept(whole[found], sparsity) > _kept(whole, sparsity)
     return torch.cat([found if better else natural[: len(found)], natural[len(found) :]])
 
 
 def _kept(channels: Tensor, sparsity: SemiStructured) -> float:
-    """Sum of what groups keep of scores (channels, rows)."""
+    """Return the sum of the scores (channels, rows) that N:M pruning keeps."""
     return float(
         channels.unflatten(0, (-1, sparsity.group)).topk(sparsity.group - sparsity.pruned, dim=1).values.double().sum()
     )

@@ -1,7 +1,6 @@
-"""Matrix products that know what is symmetric or triangular in them, and leave out what need not be computed.
+"""Matrix products that exploit symmetric and triangular factors, which torch does not provide.
 
-Each cuts the matrix by halves, down to blocks so small that leaving out more would cost the speed of large products more
-than it saves. Torch has no such products of its own.
+Each product splits the matrix recursively, down to blocks below which the overhead of small products exceeds the savings.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ PANELS = 4  # of a triangular product: four leave out three eighths of it
 def add_gram(
     gram: Tensor, x: Tensor, weight: float = 1.0, precision: Precision = "float32", dtype: torch.dtype | None = None
 ) -> None:
-    """gram += weight · xᵀ x, on and above the diagonal; what is below is undefined until :func:`mirror` fills it in.
+    """gram += weight · xᵀ x, on and above the diagonal; the rest is undefined until :func:`mirror` fills it in.
 
     Args:
         gram: (columns, columns), float32 or float64; changed in place.
-        x: (tokens, columns). Half-precision inputs on CUDA are multiplied as they are and summed in float32, so that no
-            product is rounded; everywhere else x is converted to ``dtype`` first.
-        precision: of products of float32 numbers on CUDA, see :class:`rose_exp.engine.InputMoments`.
-        dtype: in which the product over the tokens of x is computed; None: that of ``gram``.
+        x: (tokens, columns). Half-precision inputs on CUDA are multiplied directly and summed in float32, so that no
+            product is rounded; otherwise x is converted to ``dtype`` first.
+        precision: precision of float32 products on CUDA, see :class:`rose_exp.engine.InputMoments`.
+        dtype: dtype in which the product over the tokens is computed; None uses that of ``gram``.
     """
     dtype = dtype or gram.dtype
     if x.dtype in HALF and x.is_cuda and dtype == torch.float32:
@@ -58,8 +57,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, weight: float = 1.0)
         total.add_(left @ right, alpha=weight)
 
 
-class _tf32:  # noqa: N801  (used as a function is)
-    """Within it, float32 products on CUDA may or may not be rounded to TF32, whatever the process has set."""
+class _tf32:  # noqa: N801  (used like a function)
+    """Context manager that allows or forbids TF32 products on CUDA, overriding the process-wide setting."""
 
     def __init__(self, allowed: bool):
         self.allowed = allowed
@@ -76,12 +75,14 @@ def _half_product(left: Tensor, right: Tensor) -> Tensor:
     """left · right of half-precision matrices, summed in float32."""
     if left.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8 and later
         return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left.float(), right.float())  # slower, and no different: float32 holds these products exactly
+    return torch.mm(left.float(), right.float())  # slower, with the same result: float32 holds these products exactly
 
 
 def upper_blocks(n: int, device: torch.device, start: int = 0) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the blocks that cover an (n, n) matrix from its diagonal upwards; those of the diagonal are
-    square, all others lie above it."""
+    """Yield the row and column slices of blocks that cover the upper triangle of an (n, n) matrix.
+
+    Blocks on the diagonal are square; all others lie above it.
+    """
     if n <= LEAF.get(device.type, 512):
         yield slice(start, start + n), slice(start, start + n)
         return
@@ -93,14 +94,14 @@ def upper_blocks(n: int, device: torch.device, start: int = 0) -> Iterator[tuple
 
 
 def mirror(square: Tensor) -> None:
-    """Copy the blocks above the diagonal to their places below it, in place."""
+    """Copy the blocks above the diagonal to their mirrored positions, in place."""
     for rows, columns in upper_blocks(len(square), square.device):
         if rows != columns:
             square[columns, rows] = square[rows, columns].T
 
 
 def quadratic_form(w: Tensor, symmetric: Tensor) -> Tensor:
-    """tr(w · symmetric · wᵀ) of w (rows, columns) and a symmetric matrix, from half of the product; no dimensions."""
+    """tr(w · symmetric · wᵀ) of w (rows, columns) and a symmetric matrix, as a scalar tensor, from half of the product."""
     total = torch.zeros((), dtype=w.dtype, device=w.device)
     for rows, columns in upper_blocks(len(symmetric), w.device):
         part = (w[:, rows] @ symmetric[rows, columns]).mul_(w[:, columns]).sum()
@@ -109,19 +110,19 @@ def quadratic_form(w: Tensor, symmetric: Tensor) -> Tensor:
 
 
 def times_lower(a: Tensor, upper: Tensor) -> None:
-    """a ← a · upperᵀ, in place, of an upper triangular matrix."""
+    """a ← a · upperᵀ, in place, for an upper triangular matrix."""
     for panel in _panels(len(upper)):
         a[:, panel] = a[:, panel.start :] @ upper[panel, panel.start :].T
 
 
 def times_upper(a: Tensor, upper: Tensor) -> None:
-    """a ← a · upper, in place, of an upper triangular matrix."""
+    """a ← a · upper, in place, for an upper triangular matrix."""
     for panel in reversed(_panels(len(upper))):
         a[:, panel] = a[:, : panel.stop] @ upper[: panel.stop, panel]
 
 
 def upper_times(upper: Tensor, a: Tensor) -> None:
-    """a ← upper · a, in place, of an upper triangular matrix."""
+    """a ← upper · a, in place, for an upper triangular matrix."""
     for panel in _panels(len(upper)):
         a[panel] = upper[panel, panel.start :] @ a[panel.start :]
 

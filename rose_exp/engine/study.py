@@ -1,4 +1,4 @@
-"""What the order of columns does to one layer: the curves of ROSE's figures 1 and 4, for any layer."""
+"""Effect of the column order on one layer: the curves of figures 1 and 4 of the ROSE paper, for any layer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .ranges import extents, read_extents, scaled
 
 KINDS = {"none": ("none", "none"), "column": (True, "none"), "block": ("none", True), "column+block": (True, True)}
 RATIOS = (0.6, 0.7, 0.8, 0.9)  # of figure 4
-CELLS = 192  # of a heat map, at most, in each direction
+CELLS = 192  # maximum size of a heat map in each direction
 
 
 @dataclass(frozen=True)
 class LayerStudy:
-    """All errors are relative: of the layer's output power tr(W H Wᵀ).
+    """Errors of one layer under different column orders, relative to its output power tr(W H Wᵀ).
 
     Attributes:
-        sparsity: of ``cumulative`` and ``moved``, as text.
-        cumulative: by order, the error after each block (of the damped Hessian, as the sweep adds it up).
-        worst: number of the block that costs most in natural order, from 0.
-        moved: the whole error when that block stands first, second, … and all others stay in natural order.
-        reorderings: by direction, kind and sparsity, the whole error, of every layer reordered whatever its range.
-        heat: mean |W| over cells of the layer, rows by columns, in natural order and in ROSE's.
-        rows, columns: of the layer.
-        damping: really used.
+        sparsity: sparsity pattern of ``cumulative`` and ``moved``, as text.
+        cumulative: by order, the error after each block, with the damped Hessian as in the sweep.
+        worst: index of the block with the largest error in natural order.
+        moved: total error with that block first, second, … and all others in natural order.
+        reorderings: total error by direction, kind and sparsity; columns are reordered regardless of the relative range.
+        heat: mean |W| over cells of the layer, rows by columns, in natural order and in ROSE's order.
+        rows, columns: shape of the layer.
+        damping: the damping that was used.
     """
 
     sparsity: str
@@ -57,18 +57,18 @@ class LayerStudy:
 def study_layer(
     weight: Tensor, moments: InputMoments, sparsity: Sparsity, block_size: int = 128, damping: float = 0.01
 ) -> LayerStudy:
-    """Prune one layer, (rows, columns), in many orders; neither it nor the moments are changed.
+    """Prune one layer, (rows, columns), in many column orders, without modifying the weight or the moments.
 
     This takes about fifty times as long as pruning the layer once (for 32 blocks).
 
     Raises:
-        ValueError: a weight, moments or errors that are not finite, or beyond the range of the precision.
-        NotPositiveDefiniteError: the Hessian cannot be factorised.
+        ValueError: if the weight, the moments or an error is not finite or exceeds the range of the precision.
+        NotPositiveDefiniteError: if the Hessian cannot be factorised.
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, moments.dtype), torch.float32)
     w = weight.to(dtype)
     (extent,) = read_extents(torch.stack(extents([w], Curvature(moments, damping, dtype))).tolist(), dtype)
-    w = scaled(w, extent.shift)  # all that follows is relative
+    w = scaled(w, extent.shift)  # all results are relative
     curvature = _curvature(moments, damping, dtype)
     power = quadratic_form(w, curvature.hessian)
     if not torch.isfinite(power):
@@ -76,7 +76,7 @@ def study_layer(
     power.clamp_min_(torch.finfo(dtype).tiny)
 
     def prune(ordering: Ordering | None, given: ColumnOrder | None = None) -> tuple[Tensor, Tensor]:
-        """Relative errors of the blocks, in the order that they were pruned in, and of the whole."""
+        """Return the relative errors of the blocks, in pruning order, and of the layer."""
         moved = given is not None or ordering is not None
         layer = Layer(w, curvature, sparsity, ordering, block_size, moved=moved, given=given)
         solution = SparseGPT().prune(layer)
@@ -95,7 +95,7 @@ def study_layer(
         "ascending": prune(Ordering("ascending", "ascending", threshold=None))[0],
     }
     worst = int(natural.argmax())
-    unit = min(sparsity.block_width(block_size), w.shape[1])  # what may move: a block, or for N:M a group
+    unit = min(sparsity.block_width(block_size), w.shape[1])  # the unit that an ordering moves: a block, or a group for N:M
     width = max(1, block_size // unit) * unit
     moved = [float(prune(None, _with_block_at(worst, place, w, width, unit))[1]) for place in range(len(natural))]
     found = Layer(w, curvature, sparsity, rose, block_size).order
@@ -113,7 +113,7 @@ def study_layer(
 
 
 def _curvature(moments: InputMoments, damping: float, dtype: torch.dtype) -> Curvature:
-    """With the first damping at which the Hessian can be factorised."""
+    """Return the curvature with the first damping at which the Hessian can be factorised."""
     for tried in dampings(damping):
         curvature = Curvature(moments, tried, dtype)
         if not curvature.factor.failed:
@@ -122,7 +122,7 @@ def _curvature(moments: InputMoments, damping: float, dtype: torch.dtype) -> Cur
 
 
 def _with_block_at(block: int, place: int, w: Tensor, width: int, unit: int) -> ColumnOrder:
-    """Natural order, but for one block of ``width`` columns, which are whole units."""
+    """Return the natural order with one block of ``width`` columns, a multiple of ``unit``, moved to ``place``."""
     blocks = list(range(-(-w.shape[1] // width)))
     blocks.insert(place, blocks.pop(block))
     columns = torch.arange(w.shape[1], device=w.device)
