@@ -19,7 +19,7 @@ from ..runtime.errors import RoseExpError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-DTYPES = {  # of safetensors files
+DTYPES = {  # dtype names in safetensors files
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -97,7 +97,7 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], m
         if info.mismatched_keys or info.error_msgs or info.conversion_errors:
             problems = [*info.mismatched_keys, *info.error_msgs, *dict(info.conversion_errors).items()]
             raise RoseExpError(f"{checkpoint.where}: the weights do not fit the configuration: {problems[:3]}")
-        model._weight_conversions = matched.conversions  # of the whole checkpoint, not of this part
+        model._weight_conversions = matched.conversions  # those of the whole checkpoint, not of this part
         for name in set(model.state_dict()) - set(info.missing_keys):
             _own(model, name, checkpoint.where)
 
@@ -237,7 +237,7 @@ def _unexpected(
 ) -> tuple[list[str], list[str]]:
     """Return unexpected tensors outside and inside the blocks, without those that the model's class ignores."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or [])
-    patterns += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"]  # buffers that older versions stored
+    patterns += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"]  # buffers stored by older versions
     names = [name for name in unexpected if not any(re.search(pattern, name) for pattern in patterns)]
     unmapped = checkpoint.unmapped if isinstance(checkpoint, GgufCheckpoint) else []
     listed = re.compile(rf"(^|\.){re.escape(blocks.name.rpartition('.')[2])}\.\d+\.|^blk\.\d+\.")

@@ -379,7 +379,7 @@ class _LayerInputs:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             tensor = args[0] if args else kwargs["input"]
             if any(name in group for group in self.groups):
-                raise RoseExpError(f"{name} is called more than once in its block, which is not supported")
+                raise RoseExpError(f"{name}: expected one call in each pass of its block, got several (not supported)")
             for group, other in zip(self.groups, self.seen, strict=True):
                 if other is tensor:
                     group.append(name)

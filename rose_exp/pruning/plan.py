@@ -33,7 +33,7 @@ from ..runtime.errors import RoseExpError, suggest
 from .activations import Place
 
 StarvedExperts = Literal["dense", "magnitude", "stop"]
-Counts = tuple[int, int]  # numbers that need not be stored, and weights
+Counts = tuple[int, int]  # (numbers that need not be stored, number of weights)
 
 ROUNDED = 0.1  # fraction of the requested sparsity that may be lost to rounding down
 FEW_ZEROS = 0.01  # fraction of zeros beyond the requested sparsity that a dense layer may contain

@@ -1,7 +1,7 @@
-"""The state of a run on disk: after each block, everything a later process needs to continue from there.
+"""The state of a run on disk: after each block, everything a later process needs to resume from there.
 
-The state is a folder of files and ``state.json``, which names them. Files are written next to the old ones and flushed to the
-disk; they count from the moment ``state.json`` names them. ``state.json`` holds the size and the SHA-256 of every file, and a
+The state is a folder of files and ``state.json``, which names them. New files are written next to the old ones and flushed to
+disk; they become valid when ``state.json`` names them. ``state.json`` holds the size and the SHA-256 of every file, and a
 SHA-256 of its own content. Opening a state verifies all of them before anything is used.
 """
 
@@ -33,10 +33,10 @@ from .plan import LayerReport
 Resume = Literal["activations", "recompute"]
 
 NAME = "state.json"
-FORMAT = 2  # of state.json; 1 had no checksums
-STREAMS = ("activations", "dense")  # hidden states of the pruned model, and next to them those of the dense model
-CHUNK = 2**22  # bytes hashed at once
-SHOWN = 2**28  # bytes from which on a progress bar shows the verification
+FORMAT = 2  # version of state.json; version 1 had no checksums
+STREAMS = ("activations", "dense")  # hidden states of the pruned and of the dense model
+CHUNK = 2**22  # number of bytes hashed at once
+SHOWN = 2**28  # minimum number of bytes for a progress bar during verification
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Progress:
     def without(self, damaged: set[str]) -> Progress:
         """Return the part of this progress that does not depend on the ``damaged`` files."""
         kept = next((index for index in range(self.blocks) if _block_file(index) in damaged), self.blocks)
-        if kept < self.blocks:  # the part and the activations belong to the block after the last one
+        if kept < self.blocks:  # the part and the activations belong to the next block
             files = {name: self.files[name] for name in map(_block_file, range(kept))}
             return Progress(kept, self.layers[:kept], self.after[:kept], shares=self.shares, files=files)
         found = self
@@ -112,13 +112,13 @@ class RunState:
         self.fingerprint = {name: json.loads(json.dumps(value)) for name, value in flat(dict(fingerprint)).items()}
         self.progress = Progress()
         self.peak_bytes = 0
-        self._verified: set[str] = set()  # files that this process need not verify again
+        self._verified: set[str] = set()  # files that this process has already verified
         text = self._on_first(self._read)
         if text is not None:
             self.progress = self._verify(self._parse(text))
 
     def _read(self) -> str | None:
-        """The text of ``state.json``, or None without one."""
+        """Return the text of ``state.json``, or None if it does not exist."""
         path = self.folder / NAME
         try:
             if path.exists():
@@ -158,7 +158,7 @@ class RunState:
         return progress
 
     def _verify(self, progress: Progress) -> Progress:
-        """The part of ``progress`` whose files are intact, on all ranks; each rank reads its share of the files."""
+        """Return the part of ``progress`` whose files are intact on all ranks. Each rank verifies its share of the files."""
         sizes = {name: facts["bytes"] for name, facts in progress.files.items()}
         owners = dict(zip(sizes, self.ranks.owners(list(sizes.values())), strict=True))
         own = [name for name, owner in owners.items() if owner == self.ranks.rank]
@@ -182,7 +182,7 @@ class RunState:
         return [LayerReport(**report) for of_block in self.progress.layers for report in of_block]
 
     def block(self, index: int) -> dict[str, Tensor] | None:
-        """Tensors of a pruned block by their names in it, None if the block is not done.
+        """Return the tensors of a pruned block by name, or None if the block is not pruned yet.
 
         Raises:
             RoseExpError: the file is missing or damaged.
@@ -244,7 +244,7 @@ class RunState:
                 files |= self._written(self._activations_file(index + 1, number), hidden.write)
         except RoseExpError as error:
             problem = str(error)
-        answers = self.ranks.gather((files, problem))  # on all ranks, or on none
+        answers = self.ranks.gather((files, problem))  # fail on all ranks if any rank fails
         for of_rank, other in answers:
             if other is not None:
                 raise RoseExpError(other)
@@ -378,7 +378,7 @@ def _part_file(index: int) -> str:
 
 
 def _sealed(content: Mapping[str, Any]) -> str:
-    """The text of ``state.json``: its content and the SHA-256 of that. Equal content gives equal text."""
+    """Return the text of ``state.json``: the content and its SHA-256. Equal content gives equal text."""
     digest = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
     return json.dumps({"sha256": digest, **content}, indent=1)
 
@@ -411,7 +411,7 @@ def _sha256(file: Path, on_bytes: Callable[[int], Any] | None = None) -> str:
 
 def _bar(total: int) -> tqdm:
     """Return a progress bar for verified bytes, shown only if there are many."""
-    shown = None if total >= SHOWN else True  # None: at a terminal
+    shown = None if total >= SHOWN else True  # None: show it on a terminal only
     return tqdm(desc="verifying the state", total=total, unit="B", unit_scale=True, leave=False, disable=shown)
 
 
