@@ -21,7 +21,7 @@ FIGURES = ("rose", "obs_diff")  # files in published/
 
 @dataclass(frozen=True)
 class Published:
-    """One published value beside ours.
+    """A published value, compared with ours.
 
     Attributes:
         trust: primary, secondary or digitised.
@@ -57,7 +57,7 @@ def _index() -> dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]
 
 
 def _fitting(key: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return the figure and table whose ``with`` settings match ``values``, preferring more specific figures; None if none."""
+    """Return the most specific figure whose ``with`` settings match ``values``, with its table; None if there is none."""
     there = sorted(_index().get(key, []), key=lambda item: -len(item[0].get("with", {})))
     return next((item for item in there if all(values.get(k) == v for k, v in item[0].get("with", {}).items())), None)
 

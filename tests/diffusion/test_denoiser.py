@@ -104,5 +104,5 @@ def test_packages_are_runs_of_equal_length():
 
 def test_a_denoiser_without_tokens_is_told():
     of = sampler("sd3")
-    with pytest.raises(RoseExpError, match="no layer of attention"), torch.no_grad():
+    with pytest.raises(RoseExpError, match="no attention or feed-forward layer with tokens as input"), torch.no_grad():
         find_units(of.denoiser, of.first_call("a photograph"), [])
