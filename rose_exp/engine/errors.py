@@ -1,4 +1,4 @@
-"""Relative output errors, which are never a clamped NaN."""
+"""Relative output errors; NaN raises an error instead of being clamped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     """tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of W and V (rows, columns); 0 if the layer's output is zero.
 
     Raises:
-        ValueError: either is not finite, in float64 as well.
+        ValueError: if either is not finite, even in float64.
     """
     lost, total = torch.stack([quadratic_form(weight - pruned, hessian), quadratic_form(weight, hessian)]).tolist()
     if not (NOISE * total < lost < math.inf and math.sqrt(torch.finfo(weight.dtype).tiny) < total < math.inf):
@@ -33,7 +33,7 @@ def share(lost: float, total: float) -> float:
     """``lost`` / ``total``, at least 0; 0 if ``total`` is zero, or negative by rounding.
 
     Raises:
-        ValueError: either is not finite.
+        ValueError: if either is not finite.
     """
     if not (math.isfinite(lost) and math.isfinite(total)):
         raise ValueError(

@@ -1,5 +1,7 @@
-"""Structured pruning: whole groups of input columns, such as those of an attention head or of one FFN neuron, leave a layer,
-and the columns that stay make up for them (OBS-Diff, 2025, equations 6 to 8; the heads' saliency after SlimGPT, 2024)."""
+"""Structured pruning: removes groups of input columns, such as those of an attention head or an FFN neuron.
+
+The remaining columns compensate for the removed ones (OBS-Diff, 2025, equations 6 to 8; saliency of heads after SlimGPT, 2024).
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,17 @@ METHODS_OF_GROUPS = ("sparsegpt", "wanda", "magnitude")
 
 @dataclass(frozen=True)
 class Structured:
-    """Attention heads and FFN neurons go as a whole: ``round(n · ratio)`` of the n heads (groups of heads that share a key and
-    value) of each attention, and as many of the n neurons of each FFN, so that the layers really get smaller.
+    """Structured sparsity: removes whole attention heads and FFN neurons, so that layers shrink.
+
+    Removes ``round(n · ratio)`` of the n heads of each attention (groups of heads that share a key and value), and of the n
+    neurons of each FFN.
 
     Args:
-        ratio: share of the heads and of the neurons to remove, 0 up to but not 1.
-        heads, neurons: whether these are removed.
-        saliency: what removing a group is expected to cost by the OBS: ``diagonal``, each of its columns by itself, as in
-            OBS-Diff (Eq. 6, 7); ``exact``, the group as a whole.
-        at_once: neurons removed from one updating of the inverse Hessian to the next; heads go one by one.
+        ratio: fraction of the heads and neurons to remove, at least 0 and below 1.
+        heads, neurons: whether to remove heads and neurons.
+        saliency: OBS estimate of the loss of a group: ``diagonal`` sums the losses of its columns taken separately, as in
+            OBS-Diff (Eq. 6, 7); ``exact`` considers the group as a whole.
+        at_once: number of neurons removed between updates of the inverse Hessian; heads are removed one at a time.
     """
 
     ratio: float
@@ -52,11 +56,11 @@ class Structured:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is removed: ``heads``, ``neurons`` or both."""
+        """The kinds of groups to remove: ``heads``, ``neurons`` or both."""
         return tuple(kind for kind in ("heads", "neurons") if getattr(self, kind))
 
     def count(self, groups: int) -> int:
-        """Groups to remove of so many; one always stays."""
+        """Return how many of ``groups`` groups to remove; at least one remains."""
         return min(round(groups * self.ratio), groups - 1)
 
     def __str__(self) -> str:
@@ -66,14 +70,14 @@ class Structured:
 
 @dataclass(frozen=True)
 class GroupedLayer:
-    """A layer, y = W x, from whose inputs groups are to be removed.
+    """A layer, y = W x, with the groups of input columns that can be removed.
 
     Attributes:
         weight: W, (rows, columns).
-        moments: of its inputs.
-        columns: (groups, width) int64, the columns of each group. Columns that are in no group always stay.
-        gone: columns that have left the layer before, int64; their weights count for nothing.
-        coupled: L1 norms of what else goes with each group, (groups,): rows that make these columns. For magnitude.
+        moments: moments of its inputs.
+        columns: (groups, width) int64, the columns of each group. Columns in no group are never removed.
+        gone: columns removed earlier, int64; their weights are ignored.
+        coupled: for magnitude: L1 norms of the rows of other layers that are removed with each group, (groups,).
     """
 
     weight: Tensor
@@ -85,14 +89,14 @@ class GroupedLayer:
 
 @dataclass(frozen=True)
 class PrunedGroups:
-    """What became of layers that lost the same groups.
+    """Layers from which the same groups were removed.
 
     Attributes:
         removed: (groups,) bool.
-        order: the groups removed, first removed first.
-        weights: of each layer, (rows, columns), zero in all columns that are gone, in the dtype that they came in.
+        order: the removed groups, in order of removal.
+        weights: weight of each layer, (rows, columns), in its original dtype, zero in all removed columns.
         errors: tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of each layer.
-        damping: really used, as a share of the mean of H's diagonal; 0 where nothing is made up for.
+        damping: the damping that was used, as a fraction of the mean of H's diagonal; 0 without compensation.
     """
 
     removed: Tensor
@@ -112,18 +116,20 @@ def prune_groups(
     damping: float = 0.01,
     at_once: int = 1,
 ) -> PrunedGroups:
-    """Remove ``count`` groups of input columns from layers that must lose the same, such as the two output projections of joint
-    attention, whose rankings are fused by reciprocal rank fusion: the largest Σ 1/(60 + rank) goes.
+    """Remove the same ``count`` groups of input columns from one or more layers.
 
-    ``sparsegpt`` removes the least salient groups first and updates weights and inverse Hessian after each ``at_once`` of them;
-    the columns that stay then take the values that fit the layer's output best, W_K = W H_:K H_KK⁻¹ of the damped H.
-    ``wanda`` removes by Σ |W|·sqrt(E[x²]) and ``magnitude`` by the L1 norm of all weights that go with a group; neither
-    updates what stays.
+    Rankings of several layers, such as the two output projections of joint attention, are combined by reciprocal rank fusion:
+    groups with the largest Σ 1/(60 + rank) are removed.
+
+    ``sparsegpt`` removes the least salient groups first and updates the weights and the inverse Hessian after every ``at_once``
+    groups. The remaining columns then get the values that best fit the layer's output, W_K = W H_:K H_KK⁻¹ with the damped H.
+    ``wanda`` ranks groups by Σ |W|·sqrt(E[x²]), ``magnitude`` by the L1 norm of all weights removed with a group; neither
+    updates the remaining weights.
 
     Raises:
-        ValueError: an argument of the wrong kind, shape or range; a weight or moments that are not finite; inputs, a result or
-            an error beyond the range of the precision.
-        NotPositiveDefiniteError: H cannot be factorised at any damping tried.
+        ValueError: if an argument has the wrong kind, shape or range, a weight or moments are not finite, or inputs, a result
+            or an error exceed the range of the precision.
+        NotPositiveDefiniteError: if H cannot be factorised at any damping tried.
     """
     _check(layers, count, method, damping)
     try:
@@ -151,7 +157,7 @@ def _removed(
 
 
 class _Work:
-    """One layer while groups leave it; in float64, since an inverse is updated over and over."""
+    """State of one layer during removal, in float64, since the inverse is updated repeatedly."""
 
     def __init__(self, layer: GroupedLayer):
         self.layer = layer
@@ -162,7 +168,7 @@ class _Work:
         self.damped = self.inverse = self.hessian
 
     def damp(self, damping: float) -> bool:
-        """Invert the damped Hessian, as in SparseGPT: columns that never fired are made independent of all others."""
+        """Invert the damped Hessian and return whether it is positive definite; dead columns are decoupled as in SparseGPT."""
         diagonal = self.hessian.diagonal()
         mean = diagonal.mean()
         scale = torch.where(mean > 0, mean, torch.ones_like(mean))
@@ -178,7 +184,7 @@ class _Work:
         return True
 
     def scores(self, saliency: Saliency) -> Tensor:
-        """Expected loss of each group, (groups,): ½ Σ ‖W_:k‖² / [H⁻¹]_kk over its columns, or ½ tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ)."""
+        """Return the loss of each group, (groups,): ½ Σ ‖W_:k‖² / [H⁻¹]_kk over its columns, or ½ tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ)."""
         columns = self.layer.columns
         if saliency == "diagonal" or columns.shape[1] == 1:
             of_columns = self.weight.square().sum(dim=0) / self.inverse.diagonal()
@@ -188,17 +194,17 @@ class _Work:
         return (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2)) / 2
 
     def eliminate(self, gone: Tensor) -> None:
-        """Take columns out: W ← W − W_:g [H⁻¹]_gg⁻¹ [H⁻¹]_g:, and the same of H⁻¹, which becomes that of those that stay."""
+        """Remove columns: W ← W − W_:g [H⁻¹]_gg⁻¹ [H⁻¹]_g:, and likewise for H⁻¹."""
         rows = self.inverse[gone]  # (gone, columns)
         solved = torch.linalg.solve(rows[:, gone], rows)
         self.weight -= self.weight[:, gone] @ solved
         self.inverse = self.inverse - rows.T @ solved
         self.weight[:, gone] = 0
         self.inverse[gone, :], self.inverse[:, gone] = 0, 0
-        self.inverse.diagonal()[gone] = 1  # of no meaning, and no division by zero
+        self.inverse.diagonal()[gone] = 1  # avoids division by zero
 
     def plain_scores(self, method: str) -> Tensor:
-        """(groups,), of methods that update nothing."""
+        """Return the scores of methods without weight updates, (groups,)."""
         magnitudes = self.dense.abs()
         if method == "wanda":
             magnitudes = magnitudes * self.layer.moments.mean_square().sqrt().double()
@@ -235,7 +241,7 @@ def _invert(works: Sequence[_Work], damping: float) -> float:
             return tried
     raise NotPositiveDefiniteError(
         f"the Hessian of {works[0].layer.moments.columns} columns is not positive definite at damping "
-        f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs hold values too large or too small"
+        f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs have values too large or too small"
     )
 
 
@@ -254,9 +260,11 @@ def _greedy(works: Sequence[_Work], count: int, saliency: Saliency, at_once: int
 
 
 def _fused(losses: Sequence[Tensor]) -> Tensor:
-    """Groups from the first to go to the last, (groups,) int64: by their loss, or where several layers lose them by the sum of
-    1/(60 + rank) over the layers, the rank of the least loss being 1 (Eq. 8); equals by position. Groups of infinite loss have
-    gone, and come last."""
+    """Return the groups in order of removal, (groups,) int64.
+
+    Groups are sorted by loss, or for several layers by the sum of 1/(60 + rank), where the smallest loss has rank 1 (Eq. 8);
+    ties by position. Groups of infinite loss are already removed and come last.
+    """
     if len(losses) == 1:
         return losses[0].argsort(stable=True)
     fused = torch.zeros_like(losses[0])

@@ -26,7 +26,8 @@ def channel_order(scores: Tensor, sparsity: SemiStructured) -> Tensor:
         scores: importance of each weight, (rows, channels), non-negative.
 
     Returns:
-        (channels,) int64: position i of the new order holds channel ``order[i]``. Channels beyond the last whole group keep their positions.
+        (channels,) int64: position i of the new order holds channel ``order[i]``. Channels beyond the last
+            whole group keep their positions.
     """
     from scipy.optimize import linear_sum_assignment  # takes 36 MB (97 reserved), which most runs do not need
 

@@ -1,4 +1,4 @@
-"""Streams of tokens cut into pieces of a fixed length, so that sums over them do not depend on how the tokens arrive."""
+"""Streams of tokens cut into pieces of a fixed length, so that sums do not depend on how the tokens are batched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TokenPieces:
     def push(self, streams: Sequence[Tensor], weight: float = 1.0) -> Iterator[tuple[list[Tensor], float]]:
         """Add tokens and yield the pieces that they complete, each with its weight.
 
-        A change of the weight, or of the number of streams, ends the piece at hand.
+        A change of the weight, or of the number of streams, ends the current piece.
 
         Args:
             streams: tensors (tokens, width) of equal length, one for each stream.
@@ -52,7 +52,7 @@ class TokenPieces:
                 yield from self.rest()
 
     def rest(self) -> Iterator[tuple[list[Tensor], float]]:
-        """Yield the piece at hand, if there is one, and start a new one."""
+        """Yield the current piece, if there is one, and start a new one."""
         if self.held:
             held, self.held = self.held, 0
             yield [buffer[:held] for buffer in self._buffers], self.weight

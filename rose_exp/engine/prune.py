@@ -1,4 +1,4 @@
-"""Pruning one layer: the engine's front door."""
+"""Entry points of the engine: prune one layer, or layers that share their inputs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class PruneResult:
     Attributes:
         weight: (rows, columns), in the dtype of the input, exactly zero where pruned.
         mask: (rows, columns) bool, True where pruned.
-        rank: rank of the matrix that OATS adds to the pruned one. If it is not 0, ``weight`` is their sum, zero nowhere, and
-            a layer of rows × columns is stored as the unmasked weights and rank · (rows + columns) more numbers.
+        rank: rank of the matrix that OATS adds to the pruned one. If it is not 0, ``weight`` is their dense sum, and the
+            layer is stored as its unmasked weights and rank · (rows + columns) more numbers.
         order: (columns,) int64, the order in which columns were pruned; left to right for methods that prune all at once.
         relative_range: (max − min) / max of the block losses, by the ordering's score (Wanda's without one), 0 to 1.
         reordered: whether the columns were pruned in an order other than left to right.
@@ -42,11 +42,11 @@ class PruneResult:
         target_error: the same relative to the layer's regression target, which is W unless a target is given.
         unrefined_error: ``target_error`` before refinement.
         rechosen: number of pruned weights that were not pruned before refinement.
-        unrefined: whether refinement would have raised the error, so that the layer is left as it was pruned.
-        damping: the damping that was really used, as a share of the mean of H's diagonal; 0 for methods that invert no
+        unrefined: whether refinement was rejected because it would have increased the error.
+        damping: the damping that was used, as a fraction of the mean of H's diagonal; 0 for methods that invert no
             Hessian.
         dead_columns: number of dead input channels (always zero on the calibration data).
-        requested: share of the weights that the sparsity pattern asks to prune.
+        requested: fraction of the weights to prune according to the sparsity pattern.
     """
 
     weight: Tensor
@@ -66,7 +66,7 @@ class PruneResult:
 
     @property
     def stored(self) -> int:
-        """Number of numbers that make up the layer: unmasked weights, and those of the added matrix."""
+        """How many numbers the layer stores: its unmasked weights and the factors of the added matrix."""
         rows, columns = self.mask.shape
         return int((~self.mask).sum()) + self.rank * (rows + columns)
 
@@ -90,22 +90,22 @@ def prune_layer(
     Args:
         weight: W, (rows, columns) = (outputs, inputs), any float dtype; not modified. The layer is solved in float32, or
             in float64 if ``weight`` or the moments are float64.
-        moments: of the layer's inputs.
+        moments: moments of the layer's inputs.
         method: a name of :data:`METHODS`, or a method with its own options.
         sparsity: :class:`Unstructured` or :class:`SemiStructured`.
         ordering: None: left to right. Methods that prune all at once give the same result in any order.
         block_size: number of columns whose masks are chosen together (unstructured), and that an ordering moves together.
-        damping: added to H's diagonal, as a share of its mean; raised tenfold while H cannot be factorised.
+        damping: added to H's diagonal, as a fraction of its mean; raised tenfold while H cannot be factorised.
         refine: number of least-squares steps on the final mask, or the options of post-pruning refinement.
-        backend: of the sweep's inner loop: ``torch``, ``numba`` (CPU, float32), ``triton`` (CUDA, float32), or ``auto``, the
+        backend: for the sweep's inner loop: ``torch``, ``numba`` (CPU, float32), ``triton`` (CUDA, float32), or ``auto``, the
             fastest available one. All choose the same masks, except where rounding decides between near-equal scores.
-        drift: of the layer's inputs from those of the dense model; a target needs it.
+        drift: drift of the layer's inputs from those of the dense model; required with a target.
         target: the layer's regression target, see :class:`Target`; None: W.
 
     Raises:
-        ValueError: an argument of the wrong kind, shape or range; a weight or moments that are not finite; inputs, a result or
-            an error beyond the range of the precision.
-        NotPositiveDefiniteError: the layer cannot be solved at any damping tried.
+        ValueError: if an argument has the wrong kind, shape or range, a weight, moments, drift or target are not finite, or
+            inputs, a result or an error exceed the range of the precision.
+        NotPositiveDefiniteError: if the layer cannot be solved at any damping tried.
     """
     return prune_layers(
         [weight],
@@ -140,13 +140,13 @@ def prune_layers(
     """Prune layers that share their inputs, such as the q, k and v projections of attention.
 
     Each result equals that of :func:`prune_layer`. The Hessian, and its factor for layers pruned left to right, are computed
-    once for all. A GPU is waited for up to three times: to check the range of the numbers, to see which layers are reordered
-    (with an ordering only), and for the results.
+    once for all. A GPU synchronises up to three times: to check the range of the numbers, to read which layers are reordered
+    (only with an ordering), and to read the results.
 
     Args:
-        weights: of one dtype, on one device.
-        methods: one for each weight.
-        sparsity: of all weights, or one for each.
+        weights: weights of one dtype, on one device.
+        methods: one method for each weight.
+        sparsity: one sparsity pattern for all weights, or one for each.
 
     Raises:
         ValueError, NotPositiveDefiniteError: as :func:`prune_layer`.
@@ -190,20 +190,20 @@ def prune_layers(
     why = next((f"; {attempt}" for attempt in attempts if isinstance(attempt, torch.linalg.LinAlgError)), "")
     raise NotPositiveDefiniteError(
         f"the Hessian of {moments.columns} columns is not positive definite at damping "
-        f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs hold values too large or too small for "
+        f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs have values too large or too small for "
         f"{str(dtype).removeprefix('torch.')}{why}"
     )
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """One layer as it is solved.
+    """One layer to solve.
 
     Attributes:
-        weight: as it was given, (rows, columns).
-        dense: W in the precision that the layer is solved in.
-        goal: what is pruned, the regression target; ``dense`` itself without one.
-        extent: the size of its outputs, and the power of two that ``dense`` and ``goal`` are multiplied by while solved.
+        weight: the original weight, (rows, columns).
+        dense: W in the precision in which the layer is solved.
+        goal: the regression target, which is pruned; ``dense`` itself without one.
+        extent: size of the outputs, and the power of two by which ``dense`` and ``goal`` are scaled.
     """
 
     weight: Tensor
@@ -226,10 +226,10 @@ def _problems(
     drift: Drift | None,
     target: Target | None,
 ) -> list[_Problem]:
-    """The layers to solve, once everything is known to be finite and inside the range of the precision; one wait.
+    """Return the layers to solve, after one synchronised check that all numbers are finite and in range.
 
     Raises:
-        ValueError: it is not.
+        ValueError: if a number is not finite or exceeds the range of the precision.
     """
     dense = [weight.to(curvature.dtype) for weight in weights]
     goals = dense if target is None else target.of(dense, curvature, drift)
@@ -257,7 +257,7 @@ def _check_finite(names: Sequence[str], flags: Sequence[float]) -> None:
 def _solve(
     problems: Sequence[_Problem], layers: Sequence[Layer], curvature: Curvature, how: Refine
 ) -> Iterator[_Attempt | torch.linalg.LinAlgError]:
-    """Solve layers that share their inputs; the error of a layer whose method fails in linear algebra."""
+    """Yield an attempt for each layer, or the error if its method fails in linear algebra."""
     solutions = [_solution(problem.method, layer) for problem, layer in zip(problems, layers, strict=True)]
     solved = [i for i, solution in enumerate(solutions) if isinstance(solution, Solution)]
     refined: dict[int, Refined] = {}
@@ -270,7 +270,7 @@ def _solve(
 
 
 def _solution(method: Method, layer: Layer) -> Solution | torch.linalg.LinAlgError:
-    """The solution of a method, or its error, such as that of an eigenvalue problem that does not converge."""
+    """Return the solution of a method, or its error, such as an eigenvalue problem that does not converge."""
     try:
         return method.prune(layer)
     except torch.linalg.LinAlgError as error:
@@ -278,10 +278,10 @@ def _solution(method: Method, layer: Layer) -> Solution | torch.linalg.LinAlgErr
 
 
 class _Attempt:
-    """One pruned layer before a GPU has been waited for.
+    """One pruned layer before its statistics are read from the device.
 
     Attributes:
-        facts: numbers of the result, float64 tensors of no dimensions.
+        facts: statistics of the result, scalar float64 tensors.
     """
 
     def __init__(self, problem: _Problem, layer: Layer, solution: Solution, refined: Refined | None):
@@ -290,7 +290,7 @@ class _Attempt:
         self.solved = self._unscaled((refined or solution).weight)
         self.weight = self.solved.to(problem.weight.dtype)
         exact = self.returned = (refined or solution).weight
-        if self.weight is not exact:  # ``returned`` is the rounded weight, scaled as it was solved
+        if self.weight is not exact:  # ``returned`` is the rounded weight at the scale of the solution
             self.returned = scaled(self.weight.to(self.solved), problem.extent.shift)
             if problem.extent.shift and torch.equal(self.returned, exact):
                 self.returned = exact
@@ -312,10 +312,10 @@ class _Attempt:
         self.facts = [fact.double() for fact in (*facts, finite(self.solved), finite(self.weight))]
 
     def result(self, facts: Sequence[float]) -> PruneResult | None:
-        """The result, None if the layer cannot be solved at this damping.
+        """Return the result, or None if the layer cannot be solved at this damping.
 
         Raises:
-            ValueError: the result or its error is beyond the range of the dtype.
+            ValueError: if the result or its error exceeds the range of the dtype.
         """
         failed, lost, total, missed, asked, before, rechosen, left, relative_range, dead, is_solved, fits = facts
         inverted = bool(self.solution.factor or self.solution.damped)
@@ -350,15 +350,14 @@ class _Attempt:
         )
 
     def _unscaled(self, weight: Tensor) -> Tensor:
-        """A weight as it was before scaling; weights that the method leaves alone keep every bit."""
+        """Undo the scaling of a weight; entries that the method does not change stay bitwise equal."""
         shift = self.problem.extent.shift
         if not shift:
             return weight
         return torch.where((weight == self.layer.weight) & ~self.mask, self.problem.goal, scaled(weight, -shift))
 
     def _share(self, lost: float, total: float, goal: Tensor, pruned: Tensor) -> float:
-        """``lost`` / ``total``, both computed again in float64 if float32 cannot be relied on: they are not finite, or so small
-        that they are rounding."""
+        """Return ``lost`` / ``total``, recomputed in float64 if float32 values are not finite or within rounding error."""
         floor = NOISE * math.ldexp(self.problem.extent.output, self.problem.extent.shift) ** 2
         if goal.dtype != torch.float64 and not (NOISE * total < lost < math.inf and floor < total < math.inf):
             hessian = self.layer.curvature.hessian

@@ -1,8 +1,8 @@
-"""Numbers outside the range of the precision that a layer is solved in.
+"""Checks and scaling for numbers outside the range of the precision.
 
-Squares of weights and inputs leave the range of float32 long before the weights and inputs themselves do. Results do not depend
-on the scale of a weight, so a weight far from 1 is multiplied by a power of two while it is solved, which changes no bit of
-what follows. Inputs beyond the range are refused.
+Squares of weights and inputs exceed the range of float32 long before the weights and inputs do. Results do not depend on the
+scale of a weight, so a weight far from 1 is scaled by a power of two while it is solved, without any rounding. Inputs out of
+range are rejected.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from .curvature import Curvature
 from .moments import InputMoments
 
-COMFORTABLE = 30  # binary exponents of the largest output of a weight between which nothing is scaled
+COMFORTABLE = 30  # no scaling while the binary exponent of the largest output is within ± this
 LARGEST_EXPONENT = {torch.float32: 100, torch.float64: 800}  # of the mean of H's diagonal: its square roots and sums have room
-LARGEST_WEIGHT = {torch.float32: 64, torch.float64: 500}  # exponent that scaling does not take a weight beyond
+LARGEST_WEIGHT = {torch.float32: 64, torch.float64: 500}  # largest exponent of a scaled weight
 LARGEST_SHIFT = 1000  # 2 to its power is a float64
 NEGLIGIBLE = 1e-6  # of the largest output, what inputs whose squares are rounded to zero may add
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How large the outputs of one weight are.
+    """Size of the outputs of one weight.
 
     Attributes:
         output: the largest |W|·sqrt(E[x²]) of the weight.
-        shift: power of two that the weight is multiplied by while it is solved.
+        shift: binary exponent of the factor applied to the weight while it is solved.
     """
 
     output: float
@@ -38,17 +38,17 @@ class Extent:
 
 
 def scaled(tensor: Tensor, shift: int) -> Tensor:
-    """``tensor`` times 2 to the power of ``shift``; the tensor itself for 0. Neither step leaves the range in between."""
+    """Return ``tensor`` · 2**shift, or ``tensor`` itself for 0, in two steps to avoid intermediate overflow."""
     return tensor * 2.0 ** (shift // 2) * 2.0 ** (shift - shift // 2) if shift else tensor
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """Whether all of a tensor is finite, a float64 tensor of no dimensions."""
+    """Return whether all of a tensor is finite, as a scalar float64 tensor."""
     return torch.isfinite(torch.stack(torch.aminmax(tensor))).all().double()  # both are NaN if anything is
 
 
 def extents(weights: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:
-    """What :func:`read_extents` reads, float64 tensors of no dimensions; nothing is waited for."""
+    """Return the inputs of :func:`read_extents` as scalar float64 tensors, without synchronising the device."""
     diagonal, norms = curvature.hessian.diagonal(), curvature.norms.double()
     lost = (diagonal == 0) & (curvature.moments.sum != 0)  # columns of inputs whose squares are rounded to zero
     found = [finite(curvature.hessian), diagonal.double().mean(), lost.any().double()]
@@ -60,10 +60,10 @@ def extents(weights: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:
 
 
 def read_extents(values: Sequence[float], dtype: torch.dtype) -> list[Extent]:
-    """The extent of each weight from the values of :func:`extents`.
+    """Return the extent of each weight from the values of :func:`extents`.
 
     Raises:
-        ValueError: the Hessian or the outputs are beyond the range of ``dtype``.
+        ValueError: if the Hessian or the outputs exceed the range of ``dtype``.
     """
     is_finite, mean, lost, *of_weights = values
     kind, limit = str(dtype).removeprefix("torch."), 2.0 ** LARGEST_EXPONENT[dtype]
@@ -98,10 +98,10 @@ def _shift(largest: float, output: float, dtype: torch.dtype) -> int:
 
 
 def check_range(moments: InputMoments, dtype: torch.dtype) -> None:
-    """Check that the Hessian of some inputs fits ``dtype``.
+    """Check that the Hessian of the inputs fits ``dtype``.
 
     Raises:
-        ValueError: it does not.
+        ValueError: if it does not fit.
     """
     curvature = Curvature(moments, 0.0, dtype)
     read_extents(torch.stack(extents([], curvature)).tolist(), dtype)

@@ -1,4 +1,4 @@
-"""Selecting the smallest scores: exact counts, the earlier of equals first, and nothing sorted."""
+"""Selection of the smallest scores with exact counts, ties by position, and without sorting."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from .kernels import cpu
 from .kernels.available import has_triton
 
-FEW = 16  # scores up to which comparing each with each is the fastest selection
-MANY = 16384  # scores from which on counting beats torch's selection, on a CPU
+FEW = 16  # up to this many scores, pairwise comparison is fastest
+MANY = 16384  # from this many scores, counting is faster than torch's selection on a CPU
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
@@ -39,7 +39,7 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def kth_smallest(scores: Tensor, k: int) -> Tensor:
-    """The k-th smallest score (from 1) along the last dimension, which stays as 1."""
+    """Return the k-th smallest score (from 1) along the last dimension, which is kept with size 1."""
     if _on_cpu(scores) and scores.shape[-1] >= MANY:
         return cpu.kth_smallest(scores, k)
     if scores.is_cuda and scores.dtype == torch.float32 and scores.shape[-1] >= MANY and has_triton():
@@ -50,9 +50,10 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
 
 
 def lost_by_threshold(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
-    """In each block of ``width`` columns of ``scores`` (columns, rows), none negative, mark all up to the one at sorted
-    index count(n) of the block's n, and sum what is marked by column: (columns,). Nothing is marked at a count of 0, all
-    at a count of n."""
+    """Sum by column, (columns,), the scores of each block up to the one at sorted index count(n) of the block's n.
+
+    ``scores`` (columns, rows) is non-negative; a block has ``width`` columns. A count of 0 sums nothing, a count of n all.
+    """
     if _on_cpu(scores):
         return cpu.lost_by_threshold(scores, width, count)
     lost = torch.empty(len(scores), dtype=scores.dtype, device=scores.device)
@@ -68,8 +69,10 @@ def lost_by_threshold(scores: Tensor, width: int, count: Callable[[int], int]) -
 
 
 def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
-    """In each row of each block of ``width`` columns of ``scores`` (columns, rows) mark the count(width) smallest, and sum
-    what is marked by column: (columns,)."""
+    """Sum by column, (columns,), the count(width) smallest scores in each row of each block.
+
+    ``scores`` has shape (columns, rows); a block has ``width`` columns.
+    """
     if _on_cpu(scores):
         return cpu.lost_by_rank(scores, width, count)
     lost = torch.empty(len(scores), dtype=scores.dtype, device=scores.device)
@@ -81,7 +84,7 @@ def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Ten
 
 
 def _blocks(scores: Tensor, width: int) -> list[tuple[slice, Tensor]]:
-    """The columns and the blocks (blocks, width, rows) of the whole blocks, and those of a narrower last one."""
+    """Return the columns and scores (blocks, width, rows) of the whole blocks, then those of a narrower last one."""
     columns = len(scores)
     whole = columns - columns % width
     found = [(slice(0, whole), scores[:whole].unflatten(0, (-1, width)))] if whole else []
@@ -91,12 +94,12 @@ def _blocks(scores: Tensor, width: int) -> list[tuple[slice, Tensor]]:
 
 
 def _on_cpu(scores: Tensor) -> bool:
-    """Whether the compiled kernels for the CPU take these scores."""
+    """Return whether the compiled CPU kernels support these scores."""
     return scores.device.type == "cpu" and scores.dtype == torch.float32
 
 
 def _by_rank(scores: Tensor, count: int) -> Tensor:
-    """Count for each score how many come before it."""
+    """Mark the ``count`` smallest scores by counting, for each score, how many come before it."""
     width = scores.shape[-1]
     rank = torch.zeros_like(scores, dtype=torch.uint8)
     for i in range(width):

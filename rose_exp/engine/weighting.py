@@ -1,4 +1,4 @@
-"""How much each denoising step counts in the Hessian (OBS-Diff, 2025, equations 3 to 5)."""
+"""Weights of the denoising steps in the Hessian (OBS-Diff, 2025, equations 3 to 5)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ Weighting = Literal["uniform", "linear_increase", "linear_decrease", "log_increa
 
 
 def step_weights(steps: int, weighting: Weighting = "log_decrease", least: float = 0.8, most: float = 1.2) -> list[float]:
-    """α_t of each denoising step, in the order in which a pipeline takes them, from noise to image.
+    """Return α_t of each denoising step, in pipeline order, from noise to image.
 
     ``log_decrease`` is the paper's α_t = α_min + (α_max − α_min) / ln T · ln(T − t + 1), t = 1 … T (Eq. 4),
-    ``log_increase`` the same from the last step to the first; ``linear_…`` goes in equal parts; ``uniform`` is 1. A single
-    step has the weight that the first of several has.
+    ``log_increase`` is its reverse; ``linear_…`` has equal increments; ``uniform`` is 1. A single step has the weight of
+    the first of several.
 
     Args:
-        steps: T.
+        steps: T, the number of steps.
         least, most: α_min and α_max.
     Raises:
-        ValueError: a number of steps, a weighting or bounds that make no sense.
+        ValueError: if the number of steps, the weighting or the bounds are invalid.
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")

@@ -12,10 +12,10 @@ COUNTED = 4096  # scores that one program counts
 
 
 def kth_smallest(scores: Tensor, k: int) -> Tensor:
-    """The k-th smallest (from 1) of float32 scores along the last dimension, which stays as 1.
+    """The k-th smallest (from 1) of float32 scores along the last dimension, which is kept with size 1.
 
-    A radix selection: four passes count the scores by 8 bits each, from the highest down, of those that agree with what
-    the passes before have found.
+    Uses radix selection: each of four passes determines 8 bits, from the highest down, by counting the scores that match
+    the bits already determined.
     """
     flat = scores.reshape(-1, scores.shape[-1]).contiguous()
     slices, n = flat.shape

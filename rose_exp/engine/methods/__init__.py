@@ -1,4 +1,4 @@
-"""The pruning methods. Every file of this folder that defines a :class:`Method` is one, called by the file's name."""
+"""Pruning methods. Each file in this folder that defines a :class:`Method` registers it under the file's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pruning method is given and what it answers."""
+"""Interface of the pruning methods: their input, their result and their base class."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ..scores import SCORES
 
 @dataclass
 class Layer:
-    """One layer to prune, in the precision that it is solved in.
+    """One layer to prune, in the precision in which it is solved.
 
     Attributes:
         weight: W, (rows, columns).
-        curvature: of the layer's inputs; layers with the same inputs share it.
-        moved: whether the columns are pruned in an order other than left to right; None: not known yet, see :func:`settle`.
-        given: the order to prune in, instead of the one that the ordering finds.
-        shift: power of two that ``weight`` has been multiplied by, to keep its outputs inside the range of the precision; 0
+        curvature: statistics of the layer's inputs, shared by layers with the same inputs.
+        moved: whether the columns are reordered; None if not known yet, see :func:`settle`.
+        given: pruning order to use instead of the one computed from the ordering.
+        shift: binary exponent of the factor applied to ``weight`` to keep its outputs within the range of the precision; 0
             unless they are far from 1. An absolute threshold on outputs must be multiplied by ``2 ** shift``.
     """
 
@@ -50,12 +50,12 @@ class Layer:
 
     @property
     def dead(self) -> Tensor:
-        """Columns whose input never fired, (columns,) bool."""
+        """Dead input channels (always zero on the calibration data), (columns,) bool."""
         return self.curvature.dead
 
     @property
     def factor(self) -> Factor:
-        """Of the inverse Hessian, columns left to right."""
+        """Factor of the inverse Hessian, columns left to right."""
         return self.curvature.factor
 
     @cached_property
@@ -64,7 +64,7 @@ class Layer:
         return self.weight.T.contiguous()
 
     def scores(self, kind: Literal["wanda", "magnitude"]) -> Tensor:
-        """What each weight is expected to cost, (rows, columns); see :class:`Ordering`."""
+        """Return the expected loss of each weight, (rows, columns); see :class:`Ordering`."""
         return self.weight.abs().mul_(self.curvature.norms) if kind == "wanda" else self.weight.abs()
 
     def losses(self, kind: str = "wanda") -> ExpectedLosses:
@@ -78,7 +78,7 @@ class Layer:
 
 
 def settle(layers: Sequence[Layer]) -> None:
-    """Look at which layers are reordered: on a device one wait for all of them."""
+    """Set ``moved`` of each layer, with one device synchronisation for all of them."""
     if layers[0].ordering is None:
         flags = [False] * len(layers)
     else:
@@ -89,16 +89,16 @@ def settle(layers: Sequence[Layer]) -> None:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a method answers.
+    """Result of a pruning method.
 
     Attributes:
         weight: V, (rows, columns), zero where pruned.
         mask: bool, (rows, columns), True where pruned.
-        factor: of the Hessian, where the method has inverted it.
-        lost: tr((W−V) H (W−V)ᵀ) where the method knows it, a tensor of no dimensions.
-        costs: what each update of a sweep has cost, see :func:`rose_exp.engine.sweep.sweep`.
-        damped: whether the Hessian was damped in another way than in ``factor``.
-        rank: of a matrix that has been added to the pruned one, so that ``weight`` is zero nowhere; 0: none.
+        factor: factor of the inverse Hessian, if the method uses one.
+        lost: tr((W−V) H (W−V)ᵀ) if the method computes it, a scalar tensor.
+        costs: squared error of each update of a sweep, see :func:`rose_exp.engine.sweep.sweep`.
+        damped: whether the method uses a damped Hessian without a ``factor``.
+        rank: rank of a matrix added to the pruned one, which makes ``weight`` dense; 0 if there is none.
     """
 
     weight: Tensor
@@ -111,21 +111,25 @@ class Solution:
 
 
 class Method(ABC):
-    """A pruning method. Subclasses are frozen dataclasses, called as the literature calls the method, whose fields are the
-    method's options."""
+    """Base class of the pruning methods.
+
+    Subclasses are frozen dataclasses named as in the literature; their fields are the method's options.
+    """
 
     sequential: ClassVar[bool] = False
-    """Whether the method prunes column by column, so that an ordering changes what comes out."""
+    """Whether the method prunes column by column, so that an ordering changes the result."""
     sparse: ClassVar[bool] = True
-    """Whether what comes out is zero where it is pruned, so that it can be refined."""
+    """Whether the result is zero where pruned, as refinement requires."""
     working: ClassVar[tuple[float, float]] = (3.0, 15.0)
-    """The most memory that solving takes beside the moments, in float32 matrices of (columns, columns) and of (rows, columns):
-    measured on a CPU; what is not measured has the largest of those that are."""
+    """Peak memory of solving a layer besides the moments, in float32 matrices of (columns, columns) and of (rows, columns).
+
+    Measured on a CPU; the default is the largest measured value.
+    """
 
     @abstractmethod
     def prune(self, layer: Layer) -> Solution: ...
 
 
 def drop(weight: Tensor, mask: Tensor) -> Tensor:
-    """``weight`` with zeros where ``mask`` is True, a new tensor."""
+    """Return ``weight`` with zeros where ``mask`` is True, as a new tensor."""
     return weight.masked_fill(mask, 0)

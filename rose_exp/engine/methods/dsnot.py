@@ -1,9 +1,9 @@
-"""DSnoT (Zhang et al., 2024): grow and prune weights of a given mask to cancel the mean output error; no weight is updated.
+"""DSnoT (Zhang et al., 2024): regrows and prunes weights of an initial mask to cancel the mean output error, without updates.
 
-For each row the expected output error is e = Σ W·E[x] over its pruned weights. In each cycle the pruned weight whose
-return reduces e most for the variance of its input is grown, and a kept one of low Wanda score on the other side of zero
-is pruned in its place. The authors sum over a calibration sequence of 2048 tokens; their threshold is kept on that
-scale here, whatever the number or length of the sequences.
+For each row the expected output error is e = Σ W·E[x] over its pruned weights. Each cycle regrows the pruned
+weight that reduces e most relative to the variance of its input, and prunes a kept weight of low Wanda score whose removal
+moves e towards zero. The authors sum over a calibration sequence of 2048 tokens; the threshold keeps that scale here,
+regardless of the number and length of the sequences.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ SEQUENCE_LENGTH = 2048  # tokens over which the authors sum the error that updat
 
 @dataclass(frozen=True)
 class DSnoT(Method):
-    """Defaults are those of the authors' own code and example.
+    """DSnoT with the defaults of the authors' code and example.
 
     Args:
-        initial: where the mask to improve comes from: ``wanda``, ``magnitude``, or ``sparsegpt`` (saliency
-            (w / Uⱼⱼ)² without updates, compared inside each row; what the ROSE paper's baseline starts from).
-        max_cycles: of growing and pruning one weight a row.
-        update_threshold: a row is left alone once its absolute error is not above this.
-        variance_power: of the input variance that a weight's growing is weighed down by; 0: not at all.
-        same_sign: stop a row when its error would change sign; None: for N:M only, as the authors do.
+        initial: source of the initial mask: ``wanda``, ``magnitude``, or ``sparsegpt`` (saliency
+            (w / Uⱼⱼ)² without updates, compared within each row; the start of the ROSE paper's baseline).
+        max_cycles: maximum number of cycles; each swaps one weight per row.
+        update_threshold: a row stops once its absolute error is at most this value.
+        variance_power: exponent of the input variance that divides the benefit of regrowing a weight; 0 ignores it.
+        same_sign: whether a row stops before its error changes sign; None: only for N:M, as in the authors' code.
     """
 
     initial: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
@@ -65,12 +65,12 @@ class DSnoT(Method):
         same_sign = grouped if self.same_sign is None else self.same_sign
         mean = layer.moments.mean().to(layer.weight)
         variance = layer.moments.variance().to(layer.weight)
-        effect = layer.weight * mean * SEQUENCE_LENGTH  # what a weight adds to the error when pruned, (rows, columns)
+        effect = layer.weight * mean * SEQUENCE_LENGTH  # contribution to the error if pruned, (rows, columns)
         error = (effect * mask).sum(dim=1)  # (rows,)
         first_sign = error.sign()
         limits = torch.finfo(variance.dtype)
         spread = variance.clamp_min(limits.tiny).pow(self.variance_power).clamp_min_(limits.tiny)
-        benefit = (effect / spread).clamp_(limits.min, limits.max)  # a constant input is the best to have
+        benefit = (effect / spread).clamp_(limits.min, limits.max)  # constant inputs have the largest benefit
         threshold = min(self.update_threshold * 2.0**layer.shift, limits.max)
         candidates = _Candidates(benefit, mask)
         if grouped:
@@ -100,7 +100,7 @@ class DSnoT(Method):
 
 
 class _Candidates:
-    """Pruned weights to grow: by benefit, the largest for a positive error and the smallest for a negative one."""
+    """Pruned weights to regrow: largest benefit first for a positive error, smallest first for a negative one."""
 
     def __init__(self, benefit: Tensor, mask: Tensor):
         self.count = mask.sum(dim=1)
@@ -117,7 +117,7 @@ class _Candidates:
 
 
 class _RowVictims:
-    """Kept weights to prune, in any column: by Wanda score, those whose loss moves the error towards zero."""
+    """Kept weights to prune, in any column: those that move the error towards zero, lowest Wanda score first."""
 
     def __init__(self, scores: Tensor, effect: Tensor, mask: Tensor):
         self.lists = {}
@@ -140,11 +140,11 @@ class _RowVictims:
         return torch.where(positive, *chosen), torch.where(positive, *left)
 
     def take(self, rows: Tensor, columns: Tensor) -> None:
-        """Places move on with every :meth:`next`."""
+        """Do nothing: :meth:`next` advances the positions."""
 
 
 class _GroupVictims:
-    """Kept weights to prune, in the group of the grown one: the smallest initial metric not yet touched."""
+    """Kept weights to prune, in the group of the regrown one: the smallest initial metric not used yet."""
 
     def __init__(self, metric: Tensor, mask: Tensor, group: int):
         columns = metric.shape[1]

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go, whatever their inputs are."""
+"""Magnitude pruning: prunes the smallest weights, regardless of their inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import Layer, Method, Solution, drop
 
 @dataclass(frozen=True)
 class Magnitude(Method):
-    """Unstructured weights are compared over the whole layer, as the baseline of SparseGPT and Wanda does."""
+    """Compares unstructured weights over the whole layer, as in the baseline of SparseGPT and Wanda."""
 
     working = (0.9, 6.5)
 

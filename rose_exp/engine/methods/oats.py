@@ -1,4 +1,4 @@
-"""OATS (Zhang and Papyan, 2025): a layer as a sparse plus a low-rank matrix, outlier channels weighed by their norms."""
+"""OATS (Zhang and Papyan, 2025): approximates a layer by a sparse plus a low-rank matrix, with norm-weighted channels."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class OATS(Method):
     where D = diag(sqrt(E[x²])); the layer becomes (S + L)·D⁻¹.
 
     For a sparsity p, r = int(κ(1−p)·n·m / (n+m)) of an n × m layer, and S keeps a share (1−κ)(1−p) of each row, so that both
-    together are as many numbers as a share 1−p of the weights. For N:M it is S that has the pattern, and L comes on top, as in
-    the authors' code: the layer is then less sparse than the pattern says, and the result tells by how much. Weights on a
-    column that never fired cost nothing: those that stay in S keep their value.
+    store as many numbers as a share 1−p of the weights. For N:M, S has the pattern and L is added on top, as in the authors'
+    code; the layer is then less sparse than the pattern, and the result reports its stored size. Weights on dead columns cost
+    nothing; those kept in S are unchanged.
 
     Args:
-        rank_ratio: κ, the share of the numbers kept that goes into L; 0.25 is the authors' own for language models.
-        iterations: how often the two take turns.
+        rank_ratio: κ, the fraction of the stored numbers that L takes; the authors use 0.25 for language models.
+        iterations: number of alternations between L and S.
     """
 
     sparse = False
@@ -39,7 +39,7 @@ class OATS(Method):
 
     def prune(self, layer: Layer) -> Solution:
         rows, columns = layer.weight.shape
-        if layer.sparsity.ratio == 0:  # as it is, not approximated
+        if layer.sparsity.ratio == 0:  # unchanged, not approximated
             return Solution(layer.weight.clone(), torch.zeros_like(layer.weight, dtype=torch.bool))
         rank, pattern = self.split(layer.sparsity, rows, columns)
         scale = layer.curvature.norms
@@ -57,7 +57,7 @@ class OATS(Method):
         return Solution(torch.where(dead, drop(layer.weight, mask), weight), mask, rank=rank)
 
     def split(self, sparsity: Sparsity, rows: int, columns: int) -> tuple[int, Sparsity]:
-        """The rank of L, and the pattern of S."""
+        """Return the rank of L and the sparsity pattern of S."""
         if isinstance(sparsity, Unstructured):
             kept = 1 - sparsity.ratio
             pattern: Sparsity = Unstructured(1 - (1 - self.rank_ratio) * kept)
@@ -67,14 +67,14 @@ class OATS(Method):
 
 
 def low_rank(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of ``matrix`` (n, m) by one of rank at most ``rank``.
+    """Return the best approximation of ``matrix`` (n, m) of rank at most ``rank``.
 
-    It is computed from the eigenvectors of the smaller Gram matrix. That takes a third of the time of a singular value
-    decomposition and is as good unless the singular values kept are tiny. The Gram matrix is that of the matrix times a power
-    of two, so that its squares stay inside the range of the precision; this changes no bit of the eigenvectors.
+    Uses the eigenvectors of the smaller Gram matrix. This takes a third of the time of a singular value decomposition and is
+    as accurate unless the kept singular values are tiny. The matrix is first scaled by a power of two, so that its squares
+    stay within the range of the precision; this leaves the eigenvectors bitwise unchanged.
 
     Raises:
-        LinAlgError: the eigenvectors cannot be found.
+        LinAlgError: if the eigenvalue solver fails.
     """
     if not rank:
         return torch.zeros_like(matrix)

@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar and Alistarh, 2023), and with an ordering ROSE: the OBS sweep over ordered columns."""
+"""SparseGPT (Frantar and Alistarh, 2023), and ROSE, which adds an ordering: the OBS sweep over ordered columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Layer, Method, Solution
 
 @dataclass(frozen=True)
 class SparseGPT(Method):
-    """Weights on a column that never fired cost nothing: they go first, and those that stay keep their value."""
+    """Prunes by the OBS sweep. Weights on dead columns cost nothing: they are pruned first, and kept ones are unchanged."""
 
     sequential = True
     working = (2.7, 6.5)
@@ -21,7 +21,7 @@ class SparseGPT(Method):
     def prune(self, layer: Layer) -> Solution:
         moved = bool(layer.order.reordered) if layer.moved is None else layer.moved
         order, alive, weight = layer.order.order, ~layer.dead, layer.weight
-        some_dead = weight.device.type != "cpu" or not alive.all()  # asking a GPU would wait for it
+        some_dead = weight.device.type != "cpu" or not alive.all()  # reading alive would synchronise a GPU
         start = layer.transposed * alive[:, None] if some_dead else layer.transposed
         w = start.index_select(0, order) if moved else start.clone()  # (columns, rows), in pruning order
         factor = layer.curvature.factor_in(order) if moved else layer.factor

@@ -1,4 +1,4 @@
-"""Wanda (Sun et al., 2024): weight times activation norm, compared inside each output row; no weight is updated."""
+"""Wanda (Sun et al., 2024): weight times activation norm, compared within each output row; weights are not updated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import Layer, Method, Solution, drop
 
 @dataclass(frozen=True)
 class Wanda(Method):
-    """Prunes the smallest |W|·sqrt(E[x²]) of each row, every calibration token counting the same."""
+    """Prunes the smallest |W|·sqrt(E[x²]) of each row; all calibration tokens count equally."""
 
     working = (0.9, 6.5)
 

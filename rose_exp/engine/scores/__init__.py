@@ -1,7 +1,7 @@
-"""What pruning a weight is expected to cost, which is what orders are made from.
+"""Scores: expected losses of weights, from which orderings are computed.
 
-Every file of this folder is one score, called by the file's name, with a function ``score`` from a
-:class:`rose_exp.engine.methods.Layer` to a new tensor (columns, rows), nowhere negative.
+Each file in this folder defines the score of that name, as a function ``score`` from a
+:class:`rose_exp.engine.methods.Layer` to a new non-negative tensor (columns, rows).
 """
 
 from __future__ import annotations

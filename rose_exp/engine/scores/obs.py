@@ -1,4 +1,4 @@
-"""W²/[H⁻¹]ⱼⱼ with the damped Hessian: what the Optimal Brain Surgeon loses on a weight that goes alone."""
+"""W²/[H⁻¹]ⱼⱼ with the damped Hessian: the Optimal Brain Surgeon's loss of pruning a single weight."""
 
 from __future__ import annotations
 

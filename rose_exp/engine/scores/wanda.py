@@ -1,4 +1,4 @@
-"""|W|·sqrt(E[x²]), the score of Wanda, which ROSE orders by."""
+"""|W|·sqrt(E[x²]), the score of Wanda, which ROSE uses for ordering."""
 
 from __future__ import annotations
 
