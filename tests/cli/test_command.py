@@ -17,6 +17,7 @@ from rose_exp.runtime.errors import SettingsError
 from rose_exp.settings.schema import Settings, read_settings
 from rose_exp.tracking import read_record
 
+from ..conftest import REPOSITORY
 from .test_app import rose_exp as command
 
 CHOICES = [
@@ -57,7 +58,7 @@ def problems_of(*arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_configuration_file_composes(group, choice, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(REPOSITORY)
     overrides = [f"{group}={choice}", *TO_BE_SET.get((group, choice), [])]
     settings_of(*overrides)
     text = (config_folder() / group / f"{choice}.yaml").read_text()
@@ -142,7 +143,7 @@ def test_all_mistakes_are_told_together():
     ],
 )
 def test_each_mistake_is_named(argument, expected, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(REPOSITORY)
     found = problems_of(*argument.split())
     assert len(found) == 1
     assert expected in found[0]
