@@ -166,7 +166,7 @@ def prune_layers(
         raise ValueError(f"refine: expected 0 where a low-rank part is added to the pruned weight, got {how}")
     if target is not None and (drift is None or drift.columns != moments.columns):
         got = "none" if drift is None else f"{drift.columns}"
-        raise ValueError(f"drift: expected that of {moments.columns} columns, which a target needs, got {got}")
+        raise ValueError(f"drift: expected a drift of {moments.columns} columns for the target, got {got}")
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, moments.dtype), torch.float32)
     backend = resolve(backend, moments.device, dtype)
 

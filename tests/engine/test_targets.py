@@ -72,7 +72,7 @@ def test_it_is_the_target_that_is_pruned():
 def test_mistakes_are_told():
     weight, inputs, delta, missing = drifted()
     moments, drift = moments_of(inputs, torch.float64), drift_of(inputs, delta, missing)
-    with pytest.raises(ValueError, match="drift: expected that of 12 columns, which a target needs, got none"):
+    with pytest.raises(ValueError, match="drift: expected a drift of 12 columns for the target, got none"):
         prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target())
     with pytest.raises(ValueError, match=r"dense: expected the shape of inputs, \(..., 12\), got \(3, 11\) and \(3, 12\)"):
         drift.update(torch.zeros(3, 12), torch.zeros(3, 11))

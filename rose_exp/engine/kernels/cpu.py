@@ -1,7 +1,7 @@
-"""Kernels for the CPU, float32, compiled by Numba: the loops that torch can only run one small operation at a time.
+"""Kernels for the CPU, float32, compiled by Numba: loops that torch would run as many small operations.
 
-Rows are independent once a block's mask is known, so each thread takes tiles of rows and keeps a tile of the block, and
-its errors, in the nearest cache. A column is updated when the sweep reaches it (w_j −= Σ_{i<j} Uᵢⱼ eᵢ), eight terms at a
+Rows are independent once a block's mask is known, so each thread processes tiles of rows and keeps a tile of the block and
+its errors in the L1 cache. A column is updated when the sweep reaches it (w_j −= Σ_{i<j} Uᵢⱼ eᵢ), eight terms at a
 time, so that each weight is stored once.
 """
 
@@ -15,13 +15,13 @@ import torch
 from numba import prange
 from torch import Tensor
 
-ROWS = 64  # in a tile: 64 rows of a block of 128 columns and their errors fit the first cache together
+ROWS = 64  # in a tile: 64 rows of a block of 128 columns and their errors fit the L1 cache together
 
 _parallel = numba.njit(parallel=True, fastmath={"contract"}, cache=True)
 
 
 def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
-    """Sweep one block ``w`` (width, rows) in place where ``mask`` is True; returns the errors (width, rows)."""
+    """Sweep one block ``w`` (width, rows) in place where ``mask`` is True and return the errors (width, rows)."""
     errors = torch.empty_like(w)
     _as_many_threads_as_torch()
     _sweep_chosen(w.numpy(), upper.T.contiguous().numpy(), mask.numpy(), errors.numpy())
@@ -29,7 +29,7 @@ def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
 
 
 def sweep_groups(w: Tensor, upper: Tensor, mask: Tensor, widths: list[int], counts: list[int]) -> Tensor:
-    """The same, choosing the mask of each group (``counts`` of ``widths`` columns) in each row when it is reached."""
+    """Sweep one block, choosing each row's mask of a group (``counts`` of ``widths`` columns) when the sweep reaches it."""
     errors = torch.empty_like(w)
     lower = upper.T.contiguous().numpy()
     _as_many_threads_as_torch()
@@ -38,8 +38,10 @@ def sweep_groups(w: Tensor, upper: Tensor, mask: Tensor, widths: list[int], coun
 
 
 def choose(w: Tensor, upper: Tensor, count: int) -> Tensor:
-    """The mask of one block ``w`` (width, rows): ``count`` weights of smallest saliency (w / Uⱼⱼ)², of equals those that
-    come first in the layer, row by row."""
+    """Return the mask of the ``count`` weights of smallest saliency (w / Uⱼⱼ)² in one block ``w`` (width, rows).
+
+    Ties are broken by position in the layer, row by row.
+    """
     mask = torch.empty_like(w, dtype=torch.bool)
     if not 0 < count < w.numel():
         return mask.fill_(count > 0)
@@ -58,7 +60,7 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def kth_smallest(scores: Tensor, k: int) -> Tensor:
-    """The k-th smallest (from 1) of float32 scores along the last dimension, which stays as 1."""
+    """Return the k-th smallest (from 1) of float32 scores along the last dimension, which is kept with size 1."""
     keys = _keys(scores)
     found = np.empty(len(keys), dtype=np.int32)
     _as_many_threads_as_torch()
@@ -85,7 +87,7 @@ def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Ten
 
 
 def _as_many_threads_as_torch() -> None:
-    """Numba sets the OpenMP thread count that torch shares: keep it at what torch was told."""
+    """Set Numba's thread count to that of torch; both share the OpenMP setting, which Numba would otherwise change."""
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     if torch.get_num_threads() != threads:  # the first call starts as many as there are cores
@@ -93,13 +95,13 @@ def _as_many_threads_as_torch() -> None:
 
 
 def _keys(scores: Tensor) -> np.ndarray:
-    """int32 (rows, n) that sort as the float32 scores (..., n) do."""
-    scores = scores + 0.0  # -0.0 becomes 0.0, which it is equal to
+    """Return int32 keys (rows, n) that sort like the float32 scores (..., n)."""
+    scores = scores + 0.0  # -0.0 becomes 0.0, its equal
     return _flip_negative(scores.view(-1, scores.shape[-1]).numpy().view(np.int32))
 
 
 def _flip_negative(bits: np.ndarray) -> np.ndarray:
-    """Float bits sort as signed integers do, but for the negative ones, which sort the other way; its own inverse."""
+    """Flip negative float bits, which sort in reverse, so that all sort as signed integers; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF) if (bits < 0).any() else bits
 
 
@@ -159,7 +161,7 @@ def _sweep_groups(w, lower, mask, errors, widths, counts):
         e = np.zeros((width, ROWS), dtype=w.dtype)
         group = np.zeros((widest, ROWS), dtype=w.dtype)
         saliency = np.zeros((widest, ROWS), dtype=w.dtype)
-        before = np.zeros((widest, ROWS), dtype=np.int32)  # how many of the group go sooner
+        before = np.zeros((widest, ROWS), dtype=np.int32)  # how many of the group are pruned first
         start = 0
         for g in range(len(widths)):
             size = widths[g]
@@ -175,7 +177,7 @@ def _sweep_groups(w, lower, mask, errors, widths, counts):
             for a in range(size):
                 for b in range(a):
                     for r in range(ROWS):
-                        sooner = np.int32(saliency[a, r] < saliency[b, r])  # of equals, b < a goes first
+                        sooner = np.int32(saliency[a, r] < saliency[b, r])  # ties: b < a first
                         before[b, r] += sooner
                         before[a, r] += np.int32(1) - sooner
             for a in range(size):
@@ -197,8 +199,10 @@ def _sweep_groups(w, lower, mask, errors, widths, counts):
 
 @numba.njit(cache=True)
 def _kth(bits, k):
-    """The k-th smallest of int32, and how many are below it and equal to it: two counting passes, over the upper and over
-    the lower 16 bits."""
+    """Return the k-th smallest of int32 values, and how many are below and equal to it.
+
+    Uses two counting passes, over the upper and the lower 16 bits.
+    """
     upper = np.zeros(1 << 16, dtype=np.int32)
     for i in range(len(bits)):
         upper[(bits[i] >> 16) + (1 << 15)] += 1
@@ -233,7 +237,7 @@ def _choose(w, scale, count, mask):
         for r in range(rows):
             mask[j, r] = keys[j, r] <= threshold
     missing = count - below
-    if tied > missing:  # of the equals, those that come first
+    if tied > missing:  # ties: the first ones
         for r in range(rows):
             for j in range(width):
                 if keys[j, r] == threshold:
@@ -255,7 +259,7 @@ def _smallest(bits, count, mask):
         missing = count - below
         for i in range(len(values)):
             mask[row, i] = values[i] <= threshold
-        if tied > missing:  # of the equals, those that come first
+        if tied > missing:  # ties: the first ones
             for i in range(len(values)):
                 if values[i] == threshold:
                     mask[row, i] = missing > 0
@@ -269,7 +273,7 @@ def _lost_by_threshold(scores, width, counts, lost):
         start = block * width
         stop = min(start + width, columns)
         count = counts[block]
-        keys = scores[start:stop].view(np.int32)  # scores are not negative: their bits sort as they do
+        keys = scores[start:stop].view(np.int32)  # bits of non-negative floats sort like the floats
         threshold = np.int32(-1)
         if count == keys.size:
             threshold = np.int32(0x7FFFFFFF)
@@ -289,11 +293,11 @@ def _lost_by_rank(scores, width, count, narrow_count, lost):
         start = block * width
         stop = min(start + width, columns)
         marked = count if stop - start == width else narrow_count
-        before = np.zeros((stop - start, rows), dtype=np.int32)  # how many of the group go sooner
+        before = np.zeros((stop - start, rows), dtype=np.int32)  # how many of the group are pruned first
         for a in range(stop - start):
             for b in range(a):
                 for r in range(rows):
-                    sooner = np.int32(scores[start + a, r] < scores[start + b, r])  # of equals, b < a goes first
+                    sooner = np.int32(scores[start + a, r] < scores[start + b, r])  # ties: b < a first
                     before[b, r] += sooner
                     before[a, r] += np.int32(1) - sooner
         for a in range(stop - start):

@@ -1,8 +1,8 @@
 """Kernels for CUDA, float32, in Triton: one program sweeps one block for a tile of rows.
 
-Rows are independent once a block's mask is known, or choose it by themselves (N:M), so a program keeps its tile of the
-block, (columns, rows), in registers from the first column to the last and needs nothing from the others. A column is read
-out of the tile by a masked sum, pruned, and its error taken from the columns still to come.
+Rows are independent once a block's mask is known, or choose it themselves (N:M), so a program keeps its tile of the
+block, (columns, rows), in registers throughout and needs no data from other programs. A column is read from the tile by a
+masked sum and pruned; its error is then subtracted from the following columns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARPS = 4
 
 
 def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
-    """Sweep one block ``w`` (width, rows) in place where ``mask`` is True; returns the errors (width, rows)."""
+    """Sweep one block ``w`` (width, rows) in place where ``mask`` is True and return the errors (width, rows)."""
     width, rows = w.shape
     errors = torch.empty_like(w)
     upper = upper.contiguous()
@@ -33,13 +33,13 @@ def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
 
 
 def sweep_groups(w: Tensor, upper: Tensor, mask: Tensor, widths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The same, choosing the mask of each group (``counts`` of ``widths`` columns) in each row when it is reached."""
+    """Sweep one block, choosing each row's mask of a group (``counts`` of ``widths`` columns) when the sweep reaches it."""
     width, rows = w.shape
     errors = torch.empty_like(w)
     upper = upper.contiguous()
     ends = torch.tensor([*widths, *counts], dtype=torch.int32)
     ends[: len(widths)] = ends[: len(widths)].cumsum(0)
-    plan = ends.to(w.device, non_blocking=True)  # where each group ends, and how many of it go
+    plan = ends.to(w.device, non_blocking=True)  # the end of each group, and how many of it to prune
     grid = (triton.cdiv(rows, ROWS),)
     size = triton.next_power_of_2(width)
     _sweep_groups[grid](w, upper, mask, errors, plan, len(widths), width, rows, size, ROWS, num_warps=WARPS)
@@ -92,7 +92,7 @@ def _sweep_groups(w, upper, mask, errors, plan, groups, width, rows, WIDTH: tl.c
         count = tl.load(plan + groups + group)
         scaled = tile / scale[:, None]
         saliency = scaled * scaled
-        before = tl.zeros((WIDTH, TILE), dtype=tl.int32)  # how many of the group go sooner
+        before = tl.zeros((WIDTH, TILE), dtype=tl.int32)  # how many of the group are pruned first
         for j in range(start, stop):
             other = _column(saliency, column, j)[None, :]
             before += ((other < saliency) | ((other == saliency) & (column[:, None] > j))).to(tl.int32)

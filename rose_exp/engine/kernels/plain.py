@@ -9,18 +9,20 @@ from torch import Tensor
 
 from ..selection import smallest
 
-TILE = 32  # columns swept one by one before their errors reach the rest of the block as one matrix product
+TILE = 32  # columns swept one by one before one matrix product updates the rest of the block
 
 
 def choose(w: Tensor, upper: Tensor, count: int) -> Tensor:
-    """The mask of one block ``w`` (width, rows): ``count`` weights of smallest saliency (w / Uⱼⱼ)², of equals those that
-    come first in the layer, row by row."""
+    """Return the mask of the ``count`` weights of smallest saliency (w / Uⱼⱼ)² in one block ``w`` (width, rows).
+
+    Ties are broken by position in the layer, row by row.
+    """
     saliency = (w / upper.diagonal()[:, None]).square_()
     return smallest(saliency.T.flatten(), count).view(w.shape[1], w.shape[0]).T
 
 
 def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
-    """Sweep one block ``w`` (width, rows) in place where ``mask`` is True; returns the errors (width, rows)."""
+    """Sweep one block ``w`` (width, rows) in place where ``mask`` is True and return the errors (width, rows)."""
     errors = torch.empty_like(w)
     for start in range(0, len(w), TILE):
         stop = min(start + TILE, len(w))
@@ -31,7 +33,7 @@ def sweep_chosen(w: Tensor, upper: Tensor, mask: Tensor) -> Tensor:
 
 
 def sweep_groups(w: Tensor, upper: Tensor, mask: Tensor, widths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The same, choosing the mask of each group (``counts`` of ``widths`` columns) in each row when it is reached."""
+    """Sweep one block, choosing each row's mask of a group (``counts`` of ``widths`` columns) when the sweep reaches it."""
     errors = torch.empty_like(w)
     scale = upper.diagonal()[:, None]
     start = 0
