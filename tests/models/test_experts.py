@@ -105,7 +105,7 @@ def test_a_starved_expert_can_stop_the_run():
     model = build("mixtral")
     starved(model)
     plan = PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.5), block_size=16, starved_experts="stop")
-    with pytest.raises(RoseExpError, match=r"layers.1.mlp.experts.3.gate_proj.*expected an expert .* at least 1 .*got 0"):
+    with pytest.raises(RoseExpError, match=r"layers.1.mlp.experts.3.gate_proj.*expected at least 1 .* for the expert .*got 0"):
         prune_model(model, tokens(24), plan)
 
 
