@@ -116,9 +116,9 @@ def test_widths_that_a_configuration_cannot_say_are_told_before_anything_is_prun
 
 def test_models_without_heads_or_neurons_that_are_known_are_refused_and_not_pruned_by_half():
     for family, kinds, told in (
-        ("opt", {}, r"sparsity\.heads: expected a model whose heads are known"),
-        ("phi", {"heads": False}, r"sparsity\.neurons: expected a model whose neurons are known"),
-        ("mixtral", {}, r"sparsity\.neurons: expected a model whose neurons are known"),
+        ("opt", {}, r"sparsity\.heads: expected a model with heads to prune in a known layout"),
+        ("phi", {"heads": False}, r"sparsity\.neurons: expected a model with neurons to prune in a known layout"),
+        ("mixtral", {}, r"sparsity\.neurons: expected a model with neurons to prune in a known layout"),
     ):
         with pytest.raises(RoseExpError, match=told):
             prune_model(build(family), tokens(), PruningPlan(SparseGPT(), Structured(0.5, **kinds), batch=2))

@@ -169,7 +169,7 @@ class _Skipping(nn.Module):
 
 
 def test_a_model_that_is_no_chain_is_refused():
-    with pytest.raises(RoseExpError, match="layers.1 is not fed with the output of the block before it"):
+    with pytest.raises(RoseExpError, match="layers.1: expected the output of the previous block as input"):
         prune_model(_Skipping(), torch.zeros(1, 4, dtype=torch.int64), plan())
 
 
@@ -190,5 +190,5 @@ def test_a_model_that_breaks_down_is_refused_by_block():
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
-    with pytest.raises(RoseExpError, match="model.layers.1: the dense model's output is NaN or infinite"):
+    with pytest.raises(RoseExpError, match="model.layers.1: expected finite dense outputs, got NaN or infinity"):
         prune_model(model, tokens(), plan())
