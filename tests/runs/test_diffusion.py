@@ -162,7 +162,7 @@ def test_columns_of_reports_tell_heads_from_neurons(tmp_path):
 
 def test_a_pipeline_with_nothing_to_remove_is_refused(tmp_path):
     own = ["model=small-ddpm", "sparsity=structured"]
-    with pytest.raises(RoseExpError, match=r"sparsity\.neurons: expected a model whose neurons are known"):
+    with pytest.raises(RoseExpError, match=r"sparsity\.neurons: expected a model with neurons to prune in a known layout"):
         run(tmp_path, *own)
     with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected a ratio that removes at least one of 4 heads"):
         run(tmp_path, *own, "sparsity.neurons=false", "sparsity.ratio=0.05")
