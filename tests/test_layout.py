@@ -99,3 +99,19 @@ def test_no_modules_import_each_other():
 def test_tests_mirror_the_package():
     folders = {path.parent.name for path in (REPOSITORY / "tests").glob("*/__init__.py")}
     assert folders == set(LEVEL) - {"api", "__init__", "__main__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("**/__init__.py")), ids=name_of)
+def test_no_export_has_the_name_of_a_module(path):
+    """Importing the module would replace the export, unless it comes from that module itself."""
+    exported = {
+        alias.asname or alias.name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if node.module != alias.name
+    }
+    modules = {other.stem for other in path.parent.glob("*.py")} | {
+        other.parent.name for other in path.parent.glob("*/__init__.py")
+    }
+    assert not exported & modules

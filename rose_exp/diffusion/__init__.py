@@ -7,7 +7,7 @@ Importing this package lets diffusers load saved pipelines with removed attentio
 """
 
 from . import narrowed
-from .denoiser import Unit, candidate_layers, find_units, packages
+from .denoiser import Unit, candidate_layers, find_units, split_into_packages
 from .loading import load_pipeline, save_pipeline
 from .packages import DenoiserWalk
 from .sampling import Sampler, noise_seeds
@@ -21,6 +21,6 @@ __all__ = [
     "load_pipeline",
     "narrowed",
     "noise_seeds",
-    "packages",
     "save_pipeline",
+    "split_into_packages",
 ]

@@ -123,7 +123,7 @@ def find_units(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearL
     return [Unit(tuple(tuple(names) for names in by_level[level].values())) for level in sorted(by_level)]
 
 
-def packages(units: Sequence[Unit], count: int) -> list[list[Unit]]:
+def split_into_packages(units: Sequence[Unit], count: int) -> list[list[Unit]]:
     """Split the units into ``count`` consecutive packages whose sizes differ by at most one; fewer if there are fewer units."""
     count = min(count, len(units))
     bounds = [len(units) * i // count for i in range(count + 1)]

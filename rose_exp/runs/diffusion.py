@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..data import Prompts, load_prompts
-from ..diffusion.denoiser import Unit, candidate_layers, find_units, packages
+from ..diffusion.denoiser import Unit, candidate_layers, find_units, split_into_packages
 from ..diffusion.images import Distances, OnBatch, Rendering, render
 from ..diffusion.loading import load_pipeline, save_pipeline
 from ..diffusion.narrowed import key_of, remove_masked
@@ -126,7 +126,7 @@ class DiffusionRun:
         if not pruned:
             raise RoseExpError("pipeline.layers, pipeline.skip: expected patterns that select a layer, got none")
         own = [Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in units]
-        self.packages = packages([unit for unit in own if unit.groups], self.settings.diffusion.packages)
+        self.packages = split_into_packages([unit for unit in own if unit.groups], self.settings.diffusion.packages)
 
     def _fingerprint(self) -> dict[str, Any]:
         protocol = self.protocol

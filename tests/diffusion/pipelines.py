@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from rose_exp.diffusion import Sampler, candidate_layers, find_units, noise_seeds, packages
+from rose_exp.diffusion import Sampler, candidate_layers, find_units, noise_seeds, split_into_packages
 from rose_exp.diffusion.packages import DenoiserWalk
 from rose_exp.diffusion.small import PIPELINES, small_pipeline
 from rose_exp.engine import SparseGPT, Unstructured
@@ -50,7 +50,7 @@ def walk(name: str, count: int = 2, sparsity=None, method=None, of: Sampler | No
     return DenoiserWalk(
         of,
         {name: layer for name, layer in layers.items() if name in known},
-        packages(units_of(name), count),
+        split_into_packages(units_of(name), count),
         plan,
         PROMPTS,
         noise_seeds(0, len(PROMPTS)),

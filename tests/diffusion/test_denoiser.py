@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rose_exp.diffusion import Unit, packages
+from rose_exp.diffusion import Unit, split_into_packages
 from rose_exp.diffusion.denoiser import ConvLayer, candidate_layers, find_units, tokens_of
 from rose_exp.runtime.errors import RoseExpError
 
@@ -96,10 +96,10 @@ def test_convolutions_only_where_they_are_asked_for():
 
 def test_packages_are_runs_of_equal_length():
     units = [Unit(((f"layer{i}",),)) for i in range(10)]
-    found = packages(units, 4)
+    found = split_into_packages(units, 4)
     assert [len(package) for package in found] == [2, 3, 2, 3]
     assert [unit for package in found for unit in package] == units
-    assert [len(package) for package in packages(units, 99)] == [1] * 10
+    assert [len(package) for package in split_into_packages(units, 99)] == [1] * 10
 
 
 def test_a_denoiser_without_tokens_is_told():
