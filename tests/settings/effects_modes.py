@@ -17,6 +17,8 @@ OPTIONS = {
 }
 TEXTS = {"evaluation.perplexity": {"local": {"path": "a.jsonl", "window": 64}}}
 SCORES = {f"evaluation.images.{n}": v for n, v in {"metrics": ["clip_score", "fid"], "clip": "one", "reference": "two"}.items()}
+IMAGES_OF_HUB = {"model.built": None, "model.path": "owner/name"}
+IMAGES_OF_HUB |= {f"{group}.{n}": v for group in ("calibration", "evaluation.images") for n, v in HUB_TEXT.items()}
 TASKS_OF_FOLDERS = {"evaluation.zero_shot.data_dir": "one", "evaluation.zero_shot.include_path": "two"}
 PROMPTS = {"embedded": "evaluation_prompts", "samples": 32, "metrics": ["clip_score", "fid"]}
 LANGUAGE: dict[str, dict[str, Any]] = {
@@ -58,12 +60,12 @@ DIFFUSION: dict[str, dict[str, Any]] = {
     "images with options": {"sparsity.pattern": "2:4", "evaluation.images.metrics": ["fid"]} | OPTIONS | TEXTS,
     "images of prompts": {"calibration.path": "a.txt", "evaluation.images.path": "a.txt"},
     "images of rows": {"calibration.path": "a.jsonl", "evaluation.images.path": "a.jsonl"},
-    "images of hub": {"model.built": None, "model.path": "owner/name"},
+    "images of hub": IMAGES_OF_HUB,
     "no images": {"evaluation.images": None},
     "dense images": {"method.name": "dense"},
     "dense images scored": {"method.name": "dense"} | SCORES,
     "dense images of rows": {"method.name": "dense", "evaluation.images.path": "a.jsonl"},
-    "dense images of hub": {"method.name": "dense", "model.built": None, "model.path": "owner/name"},
+    "dense images of hub": {"method.name": "dense"} | IMAGES_OF_HUB,
     "dense images with options": {"method.name": "dense", "sparsity.pattern": "2:4"} | OPTIONS | TEXTS,
     "dense no images": {"method.name": "dense", "evaluation.images": None},
 }
@@ -111,7 +113,7 @@ MATTERS: dict[str, set[str]] = {
     "reorder.score": {"ordered", "images ordered", LAST},
     "calibration.path": PRUNED,
     "calibration.embedded": {"embedded", "hub", *PRUNED_DIFFUSION} - {"images of prompts", "images of rows"},
-    "calibration.field": (PRUNED & JSON_TEXTS) | {"images of rows"},
+    "calibration.field": (PRUNED & JSON_TEXTS) | {"images of rows", "images of hub"},
     "calibration.rows": (PRUNED & JSON_TEXTS) | PRUNED_DIFFUSION,
     "calibration.separator": PRUNED_LANGUAGE,
     "calibration.samples": PRUNED,
@@ -136,7 +138,7 @@ MATTERS: dict[str, set[str]] = {
     "evaluation.speed.repeats": {"n:m"},
     "evaluation.images.path": IMAGES,
     "evaluation.images.embedded": IMAGES - {"images of prompts", "images of rows", "dense images of rows"},
-    "evaluation.images.field": {"images of rows", "dense images of rows"},
+    "evaluation.images.field": {"images of rows", "dense images of rows", "images of hub", "dense images of hub"},
     "evaluation.images.rows": IMAGES,
     "evaluation.images.separator": NOWHERE,
     "evaluation.images.samples": IMAGES,
@@ -176,8 +178,8 @@ MATTERS: dict[str, set[str]] = {
     "seed": PRUNED,
 }
 for _name in ("dataset", "subset", "data_files", "revision", "split"):
-    MATTERS |= {f"calibration.{_name}": {"hub"}, f"evaluation.perplexity.*.{_name}": {"hub", "dense hub"}}
-    MATTERS |= {f"evaluation.images.{_name}": NOWHERE}
+    MATTERS |= {f"calibration.{_name}": {"hub", "images of hub"}, f"evaluation.perplexity.*.{_name}": {"hub", "dense hub"}}
+    MATTERS |= {f"evaluation.images.{_name}": {"images of hub", "dense images of hub"}}
 for _name in ("steps", "guidance", "height", "width", "text_length", "batch", "scheduler"):
     MATTERS[f"diffusion.{_name}"] = SAMPLED
 NEVER = ("tracking", "figures", "device", "save", "sparsity_config", "preflight", "tags", "plan", "rerun")
@@ -202,12 +204,13 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "evaluation.zero_shot.tasks": (["piqa"], ["boolq"]),
     "evaluation.zero_shot.include_path": ("one", "two"),
     "evaluation.zero_shot.data_dir": ("two", "one"),
-    "evaluation.images.metrics": (["distance", "clip_score"],),
+    "evaluation.images.metrics": (["distance", "image_reward"],),
     "evaluation.images.clip": ("one", "two"),
     "evaluation.images.reference": ("two", "one"),
     "pipeline.layers": (["*.0.*"],),
     "pipeline.skip": (["*.1.*"],),
     "diffusion.scheduler": ("DDIMScheduler",),
+    "diffusion.weighting": ("linear_increase",),
     "device": ("cpu",),
     "figures.study": (["*.0.*"],),
     "tags": (["a"],),

@@ -121,16 +121,19 @@ def test_files_count_by_their_content(bases, mode, tmp_path):
     assert view(elsewhere) == view(bases[mode])
 
 
-@pytest.mark.parametrize("mode", ["unstructured", "embedded", "hub", "images", "dense embedded"])
+@pytest.mark.parametrize(
+    "mode", ["unstructured", "embedded", "hub", "dense embedded", "images", "images of rows", "images of hub"]
+)
 def test_a_text_with_a_fingerprint_is_no_place(bases, mode):
     """Neither in the run ID, as far as its content is known before the run, nor in reports."""
-    places = {f"{group}.{name}" for group in ("calibration", "evaluation.perplexity.local") for name in PLACES}
-    places |= {"model.embedded"} | ({"model.path"} if mode != "hub" else set())  # of which no content is known
+    groups = ("calibration", "evaluation.perplexity.local", "evaluation.images")
+    places = {f"{group}.{name}" for group in groups for name in PLACES}
+    places |= {"model.embedded"} | (set() if "hub" in mode else {"model.path"})  # whose content is not known
     for metric in metrics_of(bases[mode]):
         found = conditions(recorded(bases[mode]), metric, SPARSITY)
         assert not places & {name for name, value in found.items() if value is not None}
     counted = identifying(Settings(**bases[mode]))
-    for name in ("model.embedded", "calibration.embedded", "evaluation.perplexity.local.embedded"):
+    for name in ("model.embedded", *(f"{group}.embedded" for group in groups)):
         assert counted.get(name) is None or len(counted[name]) == 64
 
 
