@@ -158,7 +158,7 @@ def test_every_job_of_a_sweep_is_checked():
         "sparsity.ratio: expected at most 1, got 1.7",
         "sparsity.ratio: expected at most 1, got 2.5",
     ]
-    assert problems_of("-m", "experiment=demo", "reorder=rose")[0].startswith("reorder: expected none, since method dense")
+    assert problems_of("-m", "experiment=demo", "reorder=rose")[0].startswith("reorder: expected none, because method dense")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_configuration_files_elsewhere_are_those_of_the_run(tmp_path):
     [
         (["--config-name", "nothing"], "cannot read the configuration nothing: Cannot find primary config 'nothing'"),
         (["--config-path", "/nowhere"], "Primary config directory not found"),
-        (["--config-path", "relative"], "Primary config module 'rose_exp.relative' not found"),  # as Hydra reads it
+        (["--config-path", "relative"], "Primary config module 'rose_exp.cli.relative' not found"),  # as Hydra reads it
         (["--config-dir", "/nowhere"], "--config-dir: expected a folder that exists, got '/nowhere'"),
         (["--experimental-rerun", "a.pickle"], "--experimental-rerun: not supported"),
     ],

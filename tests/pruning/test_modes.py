@@ -282,7 +282,7 @@ class _Block(torch.nn.Module):
     ("what", "message"),
     [
         ("argument", "layers.2: expected arguments that depend on the tokens alone"),
-        ("output", "expected a model that reads the output of its last block alone"),
+        ("output", "expected a model that reads only the output of its last block"),
         ("future", "expected a causal decoder"),
         ("mean", "expected a causal decoder"),
     ],
