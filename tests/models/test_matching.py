@@ -73,12 +73,12 @@ def test_a_prefix_that_transformers_does_not_know_is_refused(prefix, saved):
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
-        ("llama", {"num_hidden_layers": 2}, r"has model\.layers\.2\..*no place"),
+        ("llama", {"num_hidden_layers": 2}, r"contains model\.layers\.2\."),
         ("llama", {"num_hidden_layers": 4}, r"has no model\.layers\.3\."),
         ("llama", {"intermediate_size": 48}, r"expected model\.layers\.0\.mlp\..*of shape"),
         ("llama", {"vocab_size": 95}, r"of shape \(95, 36\) according to the configuration, got \(96, 36\)"),
         ("llama", {"attention_bias": True}, r"has no model\.layers\.0\.self_attn\.\w_proj\.bias"),
-        ("gpt2", {"n_layer": 2}, r"has .*h\.2\."),
+        ("gpt2", {"n_layer": 2}, r"contains .*h\.2\."),
         ("qwen3_moe", {"num_experts": 5, "num_local_experts": 5}, "experts"),
         ("qwen3_moe", {"num_experts": 3, "num_local_experts": 3}, "experts"),
     ],

@@ -117,7 +117,7 @@ def test_damaged_checkpoints_are_told_before_any_work(tmp_path):
     shards = sorted(set(json.loads(text)["weight_map"].values()))
 
     index.write_text(text.replace(shards[0], f"../{shards[0]}"))
-    with pytest.raises(RoseExpError, match=r"model.path: .*expected names of files beside the index, got '\.\./"):
+    with pytest.raises(RoseExpError, match=r"model.path: .*expected file names in the folder of the index, got '\.\./"):
         open_model(_settings(folder))
     index.write_text("{}")
     with pytest.raises(RoseExpError, match="is not an index of shards"):
