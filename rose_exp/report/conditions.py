@@ -66,9 +66,16 @@ def _recorded(setting: Setting, facts: Mapping[str, Any]) -> bool:
     return place is not None and any(within(name, place) and value not in (None, {}) for name, value in facts.items())
 
 
-def variant(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what identifies a row of a table: the method and all options that act, by dotted name."""
-    return {s.name: s.value for s in settings_of(record["config"]) if s.effect.role == "row" or s.name == "model.kind"}
+def variant(record: Mapping[str, Any], columns: str | None = None) -> dict[str, Any]:
+    """Return what identifies a row of a table: the method and all options that act, by dotted name.
+
+    Args:
+        columns: the setting in the columns, which identifies no row. Columns of sparsity show pattern, ratio and what is
+            removed, but not the options of structured sparsity.
+    """
+    settings = settings_of(record["config"], assumed=columns or "")
+    found = {s.name: s.value for s in settings if s.effect.role == "row" or s.name == "model.kind"}
+    return found if columns in (None, SPARSITY) else without(found, [columns])
 
 
 def is_dense(record: Mapping[str, Any]) -> bool:

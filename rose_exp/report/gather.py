@@ -205,7 +205,7 @@ def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
     """Return the row name of each run: its label, and the options in which it differs from other rows with the same label."""
     kinds = []
     for record in runs:
-        own = without(variant(record), [columns])
+        own = variant(record, columns)
         kinds.append(json.dumps({} if is_dense(record) else own, sort_keys=True))
     labels: dict[str, str] = {}
     for record, kind in zip(runs, kinds, strict=True):  # labels of one row may differ by the setting in the columns

@@ -89,7 +89,7 @@ def test_the_protocol_tells_models_apart_by_all_of_their_files(stories, tmp_path
 def test_a_folder_without_a_model_and_an_unreachable_hub_are_told(tmp_path):
     with pytest.raises(RoseExpError, match=r"model.path: cannot load"):
         load_model(ModelSettings(path=str(tmp_path)))
-    with pytest.raises(RoseExpError, match=r"model.path: cannot load 'nobody/nothing' \(no such folder here"):
+    with pytest.raises(RoseExpError, match=r"model.path: cannot load 'nobody/nothing' \(no such local folder"):
         load_tokenizer(ModelSettings(path="nobody/nothing"))
 
 

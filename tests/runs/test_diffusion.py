@@ -188,10 +188,10 @@ def test_a_report_of_several(tmp_path):
     psnr = text.partition("## small-sd3: images.psnr")[2].partition("##")[0]
     best = next(line for line in psnr.splitlines() if "**" in line)
     assert not best.startswith("| Magnitude")  # more is better
-    assert "calibrated on 3 prompts; 3 steps, guidance 5.0; steps weighted log_decrease, 4 packages" in text
+    assert "calibrated on 3 prompts; 3 steps, guidance 5; steps weighted log_decrease, 4 packages" in text
     assert "seeds 0, 1" in text
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert page.count("images of the dense model above those of the pruned one") == 5
+    assert page.count("images of the dense model above those of the pruned model") == 5
 
 
 @pytest.mark.parametrize(
