@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rose_exp.engine import InputMoments, Ordering, SparseGPT, Unstructured, prune_layer
 from rose_exp.models import find_blocks, load_model
-from rose_exp.pruning import PassSeconds, PruningPlan, prune_model
+from rose_exp.pruning import PassSeconds, PruneContext, PruningPlan, prune_model
 from rose_exp.settings.schema import ModelSettings
 from rose_exp.tracking.record import write_atomically
 
@@ -76,7 +76,7 @@ def run_ours(model: nn.Module, tokens: torch.Tensor, ordering: Ordering | None, 
     )
     passes = PassSeconds()
     start = time.perf_counter()
-    reports = prune_model(model, tokens, plan, arguments.device, seconds=passes)
+    reports = prune_model(model, tokens, plan, PruneContext(device=arguments.device, seconds=passes))
     total = time.perf_counter() - start
     forward = passes.calibrating + passes.advancing
     reordered = sum(report.reordered for report in reports)

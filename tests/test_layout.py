@@ -26,7 +26,7 @@ LAYERS = [  # a package imports from packages of lower layers only
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
-ENGINE_NEEDS = {"__future__", "numba", "numpy", "scipy", "torch", "triton"}
+ENGINE_NEEDS = {"__future__", "annotated_types", "numba", "numpy", "scipy", "torch", "triton"}
 
 
 def name_of(path: Path) -> str:

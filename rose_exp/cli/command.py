@@ -326,7 +326,7 @@ def _job(composer: _Composer, overrides: Sequence[str], own: Sequence[str]) -> J
         return error.problems
     except (HydraException, OmegaConfBaseException) as error:
         return [_one_line(error)]
-    name = " ".join(own) or f"{settings.label} {settings.model.name} {settings.sparsity.build()}"
+    name = " ".join(own) or f"{settings.label} {settings.model.name} {settings.sparsity.parsed}"
     return Job(name, settings, config)
 
 

@@ -9,11 +9,11 @@ Importing this package lets diffusers load saved pipelines with removed attentio
 from . import narrowed
 from .denoiser import Unit, candidate_layers, find_units, split_into_packages
 from .loading import load_pipeline, save_pipeline
-from .packages import DenoiserWalk
+from .packages import PackagePruner
 from .sampling import Sampler, noise_seeds
 
 __all__ = [
-    "DenoiserWalk",
+    "PackagePruner",
     "Sampler",
     "Unit",
     "candidate_layers",

@@ -1,27 +1,26 @@
-"""Prune a denoiser with OBS-Diff's module packages: one package at a time, each calibrated by denoising all prompts once."""
+"""Pruning of a denoiser with OBS-Diff's module packages: each is calibrated by denoising all prompts once."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..engine import InputMoments
-from ..engine.groups import Structured
-from ..models import LinearLayer, Structure
-from ..pruning import LayerReport, PruningPlan
-from ..pruning.plan import report_of, saved_numbers
-from ..pruning.state import RunState
-from ..pruning.structured import prune_structure
-from .denoiser import Unit, tokens_of
+from ..models import LinearLayer
+from ..pruning import LayerReport, PruneContext, PruningPlan
+from ..pruning.collect import Calibration, Clock, GroupInputs
+from ..pruning.components import components_for
+from ..pruning.loop import Pruner, Unit
+from . import denoiser
+from .denoiser import tokens_of
 from .sampling import Sampler
 
-log = logging.getLogger(__name__)
+StepWeights = Callable[[int, int], float]
+"""Returns the weight α_t of a step, given the step and the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -46,127 +45,119 @@ class Package:
     peak_bytes: int | None
 
 
-@dataclass
-class DenoiserWalk:
-    """Prunes a denoiser package by package.
+class PackagePruner(Pruner):
+    """Prunes a denoiser in place, package by package.
 
     Args:
         layers: prunable layers by name.
-        packages: units that are pruned together; they contain only the layers of ``plan``.
-        weights: function that returns the weight α_t of a step, given the step and the number of steps.
-        structures: attention heads and neurons, for structured pruning.
+        packages: units that are pruned together; they contain only layers to prune.
+        prompts, seeds: prompts and noise seeds of the calibration images.
+        weights: weights of the denoising steps in the Hessian.
+
+    Attributes:
+        facts: time and memory of each package.
     """
 
-    sampler: Sampler
-    layers: Mapping[str, LinearLayer]
-    packages: Sequence[Sequence[Unit]]
-    plan: PruningPlan
-    prompts: Sequence[str]
-    seeds: Sequence[int]
-    weights: Callable[[int, int], float]
-    structures: Sequence[Structure] = ()
-    state: RunState | None = None
-    on_layer: Callable[[int, LayerReport], None] = lambda _number, _report: None
-    reports: list[LayerReport] = field(default_factory=list)
-    facts: list[Package] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"calibrating": 0.0, "solving": 0.0})
+    kind = "package"
 
-    @torch.no_grad()
-    def prune(self) -> list[LayerReport]:
-        """Prune the denoiser in place, and resume from the saved state of an earlier process.
+    def __init__(
+        self,
+        sampler: Sampler,
+        layers: Mapping[str, LinearLayer],
+        packages: Sequence[Sequence[denoiser.Unit]],
+        plan: PruningPlan,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        weights: StepWeights,
+        context: PruneContext | None = None,
+    ):
+        context = context or PruneContext()
+        super().__init__(plan, context, components_for(plan, context))
+        self.sampler, self.layers, self.packages = sampler, layers, packages
+        self.prompts, self.seeds, self.weights = prompts, seeds, weights
+        self.facts: list[Package] = []
+        self.moments_bytes = 0
+        for component in self.components:
+            component.check(self)
 
-        Raises:
-            RoseExpError: a layer cannot be pruned; the message names it.
-            Interrupted: a signal requested a stop. The state contains all finished packages.
-        """
-        done = self.state.progress.blocks if self.state is not None else 0
-        for index in range(done):
-            self._holder(index).load_state_dict(self.state.block(index))
-        if done:
-            log.info("resuming after package %d of %d, which an earlier process has finished", done, len(self.packages))
-            self._tell(self.state.reports)
-            self.seconds.update(self.state.progress.seconds)
-        for index in range(done, len(self.packages)):
-            reports = self._package(index)
-            if self.state is not None:
-                self.state.commit(index, self._holder(index), [], reports, self.seconds)
-            self._tell(reports)
-        return self.reports
+    def modules(self) -> Iterator[tuple[nn.Module, str]]:
+        yield self.sampler.denoiser, ""
 
-    def _tell(self, reports: Sequence[LayerReport]) -> None:
-        for report in reports:
-            self.on_layer(len(self.reports), report)
-            self.reports.append(report)
+    @property
+    def units(self) -> int:
+        return len(self.packages)
 
-    def _holder(self, index: int) -> nn.Module:
-        """Return a module with all layers that pruning a package changes, to save and restore them."""
-        names = [name for unit in self.packages[index] for name in unit.names]
-        makers = [maker.layer.name for of in self._structures(index) for maker in of.makers]
-        return nn.ModuleDict({name.replace(".", "/"): self.layers[name].module for name in dict.fromkeys([*names, *makers])})
+    @contextmanager
+    def unit(self, index: int) -> Iterator[Unit]:
+        groups = [[self.layers[name] for name in group] for part in self.packages[index] for group in part.groups]
+        name = f"package {index + 1} of {len(self.packages)}"
+        yield Unit(index, name, self.sampler.denoiser, "", self.plan, self.layers, groups)
 
-    def _structures(self, index: int) -> list[Structure]:
-        names = {name for unit in self.packages[index] for name in unit.names}
-        return [structure for structure in self.structures if structure.consumers[0].layer.name in names]
-
-    def _package(self, index: int) -> list[LayerReport]:
-        start = time.perf_counter()
-        cuda = next(self.sampler.denoiser.parameters()).is_cuda
+    def prune_unit(self, unit: Unit) -> list[LayerReport]:
+        seconds, cuda = self.context.seconds, next(self.sampler.denoiser.parameters()).is_cuda
+        calibrating, solving = seconds.calibrating + seconds.moments, seconds.solving
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        groups = [group for unit in self.packages[index] for group in unit.groups]
-        moments = self._moments(groups, f"package {index + 1} of {len(self.packages)}")
-        held = sum(of.gram.numel() * of.gram.element_size() for of in {id(of): of for of in moments.values()}.values())
-        middle = time.perf_counter()
-        reports: list[LayerReport] = []
-        if isinstance(self.plan.sparsity, Structured):
-            for own in moments.values():
-                own.finish()
-            for structure in self._structures(index):
-                reports += prune_structure(structure, moments, self.plan)
-        else:
-            for group in groups:
-                (own, *_) = [moments.pop(name) for name in group]
-                own.finish()
-                reports += self._solve([self.layers[name] for name in group], own)
-                del own  # frees memory for the next group
-        peak = torch.cuda.max_memory_allocated() if cuda else None
-        end = time.perf_counter()
-        self.seconds["calibrating"] += middle - start
-        self.seconds["solving"] += end - middle
-        self.facts.append(Package(index, [report.name for report in reports], middle - start, end - middle, held, peak))
+        reports = super().prune_unit(unit)
+        self.facts.append(
+            Package(
+                unit.index,
+                [report.name for report in reports],
+                seconds.calibrating + seconds.moments - calibrating,
+                seconds.solving - solving,
+                self.moments_bytes,
+                torch.cuda.max_memory_allocated() if cuda else None,
+            )
+        )
         return reports
 
-    def _moments(self, groups: Sequence[Sequence[str]], what: str) -> dict[str, InputMoments]:
-        """Return the input moments by layer name, weighted by step; the layers of a group share one object."""
-        found: dict[str, InputMoments] = {}
+    def calibrate(self, unit: Unit, calibration: Calibration) -> list[GroupInputs]:
+        found = self.collect_moments(calibration.groups, unit.name, calibration.clock)
+        self.moments_bytes = sum(moments.gram.numel() * moments.gram.element_size() for moments in found)
+        return [GroupInputs(moments) for moments in found]
+
+    def collect_moments(self, groups: Sequence[Sequence[LinearLayer]], what: str, clock: Clock) -> list[InputMoments]:
+        """Return the input moments of each group, weighted by step, from one denoising of all prompts.
+
+        Args:
+            what: name of the progress bar.
+        """
+        found: list[InputMoments] = []
         alpha = 1.0
 
         def on_step(step: int, steps: int) -> None:
             nonlocal alpha
             alpha = self.weights(step, steps)
 
-        def hook_of(layer: LinearLayer, moments: InputMoments):
+        def hook_of(layer: LinearLayer, moments: InputMoments) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                moments.update(tokens_of(layer, args[0]), weight=alpha)
+                with clock:
+                    moments.update(tokens_of(layer, args[0]), weight=alpha)
 
             return hook
 
         with ExitStack() as stack:
             stack.enter_context(self.sampler.steps(on_step))
-            for group in groups:
-                layer = self.layers[group[0]]
+            for layer, *_ in groups:
                 moments = InputMoments(layer.columns, device=layer.weight.device, precision=self.plan.precision)
-                found |= dict.fromkeys(group, moments)
+                found.append(moments)
                 stack.callback(layer.module.register_forward_pre_hook(hook_of(layer, moments)).remove)
             for _ in self.sampler.run(self.prompts, self.seeds, what, decode=False):
                 pass
         return found
 
-    def _solve(self, group: Sequence[LinearLayer], moments: InputMoments) -> list[LayerReport]:
-        start = time.perf_counter()
-        results = self.plan.solve(group, moments)
-        seconds = (time.perf_counter() - start) / sum(len(result.weight) for result in results)
-        return [
-            report_of(layer.name, result, moments.tokens, seconds * len(result.weight), saved)
-            for layer, result, saved in zip(group, results, saved_numbers(results), strict=True)
-        ]
+    def commit(self, unit: Unit, reports: Sequence[LayerReport]) -> None:
+        self.context.state.commit(unit.index, self._changed_modules(unit), [], reports, vars(self.context.seconds))
+
+    def restore(self, count: int) -> None:
+        for index in range(count):
+            with self.unit(index) as unit:
+                for component in self.components:
+                    component.before_unit(unit)
+                self._changed_modules(unit).load_state_dict(self.context.state.block(index))
+
+    def _changed_modules(self, unit: Unit) -> nn.Module:
+        """Return a module with all layers that pruning a package changes."""
+        names = {layer.name for group in unit.groups for layer in group}
+        changed = sorted(names | self.changed_with(unit, names))
+        return nn.ModuleDict({name.replace(".", "/"): unit.module.get_submodule(name) for name in changed})

@@ -10,6 +10,7 @@ from .groups import Structured
 from .hessian import NotPositiveDefiniteError
 from .methods import ALPS, METHODS, DSnoT, Magnitude, Method, SparseGPT, Wanda
 from .moments import InputMoments
+from .options import EngineOptions, SolverOptions
 from .ordering import Ordering
 from .patterns import SemiStructured, Sparsity, Unstructured
 from .products import Precision
@@ -23,6 +24,7 @@ __all__ = [
     "Allocation",
     "DSnoT",
     "Drift",
+    "EngineOptions",
     "InputMoments",
     "Magnitude",
     "Method",
@@ -32,6 +34,7 @@ __all__ = [
     "PruneResult",
     "Refine",
     "SemiStructured",
+    "SolverOptions",
     "SparseGPT",
     "Sparsity",
     "Structured",

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Rule = Literal["owl", "losses"]
+from .bounds import AboveZero, Fraction, check_options
+
+Rule = Literal["uniform", "owl", "losses"]
 LOWEST, HIGHEST, PER_OCTAVE = -120, 40, 32  # range and resolution of the histograms of base-2 logarithms of losses
 
 
@@ -39,29 +41,30 @@ class Allocation:
     """Options of the sparsity allocation across layers.
 
     Args:
-        rule: ``owl`` allocates between blocks by their outliers, ``losses`` between layers by expected losses.
+        rule: ``uniform`` prunes all layers to the same sparsity, ``owl`` allocates between blocks by their outliers,
+            ``losses`` between layers by expected losses.
         spread: from 0 to 1. ``losses``: maximum difference between a layer's sparsity and the overall one. ``owl``: λ of the
             paper; the largest and the smallest sparsity differ by 2λ, shifted to meet the overall sparsity.
         outlier: for ``owl``: M of the paper; a score is an outlier above M times the mean.
     """
 
-    rule: Rule
-    spread: float = 0.08
-    outlier: float = 5.0
+    rule: Rule = "uniform"
+    spread: Fraction = 0.08
+    outlier: AboveZero = 5.0
 
     def __post_init__(self):
-        if self.rule not in get_args(Rule):
-            raise ValueError(f"rule: expected one of {', '.join(get_args(Rule))}, got {self.rule!r}")
-        if not 0 <= self.spread <= 1:
-            raise ValueError(f"spread: expected a number from 0 to 1, got {self.spread}")
-        if not 0 < self.outlier < float("inf"):
-            raise ValueError(f"outlier: expected a finite number above 0, got {self.outlier}")
+        check_options(self)
+
+    def __bool__(self) -> bool:
+        return self.rule != "uniform"
 
     def shares(self, blocks: Sequence[BlockSurvey], ratio: float) -> dict[str, float]:
         """Return the fraction of each layer's weights to prune, by name; ``ratio`` is the overall fraction."""
         sizes = {name: size for block in blocks for name, size in block.sizes.items()}
         if not sizes:
             return {}
+        if self.rule == "uniform":
+            return dict.fromkeys(sizes, ratio)
         if self.rule == "losses":
             found = loss_shares([h for block in blocks for h in block.histograms.values()], ratio, self.spread)
         else:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+from .bounds import Positive, check_options
 from .errors import relative_error
 from .hessian import NotPositiveDefiniteError, dampings
 from .moments import InputMoments
@@ -23,8 +25,30 @@ FUSION = 60  # k of reciprocal rank fusion, OBS-Diff's
 METHODS_OF_GROUPS = ("sparsegpt", "wanda", "magnitude")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """Which groups structured pruning removes, and how it selects them.
+
+    Args:
+        heads, neurons: whether to remove attention heads and FFN neurons.
+        saliency: OBS estimate of the loss of a group: ``diagonal`` sums the losses of its columns taken separately, as in
+            OBS-Diff (Eq. 6, 7); ``exact`` considers the group as a whole.
+        at_once: number of neurons removed between updates of the inverse Hessian; heads are removed one at a time.
+    """
+
+    heads: bool = True
+    neurons: bool = True
+    saliency: Saliency = "diagonal"
+    at_once: Positive = 64
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of groups to remove: ``heads``, ``neurons`` or both."""
+        return tuple(kind for kind in ("heads", "neurons") if getattr(self, kind))
+
+
 @dataclass(frozen=True)
-class Structured:
+class Structured(GroupOptions):
     """Structured sparsity: removes whole attention heads and FFN neurons, so that layers shrink.
 
     Removes ``round(n · ratio)`` of the n heads of each attention (groups of heads that share a key and value), and of the n
@@ -32,32 +56,14 @@ class Structured:
 
     Args:
         ratio: fraction of the heads and neurons to remove, at least 0 and below 1.
-        heads, neurons: whether to remove heads and neurons.
-        saliency: OBS estimate of the loss of a group: ``diagonal`` sums the losses of its columns taken separately, as in
-            OBS-Diff (Eq. 6, 7); ``exact`` considers the group as a whole.
-        at_once: number of neurons removed between updates of the inverse Hessian; heads are removed one at a time.
     """
 
-    ratio: float
-    heads: bool = True
-    neurons: bool = True
-    saliency: Saliency = "diagonal"
-    at_once: int = 64
+    ratio: Annotated[float, Ge(0), Lt(1)]
 
     def __post_init__(self):
-        if not 0 <= self.ratio < 1:
-            raise ValueError(f"ratio: expected a number from 0 up to but not 1, got {self.ratio}")
-        if not (self.heads or self.neurons):
+        check_options(self)
+        if not self.kinds:
             raise ValueError("heads: expected true where neurons is false, got false: nothing would be removed")
-        if self.saliency not in get_args(Saliency):
-            raise ValueError(f"saliency: expected one of {', '.join(get_args(Saliency))}, got {self.saliency!r}")
-        if self.at_once < 1:
-            raise ValueError(f"at_once: expected at least 1, got {self.at_once}")
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of groups to remove: ``heads``, ``neurons`` or both."""
-        return tuple(kind for kind in ("heads", "neurons") if getattr(self, kind))
 
     def count(self, groups: int) -> int:
         """Return how many of ``groups`` groups to remove; at least one remains."""

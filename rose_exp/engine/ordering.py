@@ -7,11 +7,12 @@ expected loss first, but only in columnar layers, whose loss is concentrated in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .bounds import Fraction, check_options
 from .patterns import Sparsity
 from .scores import SCORES
 
@@ -32,19 +33,16 @@ class Ordering:
 
     columns: Direction = "descending"
     blocks: Direction = "descending"
-    threshold: float | None = 0.5
+    threshold: Fraction | None = 0.5
     score: str = "wanda"
 
     def __post_init__(self):
-        for name, value, known in (
-            ("columns", self.columns, get_args(Direction)),
-            ("blocks", self.blocks, get_args(Direction)),
-            ("score", self.score, tuple(SCORES)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold: expected a number from 0 to 1 or None, got {self.threshold}")
+        check_options(self)
+        if self.score not in SCORES:
+            raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {self.score!r}")
+
+    def __bool__(self) -> bool:
+        return (self.columns, self.blocks) != ("none", "none")
 
     @classmethod
     def rose(cls) -> Ordering:
@@ -121,7 +119,7 @@ def arrange(ordering: Ordering | None, losses: ExpectedLosses) -> ColumnOrder:
     columns, width = len(losses.columns), losses.width
     natural = torch.arange(columns, device=losses.columns.device)
     relative_range = losses.relative_range
-    if ordering is None or (ordering.columns == "none" and ordering.blocks == "none"):
+    if not ordering:
         stays = torch.zeros_like(relative_range, dtype=torch.bool)
         return ColumnOrder(natural, natural[: len(losses.blocks)], width, relative_range, stays)
 

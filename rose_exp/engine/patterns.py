@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .bounds import Fraction, check_options
 from .selection import lost_by_rank, lost_by_threshold, smallest
 
 
@@ -18,11 +19,10 @@ class Unstructured:
         ratio: fraction of the weights to prune, from 0 to 1.
     """
 
-    ratio: float
+    ratio: Fraction
 
     def __post_init__(self):
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio: expected a number from 0 to 1, got {self.ratio}")
+        check_options(self)
 
     def block_width(self, block_size: int) -> int:
         """Return the width of the column blocks within which weights are compared."""

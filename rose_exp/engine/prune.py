@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,16 @@ from torch import Tensor
 from .curvature import Curvature
 from .errors import NOISE, exact_form, relative_error, share
 from .hessian import NotPositiveDefiniteError, dampings
-from .kernels.backends import Backend, resolve
+from .kernels.backends import resolve
 from .methods import METHODS, Layer, Method, Solution, settle
 from .moments import InputMoments
-from .ordering import Ordering
+from .options import SolverOptions
 from .patterns import Sparsity
 from .products import quadratic_form
 from .ranges import Extent, extents, finite, read_extents, scaled
 from .refine import Refine, Refined
 from .refine import refine as refine_layers
-from .targets import Drift, Target
+from .targets import Drift
 
 __all__ = ["PruneResult", "prune_layer", "prune_layers", "relative_error"]
 
@@ -77,13 +78,9 @@ def prune_layer(
     *,
     method: str | Method = "sparsegpt",
     sparsity: Sparsity,
-    ordering: Ordering | None = None,
-    block_size: int = 128,
-    damping: float = 0.01,
-    refine: int | Refine = 0,
-    backend: Backend = "auto",
+    refine: int | Refine | None = None,
     drift: Drift | None = None,
-    target: Target | None = None,
+    **options: Any,
 ) -> PruneResult:
     """Prune one linear layer, y = W x, from the moments of its inputs.
 
@@ -93,33 +90,20 @@ def prune_layer(
         moments: moments of the layer's inputs.
         method: a name of :data:`METHODS`, or a method with its own options.
         sparsity: :class:`Unstructured` or :class:`SemiStructured`.
-        ordering: None: left to right. Methods that prune all at once give the same result in any order.
-        block_size: number of columns whose masks are chosen together (unstructured), and that an ordering moves together.
-        damping: added to H's diagonal, as a fraction of its mean; raised tenfold while H cannot be factorised.
         refine: number of least-squares steps on the final mask, or the options of post-pruning refinement.
-        backend: for the sweep's inner loop: ``torch``, ``numba`` (CPU, float32), ``triton`` (CUDA, float32), or ``auto``, the
-            fastest available one. All choose the same masks, except where rounding decides between near-equal scores.
         drift: drift of the layer's inputs from those of the dense model; required with a target.
-        target: the layer's regression target, see :class:`Target`; None: W.
+        options: fields of :class:`SolverOptions`, such as ``ordering``, ``block_size``, ``damping``, ``backend`` or ``target``.
 
     Raises:
+        TypeError: if an option is unknown.
         ValueError: if an argument has the wrong kind, shape or range, a weight, moments, drift or target are not finite, or
             inputs, a result or an error exceed the range of the precision.
         NotPositiveDefiniteError: if the layer cannot be solved at any damping tried.
     """
-    return prune_layers(
-        [weight],
-        moments,
-        methods=[method],
-        sparsity=sparsity,
-        ordering=ordering,
-        block_size=block_size,
-        damping=damping,
-        refine=refine,
-        backend=backend,
-        drift=drift,
-        target=target,
-    )[0]
+    if isinstance(refine, int):
+        refine = Refine(refine, tolerance=0)
+    chosen = SolverOptions(refine=refine, **options)
+    return prune_layers([weight], moments, methods=[method], sparsity=sparsity, options=chosen, drift=drift)[0]
 
 
 @torch.no_grad()
@@ -129,13 +113,8 @@ def prune_layers(
     *,
     methods: Sequence[str | Method],
     sparsity: Sparsity | Sequence[Sparsity],
-    ordering: Ordering | None = None,
-    block_size: int = 128,
-    damping: float = 0.01,
-    refine: int | Refine = 0,
-    backend: Backend = "auto",
+    options: SolverOptions | None = None,
     drift: Drift | None = None,
-    target: Target | None = None,
 ) -> list[PruneResult]:
     """Prune layers that share their inputs, such as the q, k and v projections of attention.
 
@@ -147,39 +126,39 @@ def prune_layers(
         weights: weights of one dtype, on one device.
         methods: one method for each weight.
         sparsity: one sparsity pattern for all weights, or one for each.
+        options: options of the solver; None for the defaults.
+        drift: drift of the layers' inputs from those of the dense model; required with a target.
 
     Raises:
         ValueError, NotPositiveDefiniteError: as :func:`prune_layer`.
     """
+    options = options or SolverOptions()
     if not weights or len(methods) != len(weights):
         raise ValueError(f"methods: expected one for each of at least one weight, got {len(methods)} for {len(weights)}")
     patterns = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(weights)
     if len(patterns) != len(weights):
         raise ValueError(f"sparsity: expected one, or one for each of {len(weights)} weights, got {len(patterns)}")
-    if isinstance(refine, int) and refine < 0:
-        raise ValueError(f"refine: expected at least 0 steps, got {refine}")
-    how = Refine(refine, tolerance=0) if isinstance(refine, int) else refine
     for weight in weights:
-        _check(weight, moments, block_size, damping)
+        _check(weight, moments)
     chosen = [_method(method) for method in methods]
-    if how and not all(method.sparse for method in chosen):
-        raise ValueError(f"refine: expected 0 where a low-rank part is added to the pruned weight, got {how}")
-    if target is not None and (drift is None or drift.columns != moments.columns):
+    if options.refine and not all(method.sparse for method in chosen):
+        raise ValueError(f"refine: expected 0 where a low-rank part is added to the pruned weight, got {options.refine}")
+    if options.target and (drift is None or drift.columns != moments.columns):
         got = "none" if drift is None else f"{drift.columns}"
         raise ValueError(f"drift: expected a drift of {moments.columns} columns for the target, got {got}")
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, moments.dtype), torch.float32)
-    backend = resolve(backend, moments.device, dtype)
+    options = replace(options, backend=resolve(options.backend, moments.device, dtype))
 
-    curvature = Curvature(moments, damping, dtype)
-    problems = _problems(weights, chosen, patterns, curvature, drift, target)
+    curvature = Curvature(moments, options.damping, dtype)
+    problems = _problems(weights, chosen, patterns, curvature, drift, options)
     results: list[PruneResult | None] = [None] * len(weights)
-    for tried in dampings(damping):
+    for tried in dampings(options.damping):
         if tried != curvature.damping:
             curvature = Curvature(moments, tried, dtype)
         pending = [i for i, result in enumerate(results) if result is None]
-        layers = [problems[i].layer(curvature, ordering, block_size, backend) for i in pending]
+        layers = [problems[i].layer(curvature, options) for i in pending]
         settle(layers)
-        attempts = list(_solve([problems[i] for i in pending], layers, curvature, how))
+        attempts = list(_solve([problems[i] for i in pending], layers, curvature, options))
         facts = [fact for attempt in attempts if isinstance(attempt, _Attempt) for fact in attempt.facts]
         values = iter(torch.stack(facts).tolist() if facts else [])
         for i, attempt in zip(pending, attempts, strict=True):
@@ -190,8 +169,8 @@ def prune_layers(
     why = next((f"; {attempt}" for attempt in attempts if isinstance(attempt, torch.linalg.LinAlgError)), "")
     raise NotPositiveDefiniteError(
         f"the Hessian of {moments.columns} columns is not positive definite at damping "
-        f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs have values too large or too small for "
-        f"{str(dtype).removeprefix('torch.')}{why}"
+        f"{', '.join(f'{d:g}' for d in dampings(options.damping))}: the calibration inputs have values too large or too small "
+        f"for {str(dtype).removeprefix('torch.')}{why}"
     )
 
 
@@ -213,8 +192,9 @@ class _Problem:
     sparsity: Sparsity
     extent: Extent
 
-    def layer(self, curvature: Curvature, ordering: Ordering | None, block_size: int, backend: Backend) -> Layer:
+    def layer(self, curvature: Curvature, options: SolverOptions) -> Layer:
         goal, shift = scaled(self.goal, self.extent.shift), self.extent.shift
+        ordering, block_size, backend = options.ordering, options.block_size, options.backend
         return Layer(goal, curvature, self.sparsity, ordering, block_size, backend, shift=shift)
 
 
@@ -224,7 +204,7 @@ def _problems(
     patterns: Sequence[Sparsity],
     curvature: Curvature,
     drift: Drift | None,
-    target: Target | None,
+    options: SolverOptions,
 ) -> list[_Problem]:
     """Return the layers to solve, after one synchronised check that all numbers are finite and in range.
 
@@ -232,11 +212,11 @@ def _problems(
         ValueError: if a number is not finite or exceeds the range of the precision.
     """
     dense = [weight.to(curvature.dtype) for weight in weights]
-    goals = dense if target is None else target.of(dense, curvature, drift)
+    goals = options.target.of(dense, curvature, drift) if options.target else dense
     named = [("weight", weight) for weight in weights] + [("moments", curvature.moments.gram)]
     named += [("drift", sums) for sums in (drift.sums if drift is not None else [])]
     parts = [[finite(tensor) for _, tensor in named], extents(dense, curvature)]
-    parts += [] if target is None else [[finite(goal) for goal in goals], extents(goals, curvature)]
+    parts += [[finite(goal) for goal in goals], extents(goals, curvature)] if options.target else []
     values = iter(torch.stack([fact for part in parts for fact in part]).tolist())
     flags, of_dense, *of_goals = [[next(values) for _ in part] for part in parts]
     _check_finite([name for name, _ in named], flags)
@@ -255,16 +235,16 @@ def _check_finite(names: Sequence[str], flags: Sequence[float]) -> None:
 
 
 def _solve(
-    problems: Sequence[_Problem], layers: Sequence[Layer], curvature: Curvature, how: Refine
+    problems: Sequence[_Problem], layers: Sequence[Layer], curvature: Curvature, options: SolverOptions
 ) -> Iterator[_Attempt | torch.linalg.LinAlgError]:
     """Yield an attempt for each layer, or the error if its method fails in linear algebra."""
     solutions = [_solution(problem.method, layer) for problem, layer in zip(problems, layers, strict=True)]
     solved = [i for i, solution in enumerate(solutions) if isinstance(solution, Solution)]
     refined: dict[int, Refined] = {}
-    if how and solved:
+    if options.refine and solved:
         weights, masks = [solutions[i].weight for i in solved], [solutions[i].mask for i in solved]
         targets, kinds = [layers[i].weight for i in solved], [layers[i].sparsity for i in solved]
-        refined = dict(zip(solved, refine_layers(weights, targets, masks, curvature, kinds, how), strict=True))
+        refined = dict(zip(solved, refine_layers(weights, targets, masks, curvature, kinds, options.refine), strict=True))
     for i, (problem, layer, solution) in enumerate(zip(problems, layers, solutions, strict=True)):
         yield _Attempt(problem, layer, solution, refined.get(i)) if i in solved else solution
 
@@ -373,7 +353,7 @@ def _method(method: str | Method) -> Method:
     return METHODS[method]()
 
 
-def _check(weight: Tensor, moments: InputMoments, block_size: int, damping: float) -> None:
+def _check(weight: Tensor, moments: InputMoments) -> None:
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected shape (rows, columns), neither 0, got {tuple(weight.shape)}")
     if not weight.is_floating_point():
@@ -382,7 +362,3 @@ def _check(weight: Tensor, moments: InputMoments, block_size: int, damping: floa
         raise ValueError(f"moments: expected {weight.shape[1]} columns, as the weight has, got {moments.columns}")
     if weight.device != moments.device:
         raise ValueError(f"moments: expected on {weight.device}, where the weight is, got {moments.device}")
-    if block_size < 1:
-        raise ValueError(f"block_size: expected at least 1, got {block_size}")
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping: expected a finite number of at least 0, got {damping}")

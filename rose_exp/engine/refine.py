@@ -6,13 +6,16 @@ needs no preconditioner.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+from .bounds import AboveZero, Count, NonNegative, Positive, check_options
 from .curvature import Curvature
 from .patterns import Sparsity
 from .products import quadratic_form
@@ -40,28 +43,17 @@ class Refine:
     working: ClassVar[tuple[float, float]] = (2.0, 20.0)
     """As :attr:`Method.working`, measured with ``mask_iterations``; without, refinement needs less."""
 
-    steps: int = 8
-    tolerance: float = 1e-4
-    damping: float = 0.0
-    mask_iterations: int = 0
-    penalty: float = 0.2
-    growth: float = 2.0
-    every: int = 4
-    relaxation: float = 1.6
+    steps: Count = 0
+    tolerance: NonNegative = 1e-4
+    damping: NonNegative = 0.0
+    mask_iterations: Count = 0
+    penalty: AboveZero = 0.2
+    growth: Annotated[float, Ge(1), Lt(math.inf)] = 2.0
+    every: Positive = 4
+    relaxation: Annotated[float, Ge(1), Lt(2)] = 1.6
 
     def __post_init__(self):
-        for name, least in (("steps", 0), ("mask_iterations", 0), ("every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        for name in ("tolerance", "damping"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
-        if not 0 < self.penalty < float("inf"):
-            raise ValueError(f"penalty: expected a finite number above 0, got {self.penalty}")
-        if not 1 <= self.growth < float("inf"):
-            raise ValueError(f"growth: expected a finite number of at least 1, got {self.growth}")
-        if not 1 <= self.relaxation < 2:
-            raise ValueError(f"relaxation: expected a number from 1 to below 2, got {self.relaxation}")
+        check_options(self)
 
     def __bool__(self) -> bool:
         return self.steps > 0 or self.mask_iterations > 0

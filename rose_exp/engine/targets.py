@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .bounds import AboveZero, Fraction, check_options
 from .curvature import Curvature
 from .moments import sums_dtype
 from .pieces import TokenPieces
@@ -136,16 +137,12 @@ class Target:
         damping: λ, as a fraction of the mean of the diagonal of E[x xᵀ].
     """
 
-    strength: float = 0.5
-    residual: float = 0.5
-    damping: float = 0.1
+    strength: Fraction = 0.0
+    residual: Fraction = 0.0
+    damping: AboveZero = 0.1
 
     def __post_init__(self):
-        for name in ("strength", "residual"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"damping: expected a finite number above 0, got {self.damping}")
+        check_options(self)
 
     def __bool__(self) -> bool:
         return self.strength > 0 or self.residual > 0

@@ -1,11 +1,13 @@
 """Block-by-block pruning of a model: collect moments, prune, and compute the next block's inputs."""
 
 from .activations import Place
+from .blocks import prune_model
 from .capture import Probe, check_decoder, probe
+from .context import PassSeconds, PruneContext
 from .first_block import FirstBlock
 from .forward import answers_by_blocks, loading_blocks
-from .loop import prune_model
-from .plan import LayerReport, PassSeconds, PruningPlan, StarvedExperts, chosen, events, saved_and_total
+from .plan import PruningPlan, chosen
+from .report import LayerReport, events, saved_and_total
 from .state import Resume, RunState
 from .weights import BlockWeights, InMemory, OnDisk
 
@@ -18,10 +20,10 @@ __all__ = [
     "PassSeconds",
     "Place",
     "Probe",
+    "PruneContext",
     "PruningPlan",
     "Resume",
     "RunState",
-    "StarvedExperts",
     "answers_by_blocks",
     "check_decoder",
     "chosen",

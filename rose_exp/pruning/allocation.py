@@ -4,15 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..engine.allocation import Allocation, BlockSurvey, loss_histogram, outlier_share
 from ..models import LinearLayer
 from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
+from .activations import Activations
+from .component import Component
+
+if TYPE_CHECKING:
+    from .blocks import BlockPruner, BlockUnit
+    from .context import PruneContext
+    from .plan import PruningPlan
+
+
+class AllocationSurvey(Component):
+    """Chooses the sparsity of each layer before pruning, from a forward pass of the dense model."""
+
+    def __init__(self, allocation: Allocation, context: PruneContext):
+        self.allocation, self.context = allocation, context
+
+    @classmethod
+    def create(cls, plan: PruningPlan, context: PruneContext) -> AllocationSurvey | None:
+        return cls(plan.allocation, context) if plan.allocation else None
+
+    def before_model(self, pruner: BlockPruner) -> None:
+        state = self.context.state
+        shares = dict(state.progress.shares) if state is not None else {}
+        if not shares:
+            shares = self._survey(pruner)
+            if state is not None:
+                state.keep_shares(shares)
+        pruner.plan = replace(pruner.plan, shares=shares)
+
+    def _survey(self, pruner: BlockPruner) -> dict[str, float]:
+        file = pruner.folder / "survey"
+        hidden, found = pruner.hidden.copy(file), []
+        for index in tqdm(range(pruner.units), "surveying", unit="block", disable=None):
+            self.context.check_stop_between_units()
+            with pruner.unit(index, original=True) as unit:
+                found.append(self._survey_unit(pruner, unit, hidden))
+        file.unlink(missing_ok=True)
+        shares = self.allocation.shares(found, pruner.plan.sparsity.ratio)
+        return self.context.ranks.gather(shares)[0]  # ranks may disagree through rounding
+
+    def _survey_unit(self, pruner: BlockPruner, unit: BlockUnit, hidden: Activations) -> BlockSurvey:
+        """Run the dense block on the hidden states, which its outputs replace, and return the survey of its layers."""
+        seconds, context = self.context.seconds, self.context
+        start, advancing = context.now(), seconds.advancing
+        watch = BlockWatch(unit.groups, context.device)
+        with ExitStack() as stack:
+            watch.hooks(stack)
+            pruner.advance(unit, hidden, "dense")
+        found = watch.survey(self.allocation, context.ranks)
+        seconds.advancing = advancing
+        seconds.surveying += context.now() - start
+        return found
 
 
 class BlockWatch:

@@ -1,324 +1,256 @@
-"""Pruning of one block: collect moments with dense weights, solve the layers, and run the pruned block."""
+"""Pruning of a language model, one decoder block after another."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from fnmatch import fnmatchcase
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine import (
-    InputMoments,
-    NotPositiveDefiniteError,
-    Structured,
-)
-from ..engine.allocation import BlockSurvey
-from ..engine.study import LayerStudy, study_layer
-from ..models import LinearLayer, linear_layers, one_by_one
-from ..runtime import signals as interruption
+from ..models import BlockList, find_blocks, linear_layers, one_by_one
 from ..runtime.errors import RoseExpError
-from ..runtime.ranks import Ranks
 from ..runtime.signals import Interrupted
 from .activations import Activations
-from .allocation import BlockWatch
-from .capture import BlockCall
-from .collect import Clock, Collector, GroupInputs
-from .first_block import FirstBlock
-from .permutation import ChannelOrders, Channels
-from .plan import LayerReport, PassSeconds, PruningPlan, report_of
-from .structured import prune_structure, wanted_structures
+from .capture import BlockCall, Probe, probe
+from .collect import Calibration, Collector, GroupInputs
+from .components import components_for
+from .context import PruneContext
+from .enter import Calls, enter, second_stream
+from .loop import Pruner, Unit
+from .permutation import Channels
+from .plan import PruningPlan, check_plan
+from .report import LayerReport
+from .weights import InMemory, fill
 
 log = logging.getLogger(__name__)
 
 
-class BlockWalk:
-    """Prunes the layers of one block.
+@torch.no_grad()
+def prune_model(model: nn.Module, tokens: Tensor, plan: PruningPlan, context: PruneContext | None = None) -> list[LayerReport]:
+    """Prune a model block by block, in place or, if its blocks are not in memory, into ``context.state``.
 
     Args:
-        groups: names of the block's layers in call order, grouped by shared input.
-        adding: names of the layers whose output is added to the hidden states.
-        channels: layers whose input channels can be reordered before pruning.
-        calls: arguments of the block for each batch, by the index of its first window.
-        dense_calls: the same for the dense model's hidden states.
-        dense: hidden states of the dense model; None if the plan has no regression target.
+        model: a decoder on the CPU; each block moves to the context's device while it is processed.
+        tokens: calibration windows of all ranks, (windows, length) int64.
+        context: device, processes, files and callbacks; None for a CPU and nothing else.
+
+    Returns:
+        A report for every pruned layer, in pruning order.
+    Raises:
+        RoseExpError: the plan does not fit the model, or a layer cannot be pruned; the message names the layer.
+        Interrupted: a stop was requested; finished blocks are in ``context.state``.
+    """
+    context = context or PruneContext()
+    pruner = BlockPruner(model, plan, context)
+    found = pruner.probe(tokens)
+    with tempfile.TemporaryDirectory(prefix=".activations-", dir=context.scratch) as folder:
+        pruner.enter(tokens, found, Path(folder))
+        return pruner.run()
+
+
+@dataclass
+class BlockUnit(Unit):
+    """A decoder block.
+
+    Attributes:
+        calls, dense_calls: arguments of the block for each batch, by the index of its first window, for the pruned and for the
+            dense model's hidden states.
+        channels: layers whose input channels can be permuted.
+        collector: collects the statistics of the layers' inputs.
     """
 
-    def __init__(
-        self,
-        block: nn.Module,
-        name: str,
-        groups: Sequence[Sequence[str]],
-        adding: Sequence[str],
-        channels: Sequence[Channels],
-        calls: Mapping[int, BlockCall],
-        dense_calls: Mapping[int, BlockCall],
-        plan: PruningPlan,
-        device: torch.device | str,
-        ranks: Ranks,
-        seconds: PassSeconds,
-        on_study: Callable[[str, LayerStudy], None] | None,
-        dense: Activations | None = None,
-    ):
-        self.block, self.name, self.plan, self.device = block, name, plan, device
-        self.calls, self.dense_calls = calls, dense_calls
-        self.ranks, self.seconds, self.on_study, self.dense = ranks, seconds, on_study, dense
-        layers = self.layers = {layer.name: layer for layer in linear_layers(block, name)}
-        wanted = [[layers[name] for name in group if plan.wants(name)] for group in groups]
-        self.groups = [group for group in wanted if group]  # each group shares its input
-        called = [name for group in groups for name in group]
-        closing = called[-1] if called and called[-1] in adding else None
-        self.collector = Collector(block, name, (calls, dense_calls), plan, device, adding, closing, self._check_stop)
-        self.structures = {
-            part.layer.name: structure for structure in wanted_structures(block, name, plan) for part in structure.consumers
-        }
-        if isinstance(plan.sparsity, Structured):
-            self.groups = [group for group in self.groups if group[0].name in self.structures]
-        alone = [group[0] for group in groups if len(group) == 1]  # reordering would affect other readers
-        self.channels = ChannelOrders(layers, [of_layer for of_layer in channels if of_layer.layer in alone])
-        self.first_block: FirstBlock | None = None
-        self.first_key: str | None = None
-        self.part: tuple[list[LayerReport], dict[str, Tensor]] = ([], {})  # layers pruned by an earlier process
-        self.keep_part: Callable[[Sequence[LayerReport], Mapping[str, Tensor]], None] | None = None
+    calls: dict[int, BlockCall] = field(default_factory=dict)
+    dense_calls: dict[int, BlockCall] = field(default_factory=dict)
+    channels: list[Channels] = field(default_factory=list)
+    collector: Collector | None = None
 
-    def advance(self, hidden: Activations, weights: str = "pruned") -> None:
-        """Run the block on all hidden states and replace them by its outputs.
+
+class BlockPruner(Pruner):
+    """Prunes the blocks of a decoder, and passes the hidden states of all windows from block to block.
+
+    Attributes:
+        hidden: inputs of the next block for all windows of this rank.
+        dense: the same of the dense model; None unless a component needs them.
+        folder: temporary folder for activations on disk.
+    """
+
+    kind = "block"
+
+    def __init__(self, model: nn.Module, plan: PruningPlan, context: PruneContext):
+        super().__init__(plan, context, components_for(plan, context))
+        self.model = model
+        self.blocks: BlockList = context.weights.blocks if context.weights is not None else find_blocks(model, plan.blocks)
+        self.weights = context.weights or InMemory(self.blocks)
+        self.found = Probe()
+        self.hidden: Activations | None = None
+        self.dense: Activations | None = None
+        self.calls: Calls = {}
+        self.dense_calls: Calls = {}
+        self.folder = Path()
+        check_plan(self.blocks, plan)
+        for component in self.components:
+            component.check(self)
+
+    def modules(self) -> Iterator[tuple[nn.Module, str]]:
+        for index, block in enumerate(self.blocks.blocks):
+            yield block, self.blocks.block_name(index)
+
+    def probe(self, tokens: Tensor) -> Probe:
+        """Find the structure of the blocks by a forward pass on a few tokens.
+
+        Raises:
+            RoseExpError: the model cannot be pruned block by block, or a layer to prune is never called.
+        """
+        plan, context = self.plan, self.context
+        if len(tokens) < context.ranks.size:
+            raise RoseExpError(
+                f"calibration.samples: expected at least one window for each of {context.ranks.size} ranks, got {len(tokens)}"
+            )
+        adding = bool(plan.target and plan.target.residual)
+        found = probe(self.model, self.blocks, tokens, context.device, self.weights, adding=adding, channels=plan.permutes)
+        found.channels = context.ranks.gather(found.channels)[0]  # ranks may disagree through rounding
+        for (block, name), groups in zip(self.modules(), found.layers, strict=True):
+            called = {name for group in groups for name in group}
+            for layer in linear_layers(block, name):
+                if plan.wants(layer.name) and layer.name not in called:
+                    raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip")
+        if plan.permutes and not any(found.channels):
+            log.warning("pipeline.permute: this model has no layer with input channels that can be reordered")
+        return found
+
+    def enter(self, tokens: Tensor, found: Probe, folder: Path) -> None:
+        """Compute the inputs of the first block and the arguments of every block.
+
+        Args:
+            folder: temporary folder for activations on disk.
+        Raises:
+            RoseExpError: the inputs of the first block are not finite.
+        """
+        plan, device = self.plan, self.context.device
+        share = self.context.ranks.share(tokens)
+        self.found, self.folder = found, folder
+        self.hidden, self.calls = enter(
+            self.model, self.blocks, share, plan.batch, plan.activations, found, device, folder / "hidden"
+        )
+        self.dense_calls = second_stream(self.calls) if plan.target else self.calls
+        for _, batch in self.hidden:
+            if not torch.isfinite(batch).all():
+                name = self.blocks.block_name(0)
+                raise RoseExpError(f"{name}: expected finite inputs, got NaN or infinity: damaged embeddings")
+
+    @property
+    def units(self) -> int:
+        """Number of blocks up to the last one with a layer to prune."""
+        wanted = [any(self.plan.wants(name) for group in groups for name in group) for groups in self.found.layers]
+        return max(index for index, pruned in enumerate(wanted) if pruned) + 1
+
+    @contextmanager
+    def unit(self, index: int, original: bool = False) -> Iterator[BlockUnit]:
+        """Yield a block on the device.
+
+        Args:
+            original: whether to use the checkpoint's weights even if the block is already pruned and saved.
+        """
+        with self.weights.at(index, self.context.device, original) as block:
+            yield self._unit_of(index, block)
+
+    def _unit_of(self, index: int, block: nn.Module) -> BlockUnit:
+        name, found, plan = self.blocks.block_name(index), self.found, self.plan
+        layers = {layer.name: layer for layer in linear_layers(block, name)}
+        groups = [[layers[name] for name in group if plan.wants(name)] for group in found.layers[index]]
+        calls, dense_calls = ({start: of[index] for start, of in calls.items()} for calls in (self.calls, self.dense_calls))
+        called = [name for group in found.layers[index] for name in group]
+        adding = found.adding[index]
+        closing = called[-1] if called and called[-1] in adding else None
+        alone = [group[0] for group in found.layers[index] if len(group) == 1]  # reordering would affect other readers
+        state, stop = self.context.state, self.context.check_stop_between_batches
+        return BlockUnit(
+            index,
+            name,
+            block,
+            name,
+            plan,
+            layers,
+            [group for group in groups if group],
+            state.part() if state is not None and state.progress.blocks == index else ([], {}),
+            calls,
+            dense_calls,
+            [of_layer for of_layer in found.channels[index] if of_layer.layer in alone],
+            Collector(block, name, (calls, dense_calls), plan, self.context.device, adding, closing, stop),
+        )
+
+    def calibrate(self, unit: BlockUnit, calibration: Calibration) -> list[GroupInputs]:
+        return unit.collector.moments(calibration, self.hidden)
+
+    def propagate(self, unit: BlockUnit) -> None:
+        if unit.index < self.units - 1:  # the last block's outputs are not used
+            self.advance(unit, self.hidden)
+
+    def advance(self, unit: BlockUnit, hidden: Activations, weights: str = "pruned") -> None:
+        """Run a block on all hidden states and replace them by its outputs.
 
         Args:
             weights: ``pruned`` or ``dense``, for the error message.
         Raises:
             RoseExpError: the block returns NaN or infinity.
         """
-        start = self._now()
-        calls = self.dense_calls if hidden is self.dense else self.calls
-        finite = torch.ones((), dtype=torch.bool, device=self.device)  # read once at the end, to synchronize once
-        for windows, batch in tqdm(hidden, f"advancing {self.name}", len(hidden.pieces), False, disable=None, unit="batch"):
-            self._check_stop()
-            with one_by_one(self.block):
-                answer = calls[windows.start].run(self.block, batch)
+        context, start = self.context, self.context.now()
+        calls = unit.dense_calls if hidden is self.dense else unit.calls
+        finite = torch.ones((), dtype=torch.bool, device=context.device)  # read once at the end, to synchronize once
+        for windows, batch in tqdm(hidden, f"advancing {unit.name}", len(hidden.pieces), False, disable=None, unit="batch"):
+            context.check_stop_between_batches()
+            with one_by_one(unit.module):
+                answer = calls[windows.start].run(unit.module, batch)
             finite &= torch.isfinite(answer).all()
             hidden[windows] = answer
         if not finite:
             kind = str(answer.dtype).removeprefix("torch.")
             raise RoseExpError(
-                f"{self.name}: expected finite outputs with {weights} weights, got NaN or infinity in {kind}, whose maximum is "
+                f"{unit.name}: expected finite outputs with {weights} weights, got NaN or infinity in {kind}, whose maximum is "
                 f"{torch.finfo(answer.dtype).max:.3g}; set model.dtype to float32 or bfloat16, which have a larger range"
             )
-        self.seconds.advancing += self._now() - start
+        context.seconds.advancing += context.now() - start
 
-    def survey(self, hidden: Activations) -> BlockSurvey:
-        """Run the dense block on the hidden states and return the survey of its layers."""
-        start, watch = self._now(), BlockWatch(self.groups, self.device)
-        advancing = self.seconds.advancing
-        with ExitStack() as stack:
-            watch.hooks(stack)
-            self.advance(hidden, "dense")
-        found = watch.survey(self.plan.allocation, self.ranks)
-        self.seconds.advancing = advancing
-        self.seconds.surveying += self._now() - start
-        return found
+    def commit(self, unit: BlockUnit, reports: Sequence[LayerReport]) -> None:
+        streams = self._streams() if unit.index < self.units - 1 else []
+        self.context.state.commit(unit.index, unit.module, streams, reports, vars(self.context.seconds))
 
-    def _check_stop(self) -> None:
-        """Stop between two batches if this is the only process; several processes stop together between two blocks."""
-        if self.ranks.size == 1:
-            interruption.check()
+    def restore(self, count: int) -> None:
+        """Restore the pruned blocks, the inputs of the next one and the generators.
 
-    def prune(self, hidden: Activations) -> list[LayerReport]:
-        """Prune the layers of the block.
-
-        Raises:
-            RoseExpError: a layer cannot be pruned; the message names it.
-            Interrupted: a stop was requested; layers pruned so far are saved.
+        The state does not hold values that blocks pass on beside the hidden states. If there are any, the blocks run again.
         """
-        reports: list[LayerReport] = []
-        earlier = {report.name: report for report in self.part[0]}
-        twin = copy.deepcopy(self.block) if self.dense is not None and self.plan.true_sequential else self.block
-        for groups in [[group] for group in self.groups] if self.plan.true_sequential and self.groups else [self.groups]:
-            before = [layer for group in groups for layer in group if layer.name in earlier]
-            left = [group for group in groups if group[0].name not in earlier]
-            start = self._now()
-            clock = Clock(self.device)
-            last = not groups or groups[-1] is self.groups[-1]
-            inputs = self._collect(left, hidden, twin, last, clock)
-            for layer in before:  # after calibration, which needs the dense weights
-                self._take_up(layer)
-            middle = self._now()
-            studied = self.seconds.studying
-            solved = self._solve(left, inputs, [*reports, *(earlier[layer.name] for layer in before)])
-            found = earlier | {report.name: report for report in solved}
-            reports += [found[name] for group in groups for name in _names(group)]
-            self.seconds.moments += clock.seconds()
-            self.seconds.calibrating += middle - start - clock.seconds()
-            self.seconds.solving += self._now() - middle - (self.seconds.studying - studied)
-        return reports
+        state = self.context.state
+        again = count < self.units and (self.found.carries or not state.restore(self._streams()))
+        if again and self.dense is not None:  # while the blocks in memory still hold their dense weights
+            for index in tqdm(range(count), "running dense blocks again", unit="block", disable=None):
+                with self.unit(index, original=True) as unit:
+                    self.advance(unit, self.dense, "dense")
+        if isinstance(self.weights, InMemory):
+            for index in range(count):
+                fill(self.blocks.blocks[index], state.block(index))
+        if again:
+            for index in tqdm(range(count), "running pruned blocks again", unit="block", disable=None):
+                with self.unit(index) as unit:
+                    self.advance(unit, self.hidden)
+        state.restore_generators()
 
-    def _collect(
-        self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, twin: nn.Module, last: bool, clock: Clock
-    ) -> list[GroupInputs]:
-        """Return the input statistics of each group; the ``last`` groups also advance the dense hidden states."""
-        if self.dense is not None:
-            return self.collector.pairs(groups, hidden, self.dense, twin, last, clock)
-        kept = self.first_block.find(self.first_key, self.device) if self.first_block else None
-        if kept is not None:
-            moments, self.seconds.shared = kept
-            if [of_group.columns for of_group in moments] != [group[0].columns for group in groups]:
-                raise RuntimeError(f"{self.name}: cached moments belong to other layers")
-            return [GroupInputs(of_group) for of_group in moments]
-        start = self._now()
-        found = self.collector.moments(groups, hidden, clock)
-        if self.first_block and groups:
-            self.first_block.keep(self.first_key, [of_group.moments for of_group in found], self._now() - start)
-        return found
+    def _streams(self) -> list[Activations]:
+        return [stream for stream in (self.hidden, self.dense) if stream is not None]
 
-    def _solve(
-        self,
-        groups: Sequence[Sequence[LinearLayer]],
-        inputs: list[GroupInputs],
-        before: Sequence[LayerReport],
-    ) -> list[LayerReport]:
-        """Prune each group on the rank that owns it, and receive the pruned weights of the other ranks' groups.
-
-        Args:
-            before: reports of the layers in this block that are already pruned.
-        """
-        ranks = self.ranks
-        owners = ranks.owners([group[0].columns ** 3 + sum(x.weight.numel() * x.columns for x in group) for group in groups])
-        done: dict[int, list[LayerReport]] = {}
-        failure = None
-        for place, owner in enumerate(owners):  # reduce all groups before solving any, since each reduction waits for all ranks
-            ranks.reduce(inputs[place].moments, owner)
-            if inputs[place].drift is not None:
-                ranks.reduce_drift(inputs[place].drift, owner)
-            if owner != ranks.rank:
-                inputs[place] = None
-        for place, owner in enumerate(owners):
-            if owner == ranks.rank and failure is None:
-                try:
-                    done[place] = self._prune_group(groups[place], inputs[place])
-                except RoseExpError as error:
-                    failure = error
-                inputs[place] = None  # free its memory for the next group
-                if ranks.size == 1 and failure is None and interruption.requested():
-                    self._keep_and_stop([*before, *(report for reports in done.values() for report in reports)])
-        answers = ranks.gather((done, self.channels.waiting, None if failure is None else str(failure)))
-        if failure is not None:
-            raise failure
-        for rank, (_, _, error) in enumerate(answers):
-            if error is not None:
-                raise RoseExpError(f"rank {rank}: {error}")
-        for group, owner in zip(groups, owners, strict=True):
-            for layer in group:
-                ranks.broadcast(layer.module.weight.data, owner)
-                self._mask(layer.name)
-        self.channels.order_makers({name: order for _, orders, _ in answers for name, order in orders.items()})
-        everything = {place: reports for reports_of_rank, _, _ in answers for place, reports in reports_of_rank.items()}
-        return [report for place in range(len(groups)) for report in everything[place]]
-
-    def _keep_and_stop(self, reports: Sequence[LayerReport]) -> None:
-        self.channels.order_makers(self.channels.waiting)
-        if self.keep_part is not None:
-            names = {report.name for report in reports}
-            makers = {maker for name in names for maker in self.channels.makers(name)}
-            biases = {f"{name}.bias": self.layers[name].module.bias for name in makers}
-            weights = {name: self.layers[name].weight for name in names | makers}
-            self.keep_part(reports, weights | {name: bias for name, bias in biases.items() if bias is not None})
+    def stop_inside(self, unit: BlockUnit, reports: Sequence[LayerReport]) -> None:
+        names = {report.name for report in reports}
+        for component in self.components:
+            component.after_groups(unit, names, [component.outgoing(unit)])
+        if self.context.state is not None:
+            others = self.changed_with(unit, names)
+            weights = {name: unit.layers[name].weight for name in names | others}
+            biases = {f"{name}.bias": unit.layers[name].module.bias for name in others}
+            self.context.state.commit_part(reports, weights | {key: bias for key, bias in biases.items() if bias is not None})
         raise Interrupted(f"stopped after {reports[-1].name}")
-
-    def _take_up(self, layer: LinearLayer) -> None:
-        """Restore a layer that an earlier process pruned, and the layers that produce its inputs."""
-        for name in (layer.name, *self.channels.makers(layer.name)):
-            there = self.layers[name]
-            there.set_weight(self.part[1][name].to(there.weight))
-            self._mask(name)
-            if f"{name}.bias" in self.part[1]:
-                there.module.bias.data.copy_(self.part[1][f"{name}.bias"])
-
-    def _mask(self, name: str) -> None:
-        """Zero the rows that produce the heads or neurons removed from this layer."""
-        if name in self.structures:
-            self.structures[name].mask(self.structures[name].masked())
-
-    def _prune_group(self, group: Sequence[LinearLayer], inputs: GroupInputs) -> list[LayerReport]:
-        plan, moments = self.plan, inputs.moments
-        moments.finish()
-        if inputs.drift is not None:
-            inputs.drift.finish()
-        if group[0].name in self.structures:
-            return prune_structure(self.structures[group[0].name], {group[0].name: moments}, plan)
-        starved = group[0].of_expert and moments.tokens < plan.expert_tokens
-        if starved and plan.starved_experts == "stop":
-            raise RoseExpError(
-                f"{', '.join(_names(group))}: expected at least {plan.expert_tokens} calibration tokens for the expert "
-                f"(pipeline.expert_tokens), got {moments.tokens}; raise calibration.samples or set pipeline.starved_experts"
-            )
-        if starved and plan.starved_experts == "dense":
-            return [self._untouched(layer, moments.tokens) for layer in group]
-        try:
-            self._study_group(group, moments)
-        except (ValueError, NotPositiveDefiniteError) as error:
-            raise RoseExpError(f"{', '.join(_names(group))}: {error}") from error
-        start = self._now()
-        if group[0].name in self.channels:
-            columns = self.channels.order(group[0], moments, plan.sparsity)
-            inputs.moments = moments = moments.permuted(columns)
-            inputs.drift = inputs.drift.permuted(columns) if inputs.drift is not None else None
-        results = plan.solve(group, moments, inputs.drift, starved)
-        zeros = torch.stack([(result.weight == 0).sum() for result in results]).tolist()
-        saved = [r.weight.numel() - r.stored if r.rank else count for r, count in zip(results, zeros, strict=True)]
-        seconds = (self._now() - start) / sum(len(result.weight) for result in results)  # per row
-        return [
-            report_of(
-                layer.name,
-                result,
-                moments.tokens,
-                seconds * layer.weight.shape[0],
-                count,
-                instead="magnitude" if starved else None,
-                target=inputs.asked,
-                permuted=self.channels.moved(layer.name),
-            )
-            for layer, result, count in zip(group, results, saved, strict=True)
-        ]
-
-    def _study_group(self, group: Sequence[LinearLayer], moments: InputMoments) -> None:
-        """Study the layers of a group that match ``plan.study``, before they are pruned."""
-        plan, start = self.plan, self._now()
-        for layer in group:
-            if self.on_study and any(fnmatchcase(layer.name, pattern) for pattern in plan.study):
-                log.info("studying the order of %s", layer.name)
-                sparsity = plan.sparsity_of(layer.name)
-                self.on_study(layer.name, study_layer(layer.weight, moments, sparsity, plan.block_size, plan.damping))
-        self.seconds.studying += self._now() - start
-
-    @staticmethod
-    def _untouched(layer: LinearLayer, tokens: int) -> LayerReport:
-        rows, columns = layer.weight.shape
-        return LayerReport(
-            name=layer.name,
-            rows=rows,
-            columns=columns,
-            tokens=tokens,
-            sparsity=int((layer.weight == 0).sum()) / (rows * columns),
-            error=0.0,
-            relative_range=0.0,
-            reordered=False,
-            damping=0.0,
-            rank=0,
-            seconds=0.0,
-            instead="dense",
-        )
-
-    def _now(self) -> float:
-        """Return the current time after synchronizing the device."""
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-def _names(layers: Sequence[LinearLayer]) -> list[str]:
-    return [layer.name for layer in layers]

@@ -32,6 +32,27 @@ class GroupInputs:
     drift: Drift | None = None
     asked: str = "dense"
 
+    def finish(self) -> None:
+        """Round the sums to their dtypes. Call it after the last batch."""
+        self.moments.finish()
+        if self.drift is not None:
+            self.drift.finish()
+
+
+@dataclass
+class Calibration:
+    """What one calibration pass collects.
+
+    Attributes:
+        groups: groups of layers with shared inputs, in call order.
+        last: whether they are the last groups of their unit.
+        clock: measures the time of updating the statistics.
+    """
+
+    groups: Sequence[Sequence[LinearLayer]]
+    last: bool
+    clock: Clock
+
 
 class Collector:
     """Collects the moments of the inputs of a block's layers.
@@ -59,8 +80,9 @@ class Collector:
         self.calls, self.dense_calls = calls
         self.adding, self.closing, self.check_stop = adding, closing, check_stop
 
-    def moments(self, groups: Sequence[Sequence[LinearLayer]], hidden: Activations, clock: Clock) -> list[GroupInputs]:
+    def moments(self, calibration: Calibration, hidden: Activations) -> list[GroupInputs]:
         """Collect the moments of each group's inputs in one forward pass that stops at the last group."""
+        groups, clock = calibration.groups, calibration.clock
         found = [GroupInputs(self._no_moments(group)) for group in groups]
         if not groups:
             return found
@@ -75,27 +97,21 @@ class Collector:
         return found
 
     def pairs(
-        self,
-        groups: Sequence[Sequence[LinearLayer]],
-        hidden: Activations,
-        dense: Activations,
-        twin: nn.Module,
-        last: bool,
-        clock: Clock,
+        self, calibration: Calibration, hidden: Activations, dense: Activations, dense_block: nn.Module
     ) -> list[GroupInputs]:
         """Collect the moments of each group's inputs, and their cross moments with the dense model's inputs.
 
         Runs the block on the hidden states of both models, batch by batch.
 
         Args:
-            dense: hidden states of the dense model, replaced by the block's outputs if ``last`` is true.
-            twin: the block with its dense weights.
-            last: whether these are the last groups of the block.
+            dense: hidden states of the dense model, replaced by the block's outputs in the last pass over the block.
+            dense_block: the block with its dense weights.
         """
+        groups, last, clock = calibration.groups, calibration.last, calibration.clock
         found = [self._nothing_seen(group) for group in groups]
         for (_, entering), (windows, entering_dense) in self._bar(zip(hidden, dense, strict=True), hidden):
             self.check_stop()
-            there = self._look(twin, entering_dense, self.dense_calls[windows.start], groups, last)
+            there = self._look(dense_block, entering_dense, self.dense_calls[windows.start], groups, last)
             if groups:
                 here = self._look(self.block, entering, self.calls[windows.start], groups, last)
                 with clock:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..engine import InputMoments
+from .collect import Calibration, GroupInputs
+from .component import Component
+
+if TYPE_CHECKING:
+    from .context import PruneContext
+    from .loop import Unit
+    from .plan import PruningPlan
 
 
 class FirstBlock:
@@ -30,3 +38,35 @@ class FirstBlock:
         if key is not None:
             self._key, self._seconds = key, seconds
             self._moments = [copy.deepcopy(of_group).to("cpu") for of_group in moments]
+
+
+class FirstBlockReuse(Component):
+    """Takes the moments of the first block from ``context.first_block``, or keeps them there for later runs."""
+
+    def __init__(self, context: PruneContext):
+        self.context = context
+
+    @classmethod
+    def create(cls, plan: PruningPlan, context: PruneContext) -> FirstBlockReuse | None:
+        usable = not plan.true_sequential and not plan.target  # both need more than the moments of a single pass
+        return cls(context) if usable and context.first_block is not None else None
+
+    def collect(self, unit: Unit, calibration: Calibration) -> list[GroupInputs] | None:
+        context, groups = self.context, calibration.groups
+        if not self._applies(unit):
+            return None
+        kept = context.first_block.find(context.first_key, context.device)
+        if kept is None:
+            return None
+        moments, context.seconds.shared = kept
+        if [of_group.columns for of_group in moments] != [group[0].columns for group in groups]:
+            raise RuntimeError(f"{unit.name}: cached moments belong to other layers")
+        return [GroupInputs(of_group) for of_group in moments]
+
+    def after_collect(self, unit: Unit, inputs: Sequence[GroupInputs], seconds: float) -> None:
+        if self._applies(unit) and inputs:
+            self.context.first_block.keep(self.context.first_key, [own.moments for own in inputs], seconds)
+
+    @staticmethod
+    def _applies(unit: Unit) -> bool:
+        return unit.index == 0 and not unit.part[0]

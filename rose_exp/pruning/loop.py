@@ -1,231 +1,310 @@
-"""The pruning loop: calibrate each block with dense weights, prune it, and compute the next block's inputs."""
+"""The pruning loop: calibrate a unit with dense weights, solve its layers, propagate, and save it.
+
+A unit is a decoder block of a language model or a package of layers of a denoiser. The optional capabilities are components,
+see :mod:`rose_exp.pruning.component`.
+"""
 
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine.groups import Structured
-from ..engine.study import LayerStudy
-from ..models import BlockList, find_blocks, linear_layers
+from ..models import LinearLayer
 from ..runtime import signals as interruption
 from ..runtime.errors import RoseExpError
-from ..runtime.ranks import Ranks
-from .activations import Activations
-from .blocks import BlockWalk
-from .capture import BlockCall, Probe, probe
-from .enter import Calls, enter, second_stream
-from .first_block import FirstBlock
-from .plan import LayerReport, PassSeconds, PruningPlan, check_plan
-from .state import RunState
-from .structured import check_structures, wanted_structures
-from .weights import BlockWeights, InMemory, fill
+from .collect import Calibration, Clock, GroupInputs
+from .component import Component, Group
+from .context import PruneContext, synchronized_now
+from .plan import PruningPlan
+from .report import LayerReport, report_of, saved_numbers
 
 log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def prune_model(
-    model: nn.Module,
-    tokens: Tensor,
-    plan: PruningPlan,
-    device: torch.device | str = "cpu",
-    on_layer: Callable[[int, LayerReport], None] | None = None,
-    ranks: Ranks | None = None,
-    scratch: Path | None = None,
-    seconds: PassSeconds | None = None,
-    on_study: Callable[[str, LayerStudy], None] | None = None,
-    first_block: FirstBlock | None = None,
-    first_key: str | None = None,
-    weights: BlockWeights | None = None,
-    state: RunState | None = None,
+@dataclass
+class Unit:
+    """Layers that are calibrated together.
+
+    Attributes:
+        name: name for progress bars and messages.
+        module: module that contains the layers.
+        module_name: full name of the module in the model; empty for the model itself.
+        layers: all linear layers of the unit by name.
+        groups: the layers to prune in call order, grouped by shared input.
+        part: reports and weights of layers that an earlier process has pruned, by full name.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    module_name: str
+    plan: PruningPlan
+    layers: Mapping[str, LinearLayer]
+    groups: list[list[LinearLayer]]
+    part: tuple[list[LayerReport], dict[str, Tensor]] = field(default_factory=lambda: ([], {}))
+
+
+class Pruner(ABC):
+    """Prunes a model unit by unit, in place or, if its weights are not in memory, into ``context.state``.
+
+    Subclasses supply the units, their calibration, and what follows from pruning them.
+    """
+
+    kind: ClassVar[str] = "unit"
+
+    def __init__(self, plan: PruningPlan, context: PruneContext, components: Sequence[Component]):
+        self.plan, self.context, self.components = plan, context, list(components)
+        self.reports: list[LayerReport] = []
+
+    @abstractmethod
+    def modules(self) -> Iterator[tuple[nn.Module, str]]:
+        """Yield the modules that contain the layers to prune, with their full names in the model."""
+
+    @property
+    @abstractmethod
+    def units(self) -> int:
+        """Number of units to prune."""
+
+    @abstractmethod
+    def unit(self, index: int) -> AbstractContextManager[Unit]:
+        """Return a context manager that yields a unit with its weights on the device."""
+
+    @abstractmethod
+    def calibrate(self, unit: Unit, calibration: Calibration) -> list[GroupInputs]:
+        """Return the statistics of each group's inputs."""
+
+    @abstractmethod
+    def restore(self, count: int) -> None:
+        """Restore the first ``count`` units from the checkpoint, and the inputs of the next one."""
+
+    @abstractmethod
+    def commit(self, unit: Unit, reports: Sequence[LayerReport]) -> None:
+        """Save a pruned unit to the checkpoint."""
+
+    def propagate(self, unit: Unit) -> None:
+        """Compute the inputs of the next unit."""
+        return
+
+    def stop_inside(self, unit: Unit, reports: Sequence[LayerReport]) -> None:
+        """React to a stop request between two groups: save the pruned layers and stop, or finish the unit first."""
+        return
+
+    @torch.no_grad()
+    def run(self) -> list[LayerReport]:
+        """Prune all units and return a report for every pruned layer, in pruning order.
+
+        Raises:
+            RoseExpError: a layer cannot be pruned; the message names the layer.
+            Interrupted: a stop was requested; finished units are in the checkpoint.
+        """
+        for component in self.components:
+            component.before_model(self)
+        first = self._resume()
+        for index in tqdm(range(first, self.units), "pruning", self.units, initial=first, unit=self.kind, disable=None):
+            self.context.check_stop_between_units()
+            with self.unit(index) as unit:
+                reports = self.prune_unit(unit)
+                self.propagate(unit)
+                if self.context.state is not None:
+                    self.commit(unit, reports)
+            self._publish(reports)
+            log.info("pruned %s (%d of %d)", unit.name, index + 1, self.units)
+        return self.reports
+
+    def _resume(self) -> int:
+        """Restore the units in the checkpoint; return their number."""
+        state = self.context.state
+        if state is None or not state.progress.blocks:
+            return 0
+        count = state.progress.blocks
+        log.info("resuming after %s %d of %d, which an earlier process has pruned", self.kind, count, self.units)
+        self.restore(count)
+        vars(self.context.seconds).update(state.progress.seconds)
+        self._publish(state.reports)
+        return count
+
+    def _publish(self, reports: Sequence[LayerReport]) -> None:
+        for report in reports:
+            if self.context.on_layer is not None:
+                self.context.on_layer(len(self.reports), report)
+            self.reports.append(report)
+
+    def prune_unit(self, unit: Unit) -> list[LayerReport]:
+        """Prune the layers of a unit."""
+        for component in self.components:
+            component.before_unit(unit)
+        reports: list[LayerReport] = []
+        sequential = self.plan.true_sequential and unit.groups
+        for groups in [[group] for group in unit.groups] if sequential else [unit.groups]:
+            reports += self._prune_groups(unit, groups, reports)
+        for component in self.components:
+            component.after_unit(unit)
+        return reports
+
+    def _prune_groups(self, unit: Unit, groups: Sequence[Group], before: Sequence[LayerReport]) -> list[LayerReport]:
+        """Calibrate and prune groups of layers.
+
+        Args:
+            before: reports of the unit's layers that are already pruned.
+        """
+        context, seconds = self.context, self.context.seconds
+        earlier = {report.name: report for report in unit.part[0]}
+        pending = [group for group in groups if group[0].name not in earlier]
+        done = [layer for group in groups for layer in group if layer.name in earlier]
+        start = context.now()
+        clock = Clock(context.device)
+        last = not groups or groups[-1] is unit.groups[-1]
+        inputs = self._collect(unit, Calibration(pending, last, clock))
+        for layer in done:  # after calibration, which needs the dense weights
+            self._restore_layer(unit, layer)
+        middle, studied = context.now(), seconds.studying
+        arranged = (component.arrange(unit, pending) for component in self.components)
+        to_solve = next((found for found in arranged if found is not None), pending)
+        by_layer = {layer.name: own for group, own in zip(pending, inputs, strict=True) for layer in group}
+        del inputs
+        solved = self._solve(unit, to_solve, by_layer, [*before, *(earlier[layer.name] for layer in done)])
+        seconds.moments += clock.seconds()
+        seconds.calibrating += middle - start - clock.seconds()
+        seconds.solving += context.now() - middle - (seconds.studying - studied)
+        if not done:
+            return solved
+        found = earlier | {report.name: report for report in solved}
+        return [found[name] for group in groups for name in names_of(group)]
+
+    def _collect(self, unit: Unit, calibration: Calibration) -> list[GroupInputs]:
+        for component in self.components:
+            found = component.collect(unit, calibration)
+            if found is not None:
+                return found
+        start = self.context.now()
+        found = self.calibrate(unit, calibration)
+        for component in self.components:
+            component.after_collect(unit, found, self.context.now() - start)
+        return found
+
+    def _solve(
+        self, unit: Unit, groups: Sequence[Group], inputs: dict[str, GroupInputs], before: Sequence[LayerReport]
+    ) -> list[LayerReport]:
+        """Prune each group on the rank that owns it, and receive the pruned weights of the other ranks' groups.
+
+        Args:
+            inputs: statistics of the inputs by layer name; emptied, so that each is freed after its last use.
+            before: reports of the unit's layers that are already pruned.
+        """
+        ranks = self.context.ranks
+        owners = ranks.owners([solving_cost(group) for group in groups])
+        reduced: set[int] = set()
+        for group, owner in zip(groups, owners, strict=True):  # reduce all before solving: each reduction waits for all ranks
+            for name in names_of(group):
+                own = inputs.get(name)
+                if own is not None and id(own) not in reduced:
+                    reduced.add(id(own))
+                    ranks.reduce(own.moments, owner)
+                    if own.drift is not None:
+                        ranks.reduce_drift(own.drift, owner)
+                if owner != ranks.rank:
+                    inputs.pop(name, None)
+        last_use = {name: place for place, group in enumerate(groups) for name in names_of(group)}
+        done: dict[int, list[LayerReport]] = {}
+        failure = None
+        for place, owner in enumerate(owners):
+            if owner != ranks.rank or failure is not None:
+                continue
+            try:
+                done[place] = self._solve_group(unit, groups[place], inputs)
+            except RoseExpError as error:
+                failure = error
+            for name in [name for name in names_of(groups[place]) if last_use[name] == place]:
+                inputs.pop(name, None)
+            if ranks.size == 1 and failure is None and interruption.requested():
+                self.stop_inside(unit, [*before, *(report for reports in done.values() for report in reports)])
+        outgoing = [component.outgoing(unit) for component in self.components]
+        answers = ranks.gather((done, outgoing, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, (_, _, error) in enumerate(answers):
+            if error is not None:
+                raise RoseExpError(f"rank {rank}: {error}")
+        for group, owner in zip(groups, owners, strict=True):
+            for layer in group:
+                ranks.broadcast(layer.module.weight.data, owner)
+        names = [name for group in groups for name in names_of(group)]
+        for place, component in enumerate(self.components):
+            component.after_groups(unit, names, [of_rank[place] for _, of_rank, _ in answers])
+        everything = {place: reports for of_rank, _, _ in answers for place, reports in of_rank.items()}
+        return [report for place in range(len(groups)) for report in everything[place]]
+
+    def _solve_group(self, unit: Unit, group: Group, inputs: dict[str, GroupInputs]) -> list[LayerReport]:
+        """Prune layers that are solved together."""
+        for own in {id(inputs[name]): inputs[name] for name in names_of(group)}.values():
+            own.finish()
+        for component in self.components:
+            reports = component.solve(unit, group, inputs)
+            if reports is not None:
+                return reports
+        own = inputs[group[0].name]
+        for component in self.components:
+            component.before_solve(unit, group, own)
+        facts = {layer.name: {"target": own.asked} for layer in group}
+        for component in self.components:
+            for name, found in facts.items():
+                found |= component.facts(unit, name)
+        return solve_by_plan(unit, group, own, facts)
+
+    def _restore_layer(self, unit: Unit, layer: LinearLayer) -> None:
+        """Restore a layer that an earlier process pruned, and the layers that changed with it."""
+        names = {layer.name} | self.changed_with(unit, {layer.name})
+        for name in names:
+            saved = unit.layers[name]
+            saved.set_weight(unit.part[1][name].to(saved.weight))
+            if f"{name}.bias" in unit.part[1]:
+                saved.module.bias.data.copy_(unit.part[1][f"{name}.bias"])
+        for component in self.components:
+            component.restored(unit, names)
+
+    def changed_with(self, unit: Unit, names: Collection[str]) -> set[str]:
+        """Return the layers that pruning the layers ``names`` has changed as well."""
+        return set().union(*(component.also_changed(unit, names) for component in self.components))
+
+
+def solve_by_plan(
+    unit: Unit,
+    group: Group,
+    inputs: GroupInputs,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    by_magnitude: bool = False,
 ) -> list[LayerReport]:
-    """Prune a model block by block, in place or, if its blocks are not in memory, into ``state``.
+    """Prune layers that share their inputs with the plan's method, and return their reports.
 
     Args:
-        model: a decoder on the CPU; each block moves to ``device`` while it is processed.
-        tokens: calibration windows of all ranks, (windows, length) int64.
-        on_layer: called with the index of each pruned layer, starting at 0, and its report, once its block is pruned.
-        ranks: the processes that share the work, each with its own copy of the model; None for this process alone.
-        scratch: folder for activations on disk; None for the system's temporary folder.
-        seconds: timings to add to, by kind of work.
-        on_study: called with the name of each studied layer and the result, on the rank that solves the layer.
-        first_block: cache for the moments of the first block, reused by runs with the same ``first_key``. The key must
-            distinguish everything the moments depend on.
-        weights: where the blocks' weights are stored; None for in memory.
-        state: checkpoint to write each pruned block to; blocks that it already holds are restored.
-
-    Returns:
-        A report for every pruned layer, in pruning order.
+        facts: further fields of the reports by layer name.
+        by_magnitude: whether to prune by magnitude instead of the plan's method.
     Raises:
-        RoseExpError: the plan does not fit the model, or a layer cannot be pruned; the message names the layer.
-        Interrupted: a stop was requested; finished blocks are in ``state``.
+        RoseExpError: the layers cannot be pruned; the message names them.
     """
-    ranks, seconds = ranks or Ranks(), seconds if seconds is not None else PassSeconds()
-    blocks = weights.blocks if weights is not None else find_blocks(model, plan.blocks)
-    weights = weights or InMemory(blocks)
-    check_plan(blocks, plan)
-    if isinstance(plan.sparsity, Structured):
-        named = [(block, blocks.block_name(index)) for index, block in enumerate(blocks.blocks)]
-        check_structures([of for block, name in named for of in wanted_structures(block, name, plan)], plan.sparsity)
-    if len(tokens) < ranks.size:
-        raise RoseExpError(
-            f"calibration.samples: expected at least one window for each of {ranks.size} ranks, got {len(tokens)}"
-        )
-    reports: list[LayerReport] = []
-
-    def done(of_block: list[LayerReport]) -> None:
-        for report in of_block:
-            if on_layer is not None:
-                on_layer(len(reports), report)
-            reports.append(report)
-
-    adding = bool(plan.target and plan.target.residual)
-    found = probe(model, blocks, tokens, device, weights, adding=adding, channels=plan.permutes)
-    found.channels = ranks.gather(found.channels)[0]  # ranks may disagree through rounding
-    _check_called(blocks, found, plan)
-    if plan.permutes and not any(found.channels):
-        log.warning("engine.permute: this model has no layer with input channels that can be reordered")
-    last = max(i for i, groups in enumerate(found.layers) if any(plan.wants(name) for group in groups for name in group))
-    with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
-        share = ranks.share(tokens)
-        hidden, calls = enter(model, blocks, share, plan.batch, plan.activations, found, device, Path(folder) / "hidden")
-        dense_calls = second_stream(calls) if plan.target else calls
-        _check_entering(hidden, blocks)
-        shares: dict[str, float] = {}
-        dense: Activations | None = None
-
-        def walk_of(index: int, block: nn.Module) -> BlockWalk:
-            return BlockWalk(
-                block,
-                blocks.block_name(index),
-                found.layers[index],
-                found.adding[index],
-                found.channels[index],
-                _of_block(calls, index),
-                _of_block(dense_calls, index),
-                replace(plan, shares=shares),
-                device,
-                ranks,
-                seconds,
-                on_study,
-                dense,
-            )
-
-        if plan.allocation is not None:
-            kept = state.progress.shares if state is not None else {}
-            file = Path(folder) / "survey"
-            shares |= kept or _survey(hidden.copy(file), weights, walk_of, last, plan, device, ranks)
-            file.unlink(missing_ok=True)
-            if state is not None and not kept:
-                state.keep_shares(shares)
-        dense = hidden.copy(Path(folder) / "dense") if plan.target else None
-        first = 0
-        if state is not None and state.progress.blocks:
-            first = state.progress.blocks
-            log.info("resuming after %s, which an earlier process has pruned", blocks.block_name(first - 1))
-            _take_up(state, weights, hidden, dense, first, last, walk_of, device, found.carries)
-            vars(seconds).update(state.progress.seconds)
-            done(state.reports)
-        bar = tqdm(range(first, last + 1), "pruning", last + 1, initial=first, unit="block", disable=None)
-        for index in bar:
-            _check_stop(ranks)
-            with weights.at(index, device) as block:
-                walk = walk_of(index, block)
-                if state is not None:
-                    walk.part, walk.keep_part = state.part(), state.commit_part
-                if index == 0 and not plan.true_sequential and not walk.part[0] and dense is None:
-                    walk.first_block, walk.first_key = first_block, first_key
-                of_block = walk.prune(hidden)
-                if index < last:  # the last block's outputs are not used
-                    walk.advance(hidden)
-                if state is not None:
-                    streams = [stream for stream in (hidden, dense) if stream is not None] if index < last else []
-                    state.commit(index, block, streams, of_block, vars(seconds))
-            done(of_block)
-            log.info("pruned %s (%d of %d)", blocks.block_name(index), index + 1, last + 1)
-    return reports
+    device, facts = group[0].weight.device, facts or {}
+    start = synchronized_now(device)
+    results = unit.plan.solve(group, inputs.moments, inputs.drift, by_magnitude)
+    saved = saved_numbers(results)
+    seconds = (synchronized_now(device) - start) / sum(len(result.weight) for result in results)  # per row
+    return [
+        report_of(layer.name, result, inputs.moments.tokens, seconds * len(result.weight), count, **facts.get(layer.name, {}))
+        for layer, result, count in zip(group, results, saved, strict=True)
+    ]
 
 
-def _survey(
-    hidden: Activations,
-    weights: BlockWeights,
-    walk_of: Callable[[int, nn.Module], BlockWalk],
-    last: int,
-    plan: PruningPlan,
-    device: torch.device | str,
-    ranks: Ranks,
-) -> dict[str, float]:
-    """Return the sparsity allocation across layers, from a forward pass of the dense model up to the ``last`` block.
-
-    Overwrites ``hidden``.
-    """
-    found = []
-    for index in tqdm(range(last + 1), "surveying", unit="block", disable=None):
-        _check_stop(ranks)
-        with weights.at(index, device, original=True) as block:
-            found.append(walk_of(index, block).survey(hidden))
-    return ranks.gather(plan.allocation.shares(found, plan.sparsity.ratio))[0]  # ranks may disagree through rounding
+def solving_cost(group: Group) -> float:
+    """Return the number of operations of solving a group, up to a constant factor."""
+    return group[0].columns ** 3 + sum(layer.weight.numel() * layer.columns for layer in group)
 
 
-def _take_up(
-    state: RunState,
-    weights: BlockWeights,
-    hidden: Activations,
-    dense: Activations | None,
-    first: int,
-    last: int,
-    walk_of: Callable[[int, nn.Module], BlockWalk],
-    device: torch.device | str,
-    carries: bool,
-) -> None:
-    """Restore the pruned blocks, the inputs of the next one and the generators.
-
-    Args:
-        carries: whether blocks pass on more than hidden states. The state does not hold such values, so the blocks run again.
-    """
-    streams = [stream for stream in (hidden, dense) if stream is not None]
-    again = first <= last and (carries or not state.restore(streams))
-    if again and dense is not None:  # while the blocks in memory still hold their dense weights
-        for index in tqdm(range(first), "running dense blocks again", unit="block", disable=None):
-            with weights.at(index, device, original=True) as block:
-                walk_of(index, block).advance(dense, "dense")
-    if isinstance(weights, InMemory):
-        for index in range(first):
-            fill(weights.blocks.blocks[index], state.block(index))
-    if again:
-        for index in tqdm(range(first), "running pruned blocks again", unit="block", disable=None):
-            with weights.at(index, device) as block:
-                walk_of(index, block).advance(hidden)
-    state.restore_generators()
-
-
-def _of_block(calls: Calls, index: int) -> dict[int, BlockCall]:
-    return {start: of_batch[index] for start, of_batch in calls.items()}
-
-
-def _check_entering(hidden: Activations, blocks: BlockList) -> None:
-    for _, batch in hidden:
-        if not torch.isfinite(batch).all():
-            raise RoseExpError(f"{blocks.block_name(0)}: expected finite inputs, got NaN or infinity: damaged embeddings")
-
-
-def _check_stop(ranks: Ranks) -> None:
-    """Stop all ranks at the same block if any rank has received a stop request."""
-    if any(ranks.gather(interruption.requested())):
-        raise interruption.Interrupted("stopped between two blocks")
-
-
-def _check_called(blocks: BlockList, found: Probe, plan: PruningPlan) -> None:
-    for index, (block, groups) in enumerate(zip(blocks.blocks, found.layers, strict=True)):
-        called = {name for group in groups for name in group}
-        for layer in linear_layers(block, blocks.block_name(index)):
-            if plan.wants(layer.name) and layer.name not in called:
-                raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip")
+def names_of(layers: Sequence[LinearLayer]) -> list[str]:
+    return [layer.name for layer in layers]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from ..engine import InputMoments, SemiStructured
 from ..engine.permutation import channel_order
 from ..models import LinearLayer, linear_layers
+from .component import Component, Group
+
+if TYPE_CHECKING:
+    from .blocks import BlockUnit
+    from .collect import GroupInputs
+    from .context import PruneContext
+    from .plan import PruningPlan
 
 SAME = 1e-5  # relative tolerance for equal inputs with another summation order; at least half the dtype's epsilon
 SIMILAR = 0.05  # relative tolerance for what a block adds to its hidden states; a wrong order changes it far more
@@ -175,3 +182,36 @@ class ChannelOrders:
                 if layer.module.bias is not None:
                     layer.module.bias.data.copy_(layer.module.bias.data[rows])
         self.waiting = {}
+
+
+class ChannelPermutation(Component):
+    """Permutes the input channels of N:M layers before they are pruned, and the outputs of the layers that produce them."""
+
+    def __init__(self):
+        self.orders = ChannelOrders({}, [])
+
+    @classmethod
+    def create(cls, plan: PruningPlan, context: PruneContext) -> ChannelPermutation | None:
+        return cls() if plan.permutes else None
+
+    def before_unit(self, unit: BlockUnit) -> None:
+        self.orders = ChannelOrders(unit.layers, unit.channels)
+
+    def before_solve(self, unit: BlockUnit, group: Group, inputs: GroupInputs) -> None:
+        if group[0].name not in self.orders:
+            return
+        columns = self.orders.order(group[0], inputs.moments, unit.plan.sparsity)
+        inputs.moments = inputs.moments.permuted(columns)
+        inputs.drift = inputs.drift.permuted(columns) if inputs.drift is not None else None
+
+    def facts(self, unit: BlockUnit, name: str) -> dict[str, Any]:
+        return {"permuted": self.orders.moved(name)}
+
+    def outgoing(self, unit: BlockUnit) -> dict[str, Tensor]:
+        return self.orders.waiting
+
+    def after_groups(self, unit: BlockUnit, names: Collection[str], answers: Sequence[dict[str, Tensor]]) -> None:
+        self.orders.order_makers({name: order for orders in answers for name, order in orders.items()})
+
+    def also_changed(self, unit: BlockUnit, names: Collection[str]) -> set[str]:
+        return {maker for name in names for maker in self.orders.makers(name)}

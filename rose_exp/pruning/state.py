@@ -28,7 +28,7 @@ from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
 from ..settings.effects import flat
 from .activations import Activations
-from .plan import LayerReport
+from .report import LayerReport
 
 Resume = Literal["activations", "recompute"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +13,14 @@ from ..engine import METHODS, InputMoments, NotPositiveDefiniteError
 from ..engine.groups import GroupedLayer, Structured, prune_groups
 from ..models import Structure, find_structures
 from ..runtime.errors import RoseExpError
-from .plan import LayerReport, PruningPlan
+from .component import Component, Group
+from .plan import PruningPlan
+from .report import LayerReport
+
+if TYPE_CHECKING:
+    from .collect import GroupInputs
+    from .context import PruneContext
+    from .loop import Pruner, Unit
 
 
 def wanted_structures(module: nn.Module, name: str, plan: PruningPlan) -> list[Structure]:
@@ -25,7 +33,7 @@ def wanted_structures(module: nn.Module, name: str, plan: PruningPlan) -> list[S
     Raises:
         RoseExpError: the heads of an attention cannot be identified.
     """
-    if not isinstance(plan.sparsity, Structured):
+    if not plan.structured:
         return []
     found = find_structures(module, name, plan.sparsity.kinds)
     return [structure for structure in found if all(plan.wants(part.layer.name) for part in structure.consumers)]
@@ -107,3 +115,55 @@ def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], p
         )
         for part, weight, error in zip(structure.consumers, found.weights, found.errors, strict=True)
     ]
+
+
+class StructuredRemoval(Component):
+    """Removes heads and neurons: solves the layers that read them together, and masks the rows that produce them."""
+
+    def __init__(self):
+        self.structures: list[Structure] = []
+        self.arranged: list[tuple[Group, Structure]] = []
+
+    @classmethod
+    def create(cls, plan: PruningPlan, context: PruneContext) -> StructuredRemoval | None:
+        return cls() if plan.structured else None
+
+    def check(self, pruner: Pruner) -> None:
+        plan = pruner.plan
+        found = [structure for module, name in pruner.modules() for structure in wanted_structures(module, name, plan)]
+        check_structures(found, plan.sparsity)
+
+    def before_unit(self, unit: Unit) -> None:
+        """Find the unit's structures, and calibrate only the layers that read them."""
+        names = {layer.name for group in unit.groups for layer in group}
+        found = wanted_structures(unit.module, unit.module_name, unit.plan)
+        self.structures = [structure for structure in found if _consumers(structure) <= names]
+        wanted = {name for structure in self.structures for name in _consumers(structure)}
+        kept = [[layer for layer in group if layer.name in wanted] for group in unit.groups]
+        unit.groups = [group for group in kept if group]
+
+    def arrange(self, unit: Unit, groups: Sequence[Group]) -> Sequence[Group]:
+        names = {layer.name for group in groups for layer in group}
+        found = [structure for structure in self.structures if _consumers(structure) <= names]
+        self.arranged = [([part.layer for part in structure.consumers], structure) for structure in found]
+        return [group for group, _ in self.arranged]
+
+    def solve(self, unit: Unit, group: Group, inputs: dict[str, GroupInputs]) -> list[LayerReport]:
+        structure = next(structure for arranged, structure in self.arranged if arranged is group)
+        moments = {layer.name: inputs[layer.name].moments for layer in group}
+        return prune_structure(structure, moments, unit.plan)
+
+    def after_groups(self, unit: Unit, names: Collection[str], answers: Sequence[Any]) -> None:
+        self.restored(unit, names)
+
+    def also_changed(self, unit: Unit, names: Collection[str]) -> set[str]:
+        return {maker.layer.name for of in self.structures if _consumers(of) & set(names) for maker in of.makers}
+
+    def restored(self, unit: Unit, names: Collection[str]) -> None:
+        for structure in self.structures:
+            if _consumers(structure) <= set(names):
+                structure.mask(structure.masked())
+
+
+def _consumers(structure: Structure) -> set[str]:
+    return {part.layer.name for part in structure.consumers}

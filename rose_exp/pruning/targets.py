@@ -1,15 +1,23 @@
-"""Finding the layers whose output a block adds to the hidden states, from the block's outputs."""
+"""Regression targets: the dense model's hidden states alongside those of the pruned model, and the layers they concern."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models import LinearLayer
+from .component import Component
+
+if TYPE_CHECKING:
+    from .blocks import BlockPruner, BlockUnit
+    from .collect import Calibration, GroupInputs
+    from .context import PruneContext
+    from .plan import PruningPlan
 
 NEAR = 1e-3  # relative tolerance; at least four times the dtype's epsilon
 
@@ -53,3 +61,28 @@ def _in_place(answers: dict[str, Tensor], name: str):
         return torch.zeros_like(output) if noise is None else noise.view(output.shape)
 
     return hook
+
+
+class RegressionTargets(Component):
+    """Collects cross moments with the dense model's inputs, from which the plan's regression target is computed."""
+
+    def __init__(self):
+        self.pruner: BlockPruner | None = None
+        self.dense_block: nn.Module | None = None
+
+    @classmethod
+    def create(cls, plan: PruningPlan, context: PruneContext) -> RegressionTargets | None:
+        return cls() if plan.target else None
+
+    def before_model(self, pruner: BlockPruner) -> None:
+        self.pruner = pruner
+        pruner.dense = pruner.hidden.copy(pruner.folder / "dense")
+
+    def before_unit(self, unit: BlockUnit) -> None:
+        self.dense_block = copy.deepcopy(unit.module) if unit.plan.true_sequential else unit.module
+
+    def collect(self, unit: BlockUnit, calibration: Calibration) -> list[GroupInputs]:
+        return unit.collector.pairs(calibration, self.pruner.hidden, self.pruner.dense, self.dense_block)
+
+    def after_unit(self, unit: BlockUnit) -> None:
+        self.dense_block = None

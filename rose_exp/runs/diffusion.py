@@ -1,11 +1,11 @@
-"""The stages of a diffusion model's run, for :func:`rose_exp.runs.language.run_experiment`."""
+"""The run of a diffusion model."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,18 @@ from ..diffusion.denoiser import Unit, candidate_layers, find_units, split_into_
 from ..diffusion.images import Distances, OnBatch, Rendering, render
 from ..diffusion.loading import load_pipeline, save_pipeline
 from ..diffusion.narrowed import key_of, remove_masked
-from ..diffusion.packages import DenoiserWalk
+from ..diffusion.packages import PackagePruner
 from ..diffusion.sampling import Sampler, noise_seeds
 from ..diffusion.scores import load_scores
 from ..diffusion.sheet import draw_sheet
-from ..engine.groups import Structured
-from ..engine.weighting import step_weights
 from ..models import LinearLayer, Structure
-from ..pruning import RunState, chosen, events, saved_and_total
+from ..pruning import LayerReport, PruneContext, chosen, saved_and_total
 from ..pruning.plan import check_patterns
-from ..pruning.structured import check_structures, wanted_structures
-from ..report.figures import FOLDER, SHEET, draw_figures
+from ..pruning.structured import wanted_structures
+from ..report.figures import FOLDER, SHEET
 from ..runtime.errors import RoseExpError
-from ..runtime.fingerprint import code_sha256, folder_bytes
-from ..runtime.ranks import Ranks
-from ..settings.schema import Settings
-from ..tracking import Guarded, RunRecord, Stopwatch, environment
-from ..tracking.record import library_versions
-from .identity import identifying
-from .preparation import at_most, find_device, pruning_plan, resolved_backend
+from .preparation import at_most, pruning_plan
+from .run import Run
 
 log = logging.getLogger(__name__)
 
@@ -43,30 +36,25 @@ EVALUATION_NOISE = 24432  # seed of the noise for evaluation, independent of the
 LIBRARIES = ("diffusers", "torchmetrics")
 
 
-class DiffusionRun:
-    """The stages of a diffusion model's run, and the data that they share."""
+class DiffusionRun(Run):
+    """The run of a diffusion pipeline."""
 
-    def __init__(self, settings: Settings, record: RunRecord, folder: Path, ranks: Ranks, tracker: Guarded):
-        if ranks.size > 1:
-            raise RoseExpError(f"torchrun: expected one process for a diffusion model, got {ranks.size}")
-        self.settings, self.record, self.folder, self.tracker = settings, record, folder, tracker
-        self.watch = Stopwatch(record.data["seconds"])
-        self.protocol = record.data["protocol"]
-        self.device = find_device(settings.device, ranks)
-        self.state: RunState | None = None
+    libraries = LIBRARIES
+    resume = "recompute"  # the state holds pruned layers only
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        if self.ranks.size > 1:
+            raise RoseExpError(f"torchrun: expected one process for a diffusion model, got {self.ranks.size}")
         self.dense: Rendering | None = None
         self.distances: Distances | None = None
         self.structures: list[Structure] = []
 
-    def prepare(self, stack: ExitStack) -> None:
+    def read_inputs(self, stack: ExitStack) -> None:
         """Read the prompts and load the image metrics, so that errors show up early."""
         settings, images = self.settings, self.settings.evaluation.images
-        self.protocol |= {"seed": settings.seed, "ranks": 1} | environment(self.device)
-        self.protocol["versions"] |= library_versions(LIBRARIES)
-        self.protocol["backend"] = resolved_backend(settings, self.device) if settings.pruned else None
         self.protocol |= {"calibration": None, "evaluation": {}, "images": None}
-        torch.manual_seed(settings.seed)
-        self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dense-", dir=self.folder)))
+        self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dense-", dir=self.folder.root)))
         with self.watch.stage("texts"):
             self.prompts: Prompts | None = None
             if settings.pruned:
@@ -80,31 +68,25 @@ class DiffusionRun:
                 self.protocol["images"] = self.evaluated.protocol | {"noise_seed": EVALUATION_NOISE} | images.fingerprints()
                 self.scores = load_scores(images, self.device)
 
-    def load(self) -> None:
-        """Load the pipeline, find its prunable layers, and load the state of an interrupted run."""
+    def load_model(self) -> None:
+        """Load the pipeline and find its prunable layers."""
         settings, sampling = self.settings, self.settings.diffusion
-        with self.watch.stage("loading"):
-            self.pipeline, self.protocol["model"] = load_pipeline(settings.model, sampling.scheduler)
-            self.pipeline.to(self.device)
-            self.sampler = Sampler(
-                self.pipeline,
-                steps=sampling.steps,
-                guidance=sampling.guidance,
-                size=sampling.size,
-                text_length=sampling.text_length,
-                batch=sampling.batch,
+        self.pipeline, self.protocol["model"] = load_pipeline(settings.model, sampling.scheduler)
+        self.pipeline.to(self.device)
+        self.sampler = Sampler(
+            self.pipeline,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            size=sampling.size,
+            text_length=sampling.text_length,
+            batch=sampling.batch,
+        )
+        if self.sampler.ignored:
+            raise RoseExpError(
+                f"diffusion: expected null for {', '.join(self.sampler.ignored)}, which {type(self.pipeline).__name__} "
+                "does not support, got a value"
             )
-            if self.sampler.ignored:
-                raise RoseExpError(
-                    f"diffusion: expected null for {', '.join(self.sampler.ignored)}, which {type(self.pipeline).__name__} "
-                    "does not support, got a value"
-                )
-            self._find_layers()
-        if settings.pruned and settings.pipeline.resume != "none":
-            self.state = RunState(self.folder / "state", self._fingerprint(), "recompute")
-            if self.state.progress.blocks:
-                self.record.data["resumed"] = self.state.progress.blocks
-        self.record.write()
+        self._find_layers()
 
     def _find_layers(self) -> None:
         denoiser, pipeline = self.sampler.denoiser, self.settings.pipeline
@@ -119,50 +101,41 @@ class DiffusionRun:
         if not self.settings.pruned:
             return
         pruned, plan = set(self.chosen), pruning_plan(self.settings)
-        if isinstance(plan.sparsity, Structured):
+        if plan.structured:
             self.structures = wanted_structures(denoiser, "", plan)
-            check_structures(self.structures, plan.sparsity)
             pruned = {part.layer.name for structure in self.structures for part in structure.consumers}
         if not pruned:
             raise RoseExpError("pipeline.layers, pipeline.skip: expected patterns that select a layer, got none")
         own = [Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in units]
         self.packages = split_into_packages([unit for unit in own if unit.groups], self.settings.diffusion.packages)
 
-    def _fingerprint(self) -> dict[str, Any]:
-        protocol = self.protocol
-        model = {name: value for name, value in protocol["model"].items() if name not in ("name", "source")}
-        own = {name: protocol[name] for name in ("versions", "device", "threads", "float32_matmul_precision", "backend")}
-        calibration = {name: protocol["calibration"][name] for name in ("sha256", "noise_sha256")}
-        return {"settings": identifying(self.settings), "model": model, "calibration": calibration, "code": code_sha256()} | own
+    def calibration_fingerprint(self) -> dict[str, str]:
+        return {name: self.protocol["calibration"][name] for name in ("sha256", "noise_sha256")}
 
-    def prune(self) -> None:
-        """Generate the dense model's images, then prune the denoiser."""
-        settings, record, sampling = self.settings, self.record, self.settings.diffusion
-        if settings.evaluation.images is not None:
-            with self.watch.stage("evaluation.dense"):
-                if "distance" in settings.evaluation.images.metrics:
-                    self.distances = Distances(self.scratch, getattr(self.pipeline, "vae", None))
-                self.dense = self._render("images of the dense model", self.distances and self.distances.keep)
-        log.info("pruning with %s, %s, %d packages", settings.label, settings.sparsity.build(), len(self.packages))
-        walk = DenoiserWalk(
+    def before_pruning(self) -> None:
+        """Generate the dense model's images."""
+        images = self.settings.evaluation.images
+        if images is None:
+            return
+        with self.watch.stage("evaluation.dense"):
+            if "distance" in images.metrics:
+                self.distances = Distances(self.scratch, getattr(self.pipeline, "vae", None))
+            self.dense = self._render("images of the dense model", self.distances and self.distances.keep)
+
+    def prune_layers(self, context: PruneContext) -> Sequence[LayerReport]:
+        pruner = PackagePruner(
             self.sampler,
             self.layers,
             self.packages,
-            pruning_plan(settings),
+            pruning_plan(self.settings),
             self.prompts.texts if self.sampler.conditioned else [""] * len(self.prompts.texts),
             self.seeds,
-            lambda step, steps: step_weights(steps, sampling.weighting, sampling.alpha_min, sampling.alpha_max)[step],
-            self.structures,
-            self.state,
-            lambda step, report: self.tracker.tell("layer", step, report.as_dict()),
+            lambda step, steps: self.settings.diffusion.weights(steps)[step],
+            context,
         )
-        with self.watch.stage("pruning"):
-            reports = walk.prune()
-        self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in walk.seconds.items()}
-        record.data["packages"] = [vars(package) for package in walk.facts]
-        engine = settings.engine
-        found = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
-        record.pruned([report.as_dict() for report in reports], found, settings.reorder.build() is not None)
+        reports = pruner.run()
+        self.record.data["packages"] = [vars(package) for package in pruner.facts]
+        return reports
 
     def _render(self, what: str, on_batch: OnBatch | None) -> Rendering:
         prompts = self.evaluated.texts
@@ -176,7 +149,7 @@ class DiffusionRun:
         record.data["metrics"]["sparsity"] = saved / total
         before = sum(p.numel() for p in self.sampler.denoiser.parameters())
         if settings.pruned and self.structures:
-            sparsity = settings.sparsity.build()
+            sparsity = settings.sparsity.parsed
             remove_masked(self.pipeline, {key_of(of): sparsity.count(of.groups) for of in self.structures})
         record.data["parameters"] = {"dense": before, "pruned": sum(p.numel() for p in self.sampler.denoiser.parameters())}
         if settings.evaluation.images is None:
@@ -207,24 +180,13 @@ class DiffusionRun:
         count = min(self.settings.evaluation.images.sheet, len(pruned.images))
         if not self.settings.figures.draw or not count or self.dense is None:
             return
-        label = f"{self.settings.label}, {self.settings.sparsity.build()}"
-        path = self.folder / FOLDER / SHEET
+        label = f"{self.settings.label}, {self.settings.sparsity.parsed}"
+        path = self.folder.root / FOLDER / SHEET
         draw_sheet(self.dense.images[:count], pruned.images[:count], self.evaluated.texts[:count], label, path)
         self.tracker.tell("figure", "contact_sheet", path)
 
-    def finish(self) -> None:
-        """Save the pipeline, log the results and draw the figures."""
-        settings, record = self.settings, self.record
-        if settings.save:
-            with self.watch.stage("saving"):
-                log.info("saved the pipeline to %s", save_pipeline(self.pipeline, self.folder / "model"))
-        model = self.folder / "model"
-        record.data["peak_disk_bytes"] = (self.state.peak_bytes if self.state is not None else 0) + (
-            folder_bytes(model) if model.exists() else 0
-        )
-        self.tracker.tell("results", record.data["metrics"], record.data["layers"])
-        if settings.figures.draw:
-            for name, path in draw_figures(record.data, self.folder).items():
-                self.tracker.tell("figure", name, path)
+    def save(self, place: Path) -> Path:
+        return save_pipeline(self.pipeline, place)
+
+    def release(self) -> None:
         del self.pipeline, self.sampler
-        gc.collect()

@@ -16,14 +16,12 @@ from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
 from ..settings.schema import Settings
 from ..tracking import Identity, read_record
-from ..tracking.record import FILE_NAME
+from .folder import RunFolder
 from .identity import run_id
-from .language import STATE, run_experiment
-from .reuse import MODEL, lacking, supplement
+from .reuse import lacking, supplement
+from .run import run_experiment
 
 log = logging.getLogger(__name__)
-
-LOCK = ".lock"
 
 
 def do_run(
@@ -53,7 +51,7 @@ def do_run(
         earlier = ranks.gather(_reusable(settings, folder) if ranks.first else None)[0]
         if earlier is None:
             return run_experiment(settings, dict(config), folder, identity, first_block)
-        log.info("%s is finished already: %s", settings.label, folder / FILE_NAME)
+        log.info("%s is finished already: %s", settings.label, RunFolder(folder).record)
         return supplement(earlier, settings, config, folder, identity) if ranks.first else earlier
 
 
@@ -65,10 +63,12 @@ def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
     Raises:
         RoseExpError: the folder contains another run, or a model of unknown origin.
     """
-    path = folder / FILE_NAME
+    own_folder = RunFolder(folder)
+    path = own_folder.record
     if not path.exists():
-        if settings.save and (folder / MODEL).exists():
-            raise RoseExpError(f"hydra.run.dir: expected a folder without {MODEL}, to which save=true writes, got {folder}")
+        if settings.save and own_folder.model.exists():
+            name = own_folder.model.name
+            raise RoseExpError(f"hydra.run.dir: expected a folder without {name}, to which save=true writes, got {folder}")
         return None
     record, own = read_record(path), run_id(settings)
     if record.get("run_id") != own:
@@ -81,14 +81,14 @@ def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
         if not missing:
             return record
         log.info("%s is finished, but without %s: running it again", settings.label, ", ".join(missing))
-    in_the_way = ([STATE] if settings.rerun else []) + ([MODEL] if settings.rerun or settings.save else [])
-    for name in in_the_way:
+    obsolete = ([own_folder.state] if settings.rerun else []) + ([own_folder.model] if settings.rerun or settings.save else [])
+    for place in obsolete:
         try:
-            shutil.rmtree(folder / name)
+            shutil.rmtree(place)
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise RoseExpError(f"cannot remove {folder / name}: {error.strerror or error}") from error
+            raise RoseExpError(f"cannot remove {place}: {error.strerror or error}") from error
     return None
 
 
@@ -98,7 +98,7 @@ def _locked(folder: Path, wait: bool, ranks: Ranks) -> Iterator[None]:
     if not ranks.first:
         yield
         return
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(RunFolder(folder).lock)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:

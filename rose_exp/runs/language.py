@@ -1,10 +1,9 @@
-"""Runs one experiment: reads texts, loads the model, prunes, evaluates and saves it, and writes the run record."""
+"""The run of a language model."""
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Windows
-from ..engine import Structured
 from ..evaluation import perplexity, speed
 from ..evaluation.zero_shot import Tasks, prepared
 from ..evaluation.zero_shot import measure as measure_zero_shot
@@ -36,133 +34,50 @@ from ..models import (
 )
 from ..pruning import (
     BlockWeights,
-    FirstBlock,
     InMemory,
+    LayerReport,
     OnDisk,
-    PassSeconds,
-    RunState,
+    PruneContext,
     answers_by_blocks,
     check_decoder,
     chosen,
-    events,
     loading_blocks,
     prune_model,
     saved_and_total,
 )
-from ..report.figures import draw_figures, write_study
 from ..runtime import signals as interruption
 from ..runtime.errors import RoseExpError
-from ..runtime.fingerprint import code_sha256, folder_bytes
-from ..runtime.ranks import Ranks
-from ..settings.schema import Settings
-from ..tracking import Guarded, Identity, RunRecord, Stopwatch, environment
-from .identity import identifying, run_id
 from .memory import available, check_fits
 from .preparation import (
     at_most,
     calibration_windows,
     check_window_lengths,
     evaluation_windows,
-    find_device,
-    first_key,
     pruning_plan,
-    resolved_backend,
 )
+from .run import Run
 
 log = logging.getLogger(__name__)
 
-STATE = "state"  # subfolder of an unfinished run
 
+class LanguageRun(Run):
+    """The run of a causal language model, in memory or streamed from disk."""
 
-def run_experiment(
-    settings: Settings,
-    config: dict[str, Any],
-    folder: Path,
-    identity: Identity | None = None,
-    first_block: FirstBlock | None = None,
-) -> dict[str, Any]:
-    """Run an experiment, and write ``run.json`` (and with ``save`` the model) to ``folder``.
-
-    Resumes from the state of the same run in ``folder``, if there is one.
-
-    Args:
-        config: the resolved configuration of the settings, for the record.
-        identity: the name of the run for trackers; None: its method, model and pattern.
-        first_block: the moments of the first block that the runs of a sweep share.
-    Returns:
-        The run record.
-    Raises:
-        RoseExpError: an error outside the code. The record has status ``failed`` and the error.
-        Interrupted: a signal has stopped the run. The record has status ``interrupted``; running again resumes.
-    """
-    ranks = Ranks()
-    folder = ranks.gather(folder)[0]
-    record = RunRecord(folder, config, settings.label, run_id(settings), kept=ranks.first)
-    identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.build()}")
-    tracker = Guarded(settings.tracking, record, identity, folder, settings.tags)
-    try:
-        if settings.model.kind == "diffusion":
-            from .diffusion import DiffusionRun  # requires packages that language models do not
-
-            run: _Run | DiffusionRun = DiffusionRun(settings, record, folder, ranks, tracker)
-        else:
-            run = _Run(settings, record, folder, ranks, tracker, first_block)
-        with interruption.heeded(), ExitStack() as stack:
-            run.prepare(stack)
-            run.load()
-            if settings.pruned:
-                run.prune()
-            run.measure()
-            run.finish()
-    except BaseException as error:
-        record.fail(error)
-        tracker.finish(failed=True)
-        record.write()
-        raise
-    record.finish()
-    model = folder / "model"
-    tracker.tell("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
-    tracker.finish(failed=False)
-    record.write()
-    if run.state is not None:
-        run.state.delete()
-    return record.data
-
-
-class _Run:
-    """The stages of a language model's run, and the data that they share."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        record: RunRecord,
-        folder: Path,
-        ranks: Ranks,
-        tracker: Guarded,
-        first_block: FirstBlock | None,
-    ):
-        self.settings, self.record, self.folder, self.ranks, self.tracker = settings, record, folder, ranks, tracker
-        self.first_block = first_block
-        self.watch = Stopwatch(record.data["seconds"])
-        self.protocol = record.data["protocol"]
-        self.device = find_device(settings.device, ranks)
-        zero_shot = settings.evaluation.zero_shot
-        self.zero_shot = zero_shot.model_copy(update={"limit": at_most(settings, zero_shot.limit)})
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        zero_shot = self.settings.evaluation.zero_shot
+        self.zero_shot = zero_shot.model_copy(update={"limit": at_most(self.settings, zero_shot.limit)})
         self.calibration: Windows | None = None
         self.evaluation: dict[str, Windows] = {}
         self.tasks: Tasks | None = None
         self.streamed: StreamedModel | None = None
-        self.state: RunState | None = None
 
-    def prepare(self, stack: ExitStack) -> None:
+    def read_inputs(self, stack: ExitStack) -> None:
         """Check that the run fits into memory and on disk, then read the texts."""
         settings = self.settings
-        self.protocol |= {"seed": settings.seed, "ranks": self.ranks.size} | environment(self.device)
-        self.protocol["backend"] = resolved_backend(settings, self.device) if settings.pruned else None
-        torch.manual_seed(settings.seed)
         with self.watch.stage("preflight"), self.ranks.one_by_one():
             cuda = self.device.type == "cuda"
-            there = available(self.folder, self.device)
+            there = available(self.folder.root, self.device)
             self.placed, estimate = check_fits(settings, model_shape(settings.model), cuda, there)
         self.record.data["estimate"] = estimate.as_dict() | vars(self.placed)
         with self.watch.stage("texts"), self.ranks.one_by_one():
@@ -177,78 +92,47 @@ class _Run:
         self.protocol["calibration"] = self.calibration.protocol if self.calibration else None
         self.protocol["evaluation"] = {name: windows.protocol for name, windows in self.evaluation.items()}
 
-    def load(self) -> None:
-        """Load the model, or open it for streaming from disk, and the state of an interrupted run."""
+    def load_model(self) -> None:
+        """Load the model, or open it for streaming from disk."""
         settings = self.settings
-        with self.watch.stage("loading"), self.ranks.one_by_one():
-            if self.placed.weights == "memory":
-                loaded = load_model(settings.model)
-            else:
-                log.info("streaming %s from disk, one block at a time", settings.model.name)
-                loaded, self.streamed = open_model(settings.model)
+        if self.placed.weights == "memory":
+            loaded = load_model(settings.model)
+        else:
+            log.info("streaming %s from disk, one block at a time", settings.model.name)
+            loaded, self.streamed = open_model(settings.model)
         self.model = loaded.model
         self.protocol["model"] = loaded.protocol
         for kind, detail in loaded.warnings:
             self.record.warn(kind, detail)
         check_window_lengths(settings, self.model)
-        if settings.pruned and settings.save and isinstance(settings.sparsity.build(), Structured):
+        self.blocks = self.streamed.blocks if self.streamed else find_blocks(self.model, settings.model.blocks)
+        if settings.removes and settings.save:
             if self.streamed is not None:
                 raise RoseExpError("save: expected false for structured sparsity of a model streamed from disk, got true")
-            check_removable(self.model, find_blocks(self.model, settings.model.blocks), settings.sparsity.build())
-        if settings.pruned and settings.pipeline.resume != "none":
-            self.state = RunState(self.folder / STATE, self._fingerprint(), settings.pipeline.resume, self.ranks)
-        blocks = self.streamed.blocks if self.streamed else find_blocks(self.model, settings.model.blocks)
+            check_removable(self.model, self.blocks, settings.sparsity.parsed)
+
+    def after_load(self) -> None:
         kept = self.state.block if self.state is not None else lambda _index: None
-        self.weights: BlockWeights = OnDisk(self.streamed, kept) if self.streamed else InMemory(blocks)
-        if self.state is not None and self.state.progress.blocks:
-            self.record.data["resumed"] = self.state.progress.blocks
-        if not settings.pruned:  # pruning checks this itself
+        self.weights: BlockWeights = OnDisk(self.streamed, kept) if self.streamed else InMemory(self.blocks)
+        if not self.settings.pruned:  # pruning checks this itself
             vocabulary = self.model.config.get_text_config().vocab_size
             with loading_blocks(self.weights, "cpu") if self.streamed else nullcontext():
                 check_decoder(self.model, torch.arange(vocabulary)[None])
-        self.record.write()
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """Return everything that the result depends on, for the check that a state belongs to this run."""
-        protocol = self.protocol
-        model = {name: value for name, value in protocol["model"].items() if name not in ("name", "source")}
-        names = ("versions", "device", "threads", "float32_matmul_precision", "ranks", "backend")
-        own = {name: protocol[name] for name in names}
-        calibration = protocol["calibration"]["tokens_sha256"]
-        return {"settings": identifying(self.settings), "model": model, "calibration": calibration, "code": code_sha256()} | own
+    def calibration_fingerprint(self) -> str:
+        return self.protocol["calibration"]["tokens_sha256"]
 
-    def prune(self) -> None:
-        settings, record = self.settings, self.record
-        log.info("pruning with %s, %s", settings.label, settings.sparsity.build())
-        with self.watch.stage("pruning"):
-            passes = PassSeconds()
-            reports = prune_model(
-                self.model,
-                self.calibration.tokens,
-                pruning_plan(settings),
-                self.device,
-                on_layer=lambda step, report: self.tracker.tell("layer", step, report.as_dict()),
-                ranks=self.ranks,
-                scratch=self.folder,
-                seconds=passes,
-                on_study=lambda name, found: write_study(self.folder, name, found.as_dict()),
-                first_block=self.first_block,
-                first_key=first_key(settings, self.protocol),
-                weights=self.weights,
-                state=self.state,
-            )
-        self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(passes).items()}
-        engine = settings.engine
-        found = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
-        record.pruned([report.as_dict() for report in reports], found, settings.reorder.build() is not None)
+    def prune_layers(self, context: PruneContext) -> Sequence[LayerReport]:
+        context.weights = self.weights
+        return prune_model(self.model, self.calibration.tokens, pruning_plan(self.settings), context)
 
     def measure(self) -> None:
         """Measure sparsity, then perplexity on every text, then zero-shot accuracy."""
         settings, record = self.settings, self.record
         record.data["metrics"]["sparsity"] = self._sparsity()
-        if settings.pruned and isinstance(settings.sparsity.build(), Structured) and self.streamed is None:
+        if settings.removes and self.streamed is None:
             pruned = {report["name"] for report in record.data["layers"]}
-            sparsity = settings.sparsity.build()
+            sparsity = settings.sparsity.parsed
             record.data["parameters"] = remove_masked(self.model, self.weights.blocks, sparsity, pruned, settings.save)
         whole = not self.placed.by_blocks
         if self.evaluation or self.zero_shot.tasks:
@@ -271,7 +155,7 @@ class _Run:
                 if not whole:
                     stack.enter_context(loading_blocks(self.weights, self.device))
                 wanted = self.zero_shot
-                accuracies = measure_zero_shot(self.model, self.tokenizer, self.tasks, wanted, self.folder, self.bos)
+                accuracies = measure_zero_shot(self.model, self.tokenizer, self.tasks, wanted, self.folder.root, self.bos)
             self.protocol["zero_shot"] |= accuracies.protocol
             for name, value in accuracies.values.items():
                 record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
@@ -282,7 +166,7 @@ class _Run:
         batch, place = self.settings.evaluation.batch, self.settings.pipeline.activations
         if not len(tokens):
             return []
-        return answers_by_blocks(self.model, self.weights, tokens, self.device, batch, place, self.folder, bar)
+        return answers_by_blocks(self.model, self.weights, tokens, self.device, batch, place, self.folder.root, bar)
 
     def _sparsity(self) -> float:
         """Return the fraction of parameters that need not be stored, over all layers that match the pipeline's patterns."""
@@ -296,24 +180,7 @@ class _Run:
             saved, total = saved + of_block[0], total + of_block[1]
         return saved / total
 
-    def finish(self) -> None:
-        """Save the model, measure its speed, log the results and draw the figures."""
-        settings, record = self.settings, self.record
-        if settings.save and self.ranks.first:
-            with self.watch.stage("saving"):
-                log.info("saved the model to %s", self._save(self.folder / "model"))
-        if settings.evaluation.speed is not None and self.ranks.first:
-            with self.watch.stage("speed"):
-                self._measure_speed()
-        record.data["peak_disk_bytes"] = self._peak_disk()
-        self.tracker.tell("results", record.data["metrics"], record.data["layers"])
-        if settings.figures.draw and self.ranks.first:
-            for name, path in draw_figures(record.data, self.folder).items():
-                self.tracker.tell("figure", name, path)
-        del self.model, self.weights, self.streamed
-        gc.collect()
-
-    def _save(self, place: Path) -> Path:
+    def save(self, place: Path) -> Path:
         description = None
         if self.settings.sparsity_config:
             reports = self.record.data["layers"]
@@ -326,11 +193,13 @@ class _Run:
             return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description)
         return save_model(self.model.to("cpu"), self.tokenizer, place, description)
 
-    def _peak_disk(self) -> int:
-        """Return the peak size of the run's folder in bytes, excluding activations on disk while a block is processed."""
-        state = self.state.peak_bytes if self.state is not None else 0
-        model = self.folder / "model"
-        return state + (folder_bytes(model) if model.exists() else 0)
+    def after_saving(self) -> None:
+        if self.settings.evaluation.speed is not None and self.ranks.first:
+            with self.watch.stage("speed"):
+                self._measure_speed()
+
+    def release(self) -> None:
+        del self.model, self.weights, self.streamed, self.blocks
 
     def _measure_speed(self) -> None:
         """Measure the latency of the pruned model if the hardware supports its pattern, else record the reason."""
@@ -338,7 +207,7 @@ class _Run:
         wanted = settings.evaluation.speed
         names = {layer["name"] for layer in record.data["layers"]}
         layers = [layer for layer in all_linear_layers(self.weights.blocks) if layer.name in names]
-        pattern = settings.sparsity.build() if settings.pruned else None
+        pattern = settings.sparsity.parsed if settings.pruned else None
         if self.placed.by_blocks:
             why = "the whole model does not fit on the device"
         else:

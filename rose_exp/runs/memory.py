@@ -19,6 +19,7 @@ from ..runtime.batches import at_once
 from ..runtime.errors import RoseExpError
 from ..settings.effects import acting
 from ..settings.schema import Settings
+from ..settings.section import changed
 
 LIBRARIES = 700 * 2**20  # bytes of a process that has imported everything but loaded no data
 CONTROL_GROUPS = (  # folder, limit, usage, and the reclaimable file cache within the usage
@@ -77,12 +78,12 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
         calibration = settings.calibration
         batch = at_once(settings.pipeline.batch, kind)
         passing = calibration.window * batch * shape.widest * (4 * width + 4)
-        streams = 2 if settings.target.build() else 1  # the second stream has the dense model's hidden states and layer inputs
+        streams = 2 if settings.target else 1  # the second stream has the dense model's hidden states and layer inputs
         passing *= streams
         pruning = _solving(settings, shape, passing, sums_dtype(kind, torch.float32).itemsize)
         if streams > 1 and settings.pipeline.true_sequential:
             pruning += block  # a dense copy of the block
-        copies = 2 if streams > 1 or settings.allocation.build() else 1  # the survey's copy is freed before the dense stream's
+        copies = 2 if streams > 1 or settings.allocation else 1  # the survey's copy is freed before the dense stream's
         states = copies * calibration.samples * calibration.window * shape.hidden * width
         kept = _kept_on_disk(settings, shape, states // copies * streams, width)
     measuring, texts = _measuring(settings, shape, width, kind)
@@ -112,12 +113,12 @@ def _solving(settings: Settings, shape: ModelShape, passing: int, sums: int) -> 
         groups.setdefault(layer.group, []).append((layer.rows, layer.columns))
     # attention's output projection has the width of the other projections in its module, but its own input
     moments = {name: (1 + (len(layers) > 2)) * layers[0][1] ** 2 * sums for name, layers in groups.items()}
-    if settings.target.build():  # drift has the size of the moments, plus a product with the hidden states
+    if settings.target:  # drift has the size of the moments, plus a product with the hidden states
         moments = {name: 2 * size + shape.hidden * groups[name][0][1] * sums for name, size in moments.items()}
     square, flat = METHODS[settings.method.name].working
-    if settings.refine.build():
+    if settings.refine:
         square, flat = max(square, Refine.working[0]), max(flat, Refine.working[1])
-    if settings.target.build():
+    if settings.target:
         square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their changes
     if "permutation" in acting(settings.model_dump(mode="json")):
         square += 1  # a permuted copy of the input statistics
@@ -214,7 +215,7 @@ def _changed(settings: Settings, name: str, value: Any) -> Settings:
     section, _, own = name.rpartition(".")
     if not section:
         return settings.model_copy(update={own: value})
-    return settings.model_copy(update={section: getattr(settings, section).model_copy(update={own: value})})
+    return settings.model_copy(update={section: changed(getattr(settings, section), **{own: value})})
 
 
 def available(folder: Path, device: torch.device) -> Footprint:

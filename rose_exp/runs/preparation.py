@@ -89,29 +89,19 @@ def check_window_lengths(settings: Settings, model: torch.nn.Module) -> None:
 
 def pruning_plan(settings: Settings) -> PruningPlan:
     """Return the pruning plan of the settings."""
-    method, engine, pipeline = settings.method, settings.engine, settings.pipeline
+    method = settings.method
     return PruningPlan(
-        method=method.build(),
-        methods={pattern: method.build((pattern,)) for pattern in method.layer_options},
-        sparsity=settings.sparsity.build(),
-        ordering=settings.reorder.build(),
-        block_size=engine.block_size,
-        damping=engine.damping,
-        refine=settings.refine.build(),
-        target=settings.target.build(),
-        allocation=settings.allocation.build(),
-        permute=engine.permute,
-        backend=engine.backend,
-        precision=engine.precision,
-        layers=pipeline.layers,
-        skip=pipeline.skip,
-        true_sequential=pipeline.true_sequential,
-        batch=pipeline.batch,
-        activations=pipeline.activations,
+        method.create(),
+        settings.sparsity.parsed,
+        methods={pattern: method.create((pattern,)) for pattern in method.layer_options},
+        allocation=settings.allocation,
         blocks=settings.model.blocks,
         study=settings.figures.study,
-        expert_tokens=pipeline.expert_tokens,
-        starved_experts=pipeline.starved_experts,
+        ordering=settings.reorder,
+        refine=settings.refine,
+        target=settings.target,
+        **vars(settings.engine),
+        **settings.pipeline.layer_options,
     )
 
 

@@ -19,9 +19,8 @@ from ..runtime.redaction import redacted
 from ..settings.effects import complete, effective, within
 from ..settings.schema import Settings, TrackingSettings
 from ..tracking import Guarded, Identity
-from ..tracking.record import FILE_NAME, write_atomically
-
-MODEL = "model"  # subfolder of the saved model
+from ..tracking.record import write_atomically
+from .folder import RunFolder
 
 
 def lacking(settings: Settings, record: Mapping[str, Any], folder: Path) -> list[str]:
@@ -32,7 +31,7 @@ def lacking(settings: Settings, record: Mapping[str, Any], folder: Path) -> list
         record: the record of the finished run.
         folder: the folder of the finished run.
     """
-    saved = (folder / MODEL).is_dir()
+    saved = RunFolder(folder).model.is_dir()
     followed = {
         "figures.study": _studied(settings, record, folder),
         "save": saved or not settings.save,
@@ -59,17 +58,17 @@ def supplement(
     if _tracked(settings.tracking, record):
         return record
     data = record | {"config": record["config"] | {"tracking": config["tracking"]}}
-    identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.build()}")
+    identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
     tracker = Guarded(settings.tracking, SimpleNamespace(data=data, kept=True), identity, folder, settings.tags)
     for step, layer in enumerate(record["layers"]):
         tracker.tell("layer", step, layer)
     tracker.tell("results", record["metrics"], record["layers"])
     for path in sorted((folder / FOLDER).glob("*.png")):
         tracker.tell("figure", path.stem, path)
-    model = folder / MODEL
-    tracker.tell("keep", folder / FILE_NAME, model if settings.tracking.save_model and model.exists() else None)
+    model = RunFolder(folder).model
+    tracker.tell("keep", RunFolder(folder).record, model if settings.tracking.save_model and model.exists() else None)
     tracker.finish(failed=False)
-    write_atomically(folder / FILE_NAME, redacted(json.dumps(data, indent=1, allow_nan=True)) + "\n")
+    write_atomically(RunFolder(folder).record, redacted(json.dumps(data, indent=1, allow_nan=True)) + "\n")
     return data
 
 
@@ -85,7 +84,7 @@ def _studied(settings: Settings, record: Mapping[str, Any], folder: Path) -> boo
 
 def _described(folder: Path) -> bool:
     """Return whether the saved model's configuration describes its sparsity."""
-    path = folder / MODEL / "config.json"
+    path = RunFolder(folder).model / "config.json"
     return path.is_file() and "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -37,13 +37,13 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
     if diffusion:
         for name in ("target", "allocation"):
             section = sections.get(name)
-            if section is not None and section.build():
+            if section:
                 found.append(f"{name}: expected none for a diffusion model, whose steps share all layers, got {section}")
         if sections.get("sparsity_config"):
             found.append("sparsity_config: expected false for a diffusion model, got true")
-        engine, figures = sections.get("engine"), sections.get("figures")
-        if engine is not None and engine.permute:
-            found.append("engine.permute: expected false for a diffusion model, got true")
+        pipeline, figures = sections.get("pipeline"), sections.get("figures")
+        if pipeline is not None and pipeline.permute:
+            found.append("pipeline.permute: expected false for a diffusion model, got true")
         if figures is not None and figures.study:
             found.append(f"figures.study: expected none for a diffusion model, got {figures.study}")
     return found
@@ -63,18 +63,18 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
         found.append(f"method: expected one of {', '.join(METHODS_OF_GROUPS)} with structured sparsity, got {method.name}")
     for name in ("reorder", "refine", "target", "allocation"):
         section = sections.get(name)
-        if section is not None and not section.problems(name) and section.build():
+        if section:
             found.append(f"{name}: expected none with structured sparsity, which updates the weights itself, got {section}")
-    engine, figures = sections.get("engine"), sections.get("figures")
-    if engine is not None and engine.permute:
-        found.append("engine.permute: expected false with structured sparsity, got true")
+    pipeline, figures = sections.get("pipeline"), sections.get("figures")
+    if pipeline is not None and pipeline.permute:
+        found.append("pipeline.permute: expected false with structured sparsity, got true")
     if figures is not None and figures.study:
         found.append(f"figures.study: expected none with structured sparsity, got {figures.study}")
     if method.layer_options:
         found.append(f"method.layer_options: expected none with structured sparsity, got {method.layer_options}")
     if sections.get("sparsity_config"):
         found.append("sparsity_config: expected false with structured sparsity, which leaves no zeros, got true")
-    pipeline, model = sections.get("pipeline"), sections.get("model")
+    model = sections.get("model")
     language = model is not None and model.kind == "language"
     if language and sections.get("save") and pipeline is not None and (pipeline.layers != ["*"] or pipeline.skip):
         found.append(

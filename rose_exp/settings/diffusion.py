@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from annotated_types import Ge, MultipleOf
 from pydantic import Field
 
-from ..engine.weighting import Weighting
+from ..engine.bounds import Count, NonNegative, Positive
+from ..engine.weighting import StepWeighting
 from ..runtime.errors import suggest
 from ..runtime.fingerprint import folder_sha256
-from .section import Count, Positive, Section
 from .texts import PromptSettings
 
 LIBRARIES = {  # modules that each image metric imports
@@ -21,33 +23,27 @@ LIBRARIES = {  # modules that each image metric imports
     "fid": ("torchmetrics", "torch_fidelity"),
 }
 
-Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+Pixels = Annotated[int, Ge(8), MultipleOf(8)]
 
 
-class DiffusionSettings(Section):
-    """See :class:`rose_exp.diffusion.sampling.Sampler` and :func:`rose_exp.engine.weighting.step_weights`."""
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings(StepWeighting):
+    """See :class:`rose_exp.diffusion.sampling.Sampler` for the options of sampling."""
 
     steps: Positive = 25  # denoising steps
-    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 7.0  # null: the pipeline's default
+    guidance: NonNegative | None = 7.0  # null: the pipeline's default
     height: Pixels | None = 512  # null: the pipeline's default
     width: Pixels | None = 512
     text_length: Positive | None = None  # maximum sequence length of a T5 encoder; null: the pipeline's default
     batch: Positive = 4  # batch size on a GPU; a CPU always uses 1
     scheduler: str | None = None  # a scheduler class of diffusers; null: the pipeline's own
     packages: Positive = 4  # module packages; each takes one denoising of all prompts
-    weighting: Weighting = "log_decrease"  # weights of the steps in the Hessian
-    alpha_min: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.8
-    alpha_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.2
     convolutions: bool = False  # also prune convolutions, as linear layers on patches
 
     def problems(self, where: str) -> list[str]:
-        found = []
-        if (self.height is None) != (self.width is None):
-            found.append(f"{where}.height: expected null exactly if width is null, got {self.height} and width {self.width}")
-        if self.alpha_min > self.alpha_max:
-            expected = f"at most alpha_max, {self.alpha_max:g}"
-            found.append(f"{where}.alpha_min: expected {expected}, got {self.alpha_min:g}")
-        return found
+        if (self.height is None) == (self.width is None):
+            return []
+        return [f"{where}.height: expected null exactly if width is null, got {self.height} and width {self.width}"]
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .pruning import DENSE
 from .schema import Settings
-from .section import Section
+from .section import Section, fields_of, is_section
 from .texts import text_format
 
 Mode = tuple[str, bool]
@@ -105,7 +105,7 @@ SHARES = _when(PATTERN, holds=lambda pattern: ":" not in pattern)
 STRUCTURED = _when(PATTERN, holds=lambda pattern: pattern == "structured")
 HEADS_BY_OBS = _when(PATTERN, "sparsity.heads", "method.name", holds=_removes)
 NEURONS_BY_OBS = _when(PATTERN, "sparsity.neurons", "method.name", holds=_removes)
-PERMUTED = _when(PATTERN, "engine.permute", holds=lambda pattern, permute: ":" in pattern and permute)
+PERMUTED = _when(PATTERN, "pipeline.permute", holds=lambda pattern, permute: ":" in pattern and permute)
 ORDERED = _when("reorder.columns", "reorder.blocks", holds=lambda *orders: set(orders) != {"none"})
 ALLOCATED = _when("allocation.rule", holds=lambda rule: rule != "uniform")
 BY_OUTLIERS = _when("allocation.rule", holds=lambda rule: rule == "owl")
@@ -180,16 +180,15 @@ EFFECTS: dict[str, Effect] = {
     "sparsity.neurons": Effect(PRUNED, STRUCTURED, moments=True),
     "sparsity.saliency": Effect(PRUNED, HEADS_BY_OBS, role="row"),  # a neuron has one column
     "sparsity.at_once": Effect(PRUNED, NEURONS_BY_OBS, role="row"),  # heads are removed one by one
+    "allocation": Effect(PRUNED_LANGUAGE, ALLOCATED, role="row"),
     "allocation.rule": Effect(PRUNED_LANGUAGE, role="row"),
-    "allocation.spread": Effect(PRUNED_LANGUAGE, ALLOCATED, role="row"),
     "allocation.outlier": Effect(PRUNED_LANGUAGE, BY_OUTLIERS, role="row"),
     "method.name": Effect(EVERYTHING, role="row"),
     "method.options": Effect(PRUNED, role="row"),
     "method.layer_options": Effect(PRUNED, role="row", ordered=True),  # the first pattern that matches counts
+    "reorder": Effect(PRUNED, ORDERED, role="row"),
     "reorder.columns": Effect(PRUNED, role="row"),
     "reorder.blocks": Effect(PRUNED, role="row"),
-    "reorder.threshold": Effect(PRUNED, ORDERED, role="row"),
-    "reorder.score": Effect(PRUNED, ORDERED, role="row"),
     **_source("calibration", PRUNED, "protocol.calibration.sha256", moments=True),
     "calibration.samples": Effect(PRUNED, moments=True),
     "calibration.window": Effect(PRUNED_LANGUAGE, moments=True),
@@ -221,25 +220,23 @@ EFFECTS: dict[str, Effect] = {
     "evaluation.images.sheet": Effect(NOTHING),
     "evaluation.batch": Effect(LANGUAGE, PERPLEXITY_MEASURED, metrics=("perplexity",)),
     "evaluation.at_most": Effect(EVERYTHING, MEASURED, metrics=("perplexity", *ZERO_SHOT, *IMAGES)),
-    "engine.block_size": Effect(PRUNED),
-    "engine.damping": Effect(PRUNED),
-    "engine.backend": Effect(PRUNED),
+    "engine": Effect(PRUNED),
     "engine.precision": Effect(PRUNED, moments=True),
-    "engine.permute": Effect(PRUNED_LANGUAGE, GROUPS_OF_WEIGHTS, role="row"),
+    "refine": Effect(PRUNED, REFINED, role="row"),
     "refine.steps": Effect(PRUNED, role="row"),
     "refine.tolerance": Effect(PRUNED, FITTED, role="row"),
-    "refine.damping": Effect(PRUNED, REFINED, role="row"),
     "refine.mask_iterations": Effect(PRUNED, role="row"),
     "refine.penalty": Effect(PRUNED, MASKS_CHOSEN, role="row"),
     "refine.growth": Effect(PRUNED, MASKS_CHOSEN, role="row"),
     "refine.every": Effect(PRUNED, MASKS_CHOSEN, role="row"),
     "refine.relaxation": Effect(PRUNED, MASKS_CHOSEN, role="row"),
+    "target": Effect(PRUNED_LANGUAGE, TARGETED, role="row"),
     "target.strength": Effect(PRUNED_LANGUAGE, role="row"),
     "target.residual": Effect(PRUNED_LANGUAGE, role="row"),
-    "target.damping": Effect(PRUNED_LANGUAGE, TARGETED, role="row"),
     "pipeline.layers": Effect(EVERYTHING, of_dense=SPARSITY_ALONE, moments=True, unordered=True),
     "pipeline.skip": Effect(EVERYTHING, of_dense=SPARSITY_ALONE, moments=True, unordered=True),
     "pipeline.true_sequential": Effect(PRUNED_LANGUAGE, moments=True),
+    "pipeline.permute": Effect(PRUNED_LANGUAGE, GROUPS_OF_WEIGHTS, role="row"),
     "pipeline.batch": Effect(PRUNED_LANGUAGE, moments=True),  # changes rounding on a GPU, as the other batches do
     "pipeline.activations": Effect(NOTHING),
     "pipeline.weights": Effect(NOTHING),
@@ -270,8 +267,9 @@ EFFECTS: dict[str, Effect] = {
     "plan": Effect(NOTHING),
     "rerun": Effect(NOTHING),
 }
-"""The effect of each setting. An entry covers a setting and all settings below it. A ``*`` stands for a name that the user
-chooses. No two entries cover the same setting."""
+"""The effect of each setting. An entry covers a setting and all settings below it that have no entry of their own. A ``*``
+stands for a name that the user chooses. An option class of the engine has an entry for the whole group, so that a new option
+counts wherever the group acts."""
 
 OF_ANOTHER_VERSION = Effect(EVERYTHING)  # a setting in a record that this version does not have
 
@@ -429,7 +427,7 @@ def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Sett
 
 
 def effect_of(name: str) -> Effect:
-    """Return the entry of :data:`EFFECTS` that covers a setting. In ``name``, ``*`` replaces names that the user chose.
+    """Return the nearest entry of :data:`EFFECTS` that covers a setting. In ``name``, ``*`` replaces names that the user chose.
 
     Raises:
         LookupError: no entry covers it.
@@ -468,7 +466,7 @@ class _Field:
 @cache
 def _fields(section: type[Section]) -> dict[str, _Field]:
     found = {}
-    for key, field in section.model_fields.items():
+    for key, field in fields_of(section).items():
         kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         found[key] = _Field(TypeAdapter(kind), *_inner(field.annotation), field.is_required(), default)
@@ -479,7 +477,7 @@ def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
     for kind in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
         named = get_origin(kind) is dict
         held = get_args(kind)[1] if named else kind
-        if isinstance(held, type) and issubclass(held, Section):
+        if is_section(held):
             return held, named
     return None, False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 
 from ..runtime.errors import suggest
 from ..runtime.wheels import WHEELS
+from .section import fields_of, is_section
 
 
 def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
@@ -21,22 +23,34 @@ def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
     kind, context = mistake["type"], mistake.get("ctx", {})
     if mistake["loc"][-1] in ("str", "list[str]"):  # the setting is a union of two types
         return f"{where.rpartition('.')[0]}: expected text or a list of texts, {got}"
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: no such setting, {got}{_nearest_setting(mistake['loc'], root)}"
     if kind == "missing":
         return f"{where}: expected a value, got none"
+    if kind == "value_error":  # raised by an option class, whose message starts with the field's name
+        return f"{where}.{context['error']}{_nearest_choice(str(context['error']))}"
     if kind == "literal_error":
         hint = suggest(mistake["input"], re.findall(r"'([^']+)'", context["expected"]))
         return f"{where}: expected {context['expected']}, {got}{hint}"
     bounds = {
         "greater_than_equal": "at least {ge:g}",
         "less_than_equal": "at most {le:g}",
+        "greater_than": "above {gt:g}",
+        "less_than": "below {lt:g}",
         "finite_number": "a finite number",
     }
+    if kind == "less_than" and math.isinf(context["lt"]):
+        kind = "finite_number"
     if kind in bounds:
         return f"{where}: expected {bounds[kind].format(**context)}, {got}"
     expected = mistake["msg"].removeprefix("Input should be ").split(",")[0]
     return f"{where}: expected {expected}, {got}"
+
+
+def _nearest_choice(message: str) -> str:
+    """Return a hint with the most similar of the choices in "setting: expected one of a, b, got 'c'"."""
+    found = re.fullmatch(r"\w+: expected one of (.+), got '(.+)'", message)
+    return suggest(found[2], found[1].split(", ")) if found else ""
 
 
 def _nearest_setting(location: tuple, root: type[BaseModel]) -> str:
@@ -46,10 +60,10 @@ def _nearest_setting(location: tuple, root: type[BaseModel]) -> str:
         if get_origin(section) is dict:  # ``part`` is a name that the user chooses
             section = get_args(section)[-1]
         else:
-            section = getattr(section, "model_fields", {})[part].annotation
+            section = fields_of(section)[part].annotation
             if get_origin(section) in (Union, UnionType):
                 section = get_args(section)[0]
-    return suggest(location[-1], getattr(section, "model_fields", {}))
+    return suggest(location[-1], fields_of(section) if is_section(section) else {})
 
 
 def embedded_problem(where: str, name: str | None, kind: str) -> list[str]:

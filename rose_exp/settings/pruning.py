@@ -1,51 +1,40 @@
-"""Settings of layer pruning: the groups sparsity, allocation, method, reorder, engine, refine and target."""
+"""Settings that select a sparsity pattern, a method and the layers to prune.
+
+The other settings of pruning are the engine's own option classes, such as :class:`rose_exp.engine.Refine`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from ..engine import (
-    METHODS,
-    Allocation,
-    Method,
-    Ordering,
-    Precision,
-    Refine,
-    SemiStructured,
-    Sparsity,
-    Target,
-    Unstructured,
-)
-from ..engine.groups import Saliency, Structured
-from ..engine.kernels.backends import Backend
-from ..engine.ordering import Direction
-from ..engine.scores import SCORES
+from ..engine import METHODS, Method, SemiStructured, Sparsity, Structured, Unstructured
+from ..engine.bounds import Fraction, Positive
+from ..engine.groups import GroupOptions
 from ..runtime.errors import suggest
 from .compatibility import STRUCTURED
-from .section import Count, Positive, Section
+from .section import Section
 
 DENSE = "dense"
 
 
-class SparsitySettings(Section):
-    pattern: str  # unstructured, or N:M, which prunes N of every M consecutive weights of a row
-    ratio: Annotated[float, Field(ge=0, le=1)] | None = None  # unstructured and structured only
-    heads: bool = True  # structured: remove attention heads
-    neurons: bool = True  # structured: remove FFN neurons
-    saliency: Saliency = "diagonal"  # structured, see rose_exp.engine.Structured
-    at_once: Positive = 64  # structured: neurons to remove between updates of the inverse Hessian
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsitySettings(GroupOptions):
+    """A sparsity pattern. The fields of :class:`GroupOptions` concern structured sparsity only."""
+
+    pattern: str  # unstructured, structured, or N:M, which prunes N of every M consecutive weights of a row
+    ratio: Fraction | None = None  # unstructured and structured only
 
     def problems(self, where: str) -> list[str]:
         if self.pattern in ("unstructured", STRUCTURED):
             if self.ratio is None:
                 return [f"{where}.ratio: expected a number from 0 to 1, got null"]
             try:
-                self.build()
+                _ = self.parsed
             except ValueError as error:
                 return [f"{where}.{error}"]
             return []
@@ -62,11 +51,14 @@ class SparsitySettings(Section):
             return [f"{where}.ratio: expected {expected}, got {self.ratio:g}"]
         return []
 
-    def build(self) -> Sparsity | Structured:
+    @property
+    def parsed(self) -> Sparsity | Structured:
+        """The pattern as the engine's object."""
         if self.pattern == "unstructured":
             return Unstructured(self.ratio)
         if self.pattern == STRUCTURED:
-            return Structured(self.ratio, self.heads, self.neurons, self.saliency, self.at_once)
+            options = {field.name: getattr(self, field.name) for field in dataclasses.fields(GroupOptions)}
+            return Structured(self.ratio, **options)
         return SemiStructured(*map(int, self.pattern.split(":")))
 
 
@@ -101,7 +93,7 @@ class MethodSettings(Section):
             return [f"{where}.{error}"]
         return []
 
-    def build(self, patterns: tuple[str, ...] = ()) -> Method:
+    def create(self, patterns: tuple[str, ...] = ()) -> Method:
         """Return the method with its options, overridden by the ``layer_options`` of ``patterns``."""
         options = dict(self.options)
         for pattern in patterns:
@@ -109,69 +101,43 @@ class MethodSettings(Section):
         return METHODS[self.name](**options)
 
 
-class ReorderSettings(Section):
-    """See :class:`rose_exp.engine.Ordering`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """Which layers of a model to prune, and how the model runs while they are calibrated.
 
-    columns: Direction = "none"
-    blocks: Direction = "none"
-    threshold: Annotated[float, Field(ge=0, le=1)] | None = 0.5  # null: reorder every layer
-    score: str = "wanda"
+    Args:
+        layers, skip: patterns of the full names of the layers to prune, and of layers to leave dense.
+        true_sequential: calibrate each group of layers in a block on inputs from the groups already pruned.
+        permute: for N:M patterns, permute the input channels of a layer to minimize the pattern's loss. This applies to layers
+            whose inputs come from layers that can be permuted in the same way, so it has no cost at inference.
+        batch: batch size on a GPU in windows; a CPU always uses 1.
+        activations: where to keep the hidden states of all windows between blocks.
+        expert_tokens: minimum number of calibration tokens routed to an expert; below it, the expert counts as starved.
+        starved_experts: treatment of starved experts: leave them dense, prune them by magnitude, or stop the run.
+    """
+
+    layers: list[str] = dataclasses.field(default_factory=lambda: ["*"])
+    skip: list[str] = dataclasses.field(default_factory=list)
+    true_sequential: bool = False
+    permute: bool = False
+    batch: Positive = 4
+    activations: Literal["device", "host", "disk"] = "device"
+    expert_tokens: Positive = 1
+    starved_experts: Literal["dense", "magnitude", "stop"] = "dense"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineSettings(LayerOptions):
+    weights: Literal["auto", "memory", "disk"] = "auto"  # memory: the whole model; disk: load one block at a time
+    by_blocks: bool | Literal["auto"] = "auto"  # measure perplexity one block at a time; auto: only if necessary
+    resume: Literal["activations", "recompute", "none"] = "activations"  # what an interrupted run resumes from
 
     def problems(self, where: str) -> list[str]:
-        if self.score in SCORES:
-            return []
-        return [f"{where}.score: expected one of {', '.join(SCORES)}, got {self.score!r}{suggest(self.score, SCORES)}"]
+        if self.weights == "disk" and self.resume == "none":
+            return [f"{where}.resume: expected activations or recompute with weights=disk, which keeps pruned blocks, got none"]
+        return []
 
-    def build(self) -> Ordering | None:
-        if self.columns == "none" and self.blocks == "none":
-            return None
-        return Ordering(self.columns, self.blocks, self.threshold, self.score)
-
-
-class EngineSettings(Section):
-    """See :func:`rose_exp.engine.prune_layer`."""
-
-    block_size: Positive = 128
-    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    backend: Backend = "auto"
-    precision: Precision = "float32"  # of matrix products in the Hessian, see InputMoments
-    permute: bool = False  # N:M: permute input channels to minimize the pattern's loss, where this has no cost at inference
-
-
-class AllocationSettings(Section):
-    """See :class:`rose_exp.engine.Allocation`."""
-
-    rule: Literal["uniform", "owl", "losses"] = "uniform"  # uniform: the same sparsity in every layer
-    spread: Annotated[float, Field(ge=0, le=1)] = 0.08
-    outlier: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
-
-    def build(self) -> Allocation | None:
-        return None if self.rule == "uniform" else Allocation(**self.model_dump())
-
-
-class RefineSettings(Section):
-    """See :class:`rose_exp.engine.Refine`."""
-
-    steps: Count = 0
-    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
-    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    mask_iterations: Count = 0
-    penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
-    growth: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
-    every: Positive = 4
-    relaxation: Annotated[float, Field(ge=1, lt=2)] = 1.6
-
-    def build(self) -> Refine:
-        return Refine(**self.model_dump())
-
-
-class TargetSettings(Section):
-    """See :class:`rose_exp.engine.Target`."""
-
-    strength: Annotated[float, Field(ge=0, le=1)] = 0.0
-    residual: Annotated[float, Field(ge=0, le=1)] = 0.0
-    damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-
-    def build(self) -> Target | None:
-        """Return the regression target, or None if it is the dense layer's output."""
-        return Target(**self.model_dump()) or None
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        """The fields of :class:`LayerOptions` by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(LayerOptions)}

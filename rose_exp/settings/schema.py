@@ -10,24 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from ..engine import METHODS, Ordering
+from ..engine import METHODS, Allocation, EngineOptions, Ordering, Refine, Target
+from ..engine.bounds import Count, Positive
 from ..runtime.errors import SettingsError
-from .compatibility import kind_problems, structured_problems
+from .compatibility import STRUCTURED, kind_problems, structured_problems
 from .diffusion import Built, DiffusionSettings, ImagesSettings, ModelKind
 from .messages import embedded_problem, explain, file_problem, looks_local
-from .pruning import (
-    DENSE,
-    AllocationSettings,
-    EngineSettings,
-    MethodSettings,
-    RefineSettings,
-    ReorderSettings,
-    SparsitySettings,
-    TargetSettings,
-)
-from .section import Count, Positive, Section
+from .pruning import DENSE, MethodSettings, PipelineSettings, SparsitySettings
+from .section import Section, is_section, problems_of
 from .texts import Bos, CalibrationSettings, PerplexitySettings
 
 
@@ -112,24 +104,6 @@ class EvaluationSettings(Section):
         return found + self.zero_shot.problems(f"{where}.zero_shot")
 
 
-class PipelineSettings(Section):
-    layers: list[str] = Field(["*"])  # patterns of the full names of the layers to prune
-    skip: list[str] = Field([])  # patterns of the full names of layers to leave dense
-    true_sequential: bool = False  # calibrate each group of layers in a block on inputs from the groups already pruned
-    batch: Positive = 4  # batch size on a GPU in windows; a CPU always uses 1
-    activations: Literal["device", "host", "disk"] = "device"  # where to keep the hidden states of all windows
-    weights: Literal["auto", "memory", "disk"] = "auto"  # memory: the whole model; disk: load one block at a time
-    by_blocks: bool | Literal["auto"] = "auto"  # measure perplexity one block at a time; auto: only if necessary
-    resume: Literal["activations", "recompute", "none"] = "activations"  # what an interrupted run resumes from
-    expert_tokens: Positive = 1  # minimum of calibration tokens routed to an expert; below it, the expert counts as starved
-    starved_experts: Literal["dense", "magnitude", "stop"] = "dense"  # treatment of starved experts
-
-    def problems(self, where: str) -> list[str]:
-        if self.weights == "disk" and self.resume == "none":
-            return [f"{where}.resume: expected activations or recompute with weights=disk, which keeps pruned blocks, got none"]
-        return []
-
-
 class TrackingSettings(Section):
     kind: Literal["none", "wandb", "tensorboard", "csv"] = "none"
     mode: Literal["online", "offline", "disabled"] = "offline"  # W&B only
@@ -155,14 +129,14 @@ class FiguresSettings(Section):
 class Settings(Section):
     model: ModelSettings
     sparsity: SparsitySettings
-    allocation: AllocationSettings
+    allocation: Allocation
     method: MethodSettings
-    reorder: ReorderSettings
+    reorder: Ordering
     calibration: CalibrationSettings
     evaluation: EvaluationSettings
-    engine: EngineSettings
-    refine: RefineSettings
-    target: TargetSettings
+    engine: EngineOptions
+    refine: Refine
+    target: Target
     pipeline: PipelineSettings
     diffusion: DiffusionSettings = DiffusionSettings()
     tracking: TrackingSettings
@@ -204,7 +178,7 @@ class Settings(Section):
         label = "OBS-Diff" if diffusion else label
         if not ordered:
             return label
-        ordering = self.reorder.build()
+        ordering = self.reorder
         if self.method.name == "sparsegpt" and ordering == Ordering.rose():
             return "OBS-Diff in ROSE's order" if diffusion else "ROSE"
         always = "always" if ordering.threshold is None else f"over {ordering.threshold:g}"
@@ -213,6 +187,11 @@ class Settings(Section):
     def on(self, device: str) -> Settings:
         """Return these settings with one device."""
         return self.model_copy(update={"device": device})
+
+    @property
+    def removes(self) -> bool:
+        """Whether the run removes heads and neurons, so that layers shrink."""
+        return self.pruned and self.sparsity.pattern == STRUCTURED
 
     @property
     def pruned(self) -> bool:
@@ -236,10 +215,9 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     wrong = {problem.split(".")[0].split(":")[0] for problem in problems}
     sections = {}
     for name, field in Settings.model_fields.items():
-        if name in wrong or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            continue
-        sections[name] = field.annotation.model_validate(config.get(name, {}))
-        problems += sections[name].problems(name)
+        if name not in wrong and is_section(field.annotation):
+            sections[name] = TypeAdapter(field.annotation).validate_python(config.get(name, {}))
+            problems += problems_of(sections[name], name)
     problems += _cross_problems(sections | {name: config.get(name) for name in ("save", "sparsity_config")})
     if problems:
         raise SettingsError(problems)
@@ -265,13 +243,7 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     """
     found = _order_problems(sections) + kind_problems(sections) + structured_problems(sections)
     method, refine = sections.get("method"), sections.get("refine")
-    if (
-        method is not None
-        and refine is not None
-        and refine.build()
-        and method.name in METHODS
-        and not METHODS[method.name].sparse
-    ):
+    if method is not None and refine and method.name in METHODS and not METHODS[method.name].sparse:
         found.append(
             f"refine: expected none with {method.name}, whose result is not sparse, got {refine.steps} steps and "
             f"{refine.mask_iterations} mask_iterations"
@@ -279,7 +251,7 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     tracking = sections.get("tracking")
     sparsity = sections.get("sparsity")
     allocation = sections.get("allocation")
-    if allocation is not None and allocation.build() and sparsity is not None and sparsity.pattern != "unstructured":
+    if allocation and sparsity is not None and sparsity.pattern != "unstructured":
         found.append(
             f"allocation.rule: expected uniform with pattern {sparsity.pattern}, which requires equal sparsity in every layer, "
             f"got {allocation.rule}"
@@ -293,7 +265,7 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
 
 def _order_problems(sections: Mapping[str, Any]) -> list[str]:
     method, reorder = sections.get("method"), sections.get("reorder")
-    if method is None or reorder is None or reorder.problems("reorder") or reorder.build() is None:
+    if method is None or not reorder:
         return []
     sequential = [name for name, kind in METHODS.items() if kind.sequential]
     if method.name in sequential or method.name not in (DENSE, *METHODS):

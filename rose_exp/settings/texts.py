@@ -7,9 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ..engine.bounds import Positive
 from ..runtime.errors import suggest
 from .messages import embedded_problem, file_problem
-from .section import Positive, Section
+from .section import Section
 
 PROMPTS = ("calibration_prompts", "evaluation_prompts")  # embedded sets
 

@@ -149,10 +149,14 @@ def read_record(path: Path) -> dict[str, Any]:
     return data
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return the versions, hardware and revision that a number may depend on."""
+def environment(device: torch.device, libraries: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the versions, hardware and revision that a number may depend on.
+
+    Args:
+        libraries: further libraries whose versions to include.
+    """
     return {
-        "versions": versions(),
+        "versions": versions() | library_versions(libraries),
         "revision": _git_revision(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),

@@ -72,7 +72,7 @@ def test_the_groups_are_those_of_the_settings():
 def test_rose_is_sparsegpt_with_its_order():
     rose = settings_of("method=rose")
     assert rose.method.name == "sparsegpt"
-    assert rose.reorder.build() == Ordering.rose()
+    assert rose.reorder == Ordering.rose()
     assert rose.label == "ROSE"
     assert settings_of("method=sparsegpt").label == "SparseGPT"
     assert settings_of("method=rose", "reorder=none").label == "SparseGPT"  # the order decides, not the file's name
@@ -81,15 +81,15 @@ def test_rose_is_sparsegpt_with_its_order():
 
 
 def test_patterns_build():
-    assert settings_of().sparsity.build() == Unstructured(0.5)
-    assert settings_of("sparsity=2:4").sparsity.build() == SemiStructured(2, 4)
-    assert settings_of("sparsity.pattern=3:8", "sparsity.ratio=null").sparsity.build() == SemiStructured(3, 8)
+    assert settings_of().sparsity.parsed == Unstructured(0.5)
+    assert settings_of("sparsity=2:4").sparsity.parsed == SemiStructured(2, 4)
+    assert settings_of("sparsity.pattern=3:8", "sparsity.ratio=null").sparsity.parsed == SemiStructured(3, 8)
 
 
 def test_dsnot_leaves_the_mlp_as_its_authors_do():
     method = settings_of("method=dsnot").method
-    assert method.build().max_cycles == 50
-    assert method.build(("*mlp*",)).max_cycles == 0
+    assert method.create().max_cycles == 50
+    assert method.create(("*mlp*",)).max_cycles == 0
 
 
 def test_all_mistakes_are_told_together():
@@ -133,7 +133,7 @@ def test_all_mistakes_are_told_together():
             "allocation.rule: expected uniform with pattern 2:4, which requires equal sparsity in every",
         ),
         ("method=rose_plus sparsity=2:4 allocation=losses", "allocation.rule: expected uniform with pattern 2:4"),
-        ("refine=masks refine.relaxation=2", "refine.relaxation: expected less than 2, got 2"),
+        ("refine=masks refine.relaxation=2", "refine.relaxation: expected below 2, got 2"),
         ("method=oats refine=least_squares", "refine: expected none with oats, whose result is not sparse, got 8"),
         ("reorder.score=wnda", "reorder.score: expected one of magnitude, obs, wanda, got 'wnda'; did you mean 'wanda'?"),
         (

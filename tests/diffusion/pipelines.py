@@ -7,11 +7,11 @@ from functools import cache
 import torch
 
 from rose_exp.diffusion import Sampler, candidate_layers, find_units, noise_seeds, split_into_packages
-from rose_exp.diffusion.packages import DenoiserWalk
+from rose_exp.diffusion.packages import PackagePruner
 from rose_exp.diffusion.small import PIPELINES, small_pipeline
 from rose_exp.engine import SparseGPT, Unstructured
-from rose_exp.engine.weighting import step_weights
-from rose_exp.pruning import PruningPlan
+from rose_exp.engine.weighting import StepWeighting
+from rose_exp.pruning import PruneContext, PruningPlan
 
 NAMES = tuple(PIPELINES)
 PROMPTS = ["a red fox", "two boats", "a cat on a wall"]
@@ -40,14 +40,14 @@ def units_of(name: str):
         return find_units(of.denoiser, of.first_call("a photograph"), layers)
 
 
-def walk(name: str, count: int = 2, sparsity=None, method=None, of: Sampler | None = None, **options) -> DenoiserWalk:
+def walk(name: str, count: int = 2, sparsity=None, method=None, of: Sampler | None = None, **options) -> PackagePruner:
     of = of or sampler(name)
     layers = {layer.name: layer for layer in candidate_layers(of.denoiser, convolutions=name == "ddpm")}
     known = {name for unit in units_of(name) for name in unit.names}
-    own = {key: options.pop(key) for key in ("structures", "state", "on_layer") if key in options}
+    own = {key: options.pop(key) for key in ("state", "on_layer") if key in options}
+    weights = options.pop("weights", lambda step, steps: StepWeighting().weights(steps)[step])
     plan = PruningPlan(method or SparseGPT(), sparsity or Unstructured(0.5), **({"block_size": 16} | options))
-    weights = own.pop("weights", lambda step, steps: step_weights(steps)[step])
-    return DenoiserWalk(
+    return PackagePruner(
         of,
         {name: layer for name, layer in layers.items() if name in known},
         split_into_packages(units_of(name), count),
@@ -55,5 +55,5 @@ def walk(name: str, count: int = 2, sparsity=None, method=None, of: Sampler | No
         PROMPTS,
         noise_seeds(0, len(PROMPTS)),
         weights,
-        **own,
+        PruneContext(**own),
     )

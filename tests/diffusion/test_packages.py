@@ -7,13 +7,18 @@ import torch
 
 from rose_exp.diffusion import noise_seeds
 from rose_exp.engine import DSnoT, InputMoments, Magnitude, Ordering, SemiStructured, Unstructured, Wanda, prune_layer
-from rose_exp.engine.weighting import step_weights
+from rose_exp.engine.weighting import StepWeighting
 from rose_exp.pruning import RunState
+from rose_exp.pruning.collect import Clock
 from rose_exp.runtime import signals as interruption
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.signals import Interrupted
 
 from .pipelines import NAMES, PROMPTS, STEPS, images, sampler, units_of, walk
+
+
+def moments_of(of, groups) -> list[InputMoments]:
+    return of.collect_moments([[of.layers[name] for name in group] for group in groups], "collecting", Clock("cpu"))
 
 
 def weights_of(of) -> dict[str, torch.Tensor]:
@@ -26,12 +31,12 @@ def test_moments_are_weighted_by_step_and_count_both_halves_of_guidance():
     seen = []
     hook = of.layers[name].module.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
     with torch.no_grad():
-        found = of._moments([(name,)], "collecting")[name]
+        (found,) = moments_of(of, [(name,)])
     hook.remove()
     assert len(seen) == len(PROMPTS) * STEPS  # on a CPU one image at a time
     expected = InputMoments(found.columns)
     for call, inputs in enumerate(seen):
-        expected.update(inputs, weight=step_weights(STEPS)[call % STEPS])
+        expected.update(inputs, weight=StepWeighting().weights(STEPS)[call % STEPS])
     torch.testing.assert_close(found.gram, expected.gram)
     assert found.weight == pytest.approx(expected.weight)
     text = seen[0].shape[1]
@@ -44,7 +49,7 @@ def test_the_batch_changes_no_bit(name):
     for batch in (1, 2, 3):
         of = walk(name, count=2)
         of.sampler.batch = batch
-        of.prune()
+        of.run()
         found.append(({name: layer.weight.clone() for name, layer in of.layers.items()}, images(of.sampler, 3)))
     for weights, pictures in found[1:]:
         assert torch.equal(pictures, found[0][1])
@@ -56,16 +61,17 @@ def test_the_first_package_is_pruned_from_the_dense_models_moments():
     group = of.packages[0][0].groups[0]
     dense = of.layers[group[1]].weight.clone()
     with torch.no_grad():
-        moments = of._moments([group], "collecting")[group[1]]
-        of._package(0)
+        (moments,) = moments_of(of, [group])
+        with of.unit(0) as unit:
+            of.prune_unit(unit)
     expected = prune_layer(dense, moments, sparsity=Unstructured(0.5), block_size=16)
     torch.testing.assert_close(of.layers[group[1]].weight, expected.weight)
 
 
 def test_later_packages_see_what_earlier_ones_have_become():
     of, blind = walk("sd3", count=2), walk("sd3", count=1)
-    of.prune()
-    blind.prune()
+    of.run()
+    blind.run()
     first, second = of.packages[0][0].names[0], of.packages[1][-1].names[0]
     torch.testing.assert_close(of.layers[first].weight, blind.layers[first].weight)
     assert not torch.equal(of.layers[second].weight, blind.layers[second].weight)
@@ -74,7 +80,7 @@ def test_later_packages_see_what_earlier_ones_have_become():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_is_pruned_and_reported(name):
     of = walk(name)
-    reports = of.prune()
+    reports = of.run()
     assert {report.name for report in reports} == set(of.layers)
     for report in reports:
         zeros = int((of.layers[report.name].weight == 0).sum())
@@ -91,7 +97,7 @@ def test_every_layer_is_pruned_and_reported(name):
 def test_baselines_prune(method):
     of = walk("sd3", method=method)
     before = weights_of(of)
-    of.prune()
+    of.run()
     for name, layer in of.layers.items():
         kept = layer.weight != 0
         assert torch.equal(layer.weight[kept], before[name][kept])  # none of them updates a weight
@@ -100,20 +106,20 @@ def test_baselines_prune(method):
 
 def test_groups_of_four_and_an_order():
     of = walk("sd3", sparsity=SemiStructured(2, 4), ordering=Ordering.rose())
-    of.prune()
+    of.run()
     for layer in of.layers.values():
         assert ((layer.weight.unflatten(1, (-1, 4)) == 0).sum(dim=2) == 2).all()
     always = walk("sd3", ordering=Ordering("descending", "descending", threshold=None))
-    assert any(report.reordered for report in always.prune())
+    assert any(report.reordered for report in always.run())
 
 
 def test_batches_change_nothing_but_rounding():
     one, three = walk("sd3", of=sampler("sd3", batch=1)), walk("sd3", of=sampler("sd3", batch=3))
     group = units_of("sd3")[5].groups
     with torch.no_grad():
-        first, second = one._moments(group, "one"), three._moments(group, "three")
-    for name, moments in first.items():
-        torch.testing.assert_close(moments.gram, second[name].gram, rtol=1e-4, atol=1e-4)
+        first, second = moments_of(one, group), moments_of(three, group)
+    for moments, others in zip(first, second, strict=True):
+        torch.testing.assert_close(moments.gram, others.gram, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(images(one.sampler), images(three.sampler), rtol=1e-4, atol=1e-4)
 
 
@@ -126,7 +132,7 @@ def test_no_two_prompts_have_the_same_noise():
 
 def test_a_walk_that_is_stopped_goes_on(tmp_path, monkeypatch):
     whole = walk("sd3", count=3)
-    whole.prune()
+    whole.run()
     state = RunState(tmp_path / "state", {"code": "a"}, "recompute")
     stopped = walk("sd3", count=3, state=state)
     first = set(stopped.packages[0][0].names)
@@ -140,7 +146,7 @@ def test_a_walk_that_is_stopped_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(interruption, "check", check)
     with pytest.raises(Interrupted):
-        stopped.prune()
+        stopped.run()
     monkeypatch.setattr(interruption, "check", real)
     told = []
     again = walk(
@@ -149,7 +155,7 @@ def test_a_walk_that_is_stopped_goes_on(tmp_path, monkeypatch):
         state=RunState(tmp_path / "state", {"code": "a"}, "recompute"),
         on_layer=lambda _number, report: told.append(report.name),
     )
-    reports = again.prune()
+    reports = again.run()
     assert first <= {report.name for report in reports}
     assert told == [report.name for report in whole.reports]
     for name, layer in again.layers.items():
@@ -161,4 +167,4 @@ def test_a_layer_that_cannot_be_pruned_is_named():
     name = units_of("sd3")[0].names[0]
     of.layers[name].module.weight.data[0, 0] = float("nan")
     with pytest.raises(RoseExpError, match=name):
-        of.prune()
+        of.run()

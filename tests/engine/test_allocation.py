@@ -95,7 +95,7 @@ def test_an_allocation_answers_for_every_layer():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("best",), "rule: expected one of owl, losses, got 'best'"),
+        (("best",), "rule: expected one of uniform, owl, losses, got 'best'"),
         (("owl", 2.0), "spread: expected a number from 0 to 1, got 2.0"),
         (("owl", 0.1, 0.0), "outlier: expected a finite number above 0, got 0.0"),
     ],

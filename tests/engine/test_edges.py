@@ -196,7 +196,7 @@ def test_a_failed_factor_says_so():
         ({"weight": torch.full((3, 5), torch.nan)}, "weight: expected finite numbers"),
         ({"block_size": 0}, "block_size: expected at least 1, got 0"),
         ({"damping": -1.0}, "damping: expected a finite number of at least 0, got -1.0"),
-        ({"refine": -1}, "refine: expected at least 0 steps, got -1"),
+        ({"refine": -1}, "steps: expected at least 0, got -1"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

@@ -9,6 +9,7 @@ from rose_exp.engine import (
     NotPositiveDefiniteError,
     Ordering,
     SemiStructured,
+    SolverOptions,
     Unstructured,
     Wanda,
     prune_layer,
@@ -28,10 +29,10 @@ def test_together_is_as_one_by_one(sparsity, ordering):
     first, inputs = layer(20, 100, columnar=True)
     weights = [first, first[:3] * torch.linspace(0.01, 1, 100), torch.randn(50, 100)]
     methods = ["sparsegpt", Wanda(), "sparsegpt"]
-    options = {"sparsity": sparsity, "ordering": ordering, "block_size": 32}
-    together = prune_layers(weights, moments_of(inputs), methods=methods, **options)
+    options = {"ordering": ordering, "block_size": 32}
+    together = prune_layers(weights, moments_of(inputs), methods=methods, sparsity=sparsity, options=SolverOptions(**options))
     for weight, method, found in zip(weights, methods, together, strict=True):
-        alone = prune_layer(weight, moments_of(inputs), method=method, **options)
+        alone = prune_layer(weight, moments_of(inputs), method=method, sparsity=sparsity, **options)
         assert torch.equal(found.weight, alone.weight)
         assert torch.equal(found.mask, alone.mask)
         assert torch.equal(found.order, alone.order)
@@ -51,8 +52,9 @@ def test_the_moments_serve_several_sparsities():
 def test_only_layers_that_failed_are_tried_again():
     """The Hessian has rank 1: undamped the sweep fails, Wanda needs no factor."""
     weight, inputs = layer(8, 16, tokens=1)
+    methods, options = ["wanda", "sparsegpt"], SolverOptions(damping=0.0)
     wanda, swept = prune_layers(
-        [weight, weight], moments_of(inputs), methods=["wanda", "sparsegpt"], sparsity=Unstructured(0.5), damping=0.0
+        [weight, weight], moments_of(inputs), methods=methods, sparsity=Unstructured(0.5), options=options
     )
     assert wanda.damping == 0
     assert swept.damping >= 1e-4

@@ -162,7 +162,7 @@ def test_dsnot_grows_the_only_pruned_weight(sign):
 
 
 def test_dsnot_options_are_checked():
-    with pytest.raises(ValueError, match="initial: expected wanda, magnitude or sparsegpt, got 'random'"):
+    with pytest.raises(ValueError, match="initial: expected one of wanda, magnitude, sparsegpt, got 'random'"):
         DSnoT(initial="random")
     with pytest.raises(ValueError, match="max_cycles: expected at least 0, got -1"):
         DSnoT(max_cycles=-1)

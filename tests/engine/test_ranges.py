@@ -18,6 +18,7 @@ from rose_exp.engine import (
     Ordering,
     Refine,
     SemiStructured,
+    SolverOptions,
     Target,
     Unstructured,
     prune_layer,
@@ -243,7 +244,7 @@ def test_a_method_that_fails_in_linear_algebra_is_tried_at_a_higher_damping():
     options = {"methods": [Fails(0.5), "sparsegpt"], "sparsity": Unstructured(0.5)}
     first, second = prune_layers([weight, weight], moments_of(inputs), **options)
     assert (first.damping, second.damping) == (1, 0.01)
-    refined = prune_layers([weight, weight], moments_of(inputs), **options, refine=3)
+    refined = prune_layers([weight, weight], moments_of(inputs), **options, options=SolverOptions(refine=Refine(3)))
     assert [result.damping for result in refined] == [1, 0.01]
     with pytest.raises(
         NotPositiveDefiniteError, match=r"of 24 columns is not positive definite at damping .*; linalg.cholesky"

@@ -73,14 +73,14 @@ def test_mistakes_are_told():
     weight, inputs, delta, missing = drifted()
     moments, drift = moments_of(inputs, torch.float64), drift_of(inputs, delta, missing)
     with pytest.raises(ValueError, match="drift: expected a drift of 12 columns for the target, got none"):
-        prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target())
+        prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(0.5, 0.5))
     with pytest.raises(ValueError, match=r"dense: expected the shape of inputs, \(..., 12\), got \(3, 11\) and \(3, 12\)"):
         drift.update(torch.zeros(3, 12), torch.zeros(3, 11))
     with pytest.raises(ValueError, match="strength: expected a number from 0 to 1, got 1.5"):
         Target(1.5)
     drift.gram[0, 0] = torch.nan
     with pytest.raises(ValueError, match="drift: expected finite numbers, got NaN or infinity"):
-        prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(), drift=drift)
+        prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(0.5, 0.5), drift=drift)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
@@ -89,10 +89,10 @@ def test_a_target_whose_factor_fails_is_rejected(method):
     weight, inputs, delta, _ = drifted()
     moments, drift = moments_of(inputs, torch.float64), drift_of(inputs, delta)
     moments.gram[0, 1] = moments.gram[1, 0] = 5 * moments.gram.diagonal().max()  # not positive semidefinite
-    (found,) = Target().of([weight], Curvature(moments, 0.01, torch.float64), drift)
+    (found,) = Target(0.5, 0.5).of([weight], Curvature(moments, 0.01, torch.float64), drift)
     assert not torch.isfinite(found).any()
     with pytest.raises(ValueError, match="target: expected finite numbers, got NaN or infinity"):
-        prune_layer(weight, moments, method=method, sparsity=Unstructured(0.5), target=Target(), drift=drift)
+        prune_layer(weight, moments, method=method, sparsity=Unstructured(0.5), target=Target(0.5, 0.5), drift=drift)
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -59,12 +59,12 @@ def test_sparse_products_are_those_of_the_zeros_stored():
     from rose_exp.engine import SparseGPT
     from rose_exp.evaluation.speed import measure
     from rose_exp.models import all_linear_layers, find_blocks
-    from rose_exp.pruning import PruningPlan, prune_model
+    from rose_exp.pruning import PruneContext, PruningPlan, prune_model
 
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).eval().half()
     tokens = torch.randint(0, 128, (4, 64))
-    prune_model(model, tokens, PruningPlan(method=SparseGPT(), sparsity=SemiStructured(2, 4)), "cuda")
+    prune_model(model, tokens, PruningPlan(method=SparseGPT(), sparsity=SemiStructured(2, 4)), PruneContext(device="cuda"))
     layers = all_linear_layers(find_blocks(model))
     before = [layer.weight.clone() for layer in layers]
     found = measure(model.cuda(), layers, tokens.cuda(), repeats=2)

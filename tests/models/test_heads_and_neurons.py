@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 import rose_exp
 from rose_exp.engine import Magnitude, SparseGPT, Structured, Unstructured
 from rose_exp.models import BlockList, check_removable, find_blocks, find_structures, remove_masked
-from rose_exp.pruning import FirstBlock, PruningPlan, RunState, prune_model
+from rose_exp.pruning import FirstBlock, PruneContext, PruningPlan, RunState, prune_model
 from rose_exp.runs.preparation import first_key
 from rose_exp.runtime.errors import RoseExpError, SettingsError
 
@@ -161,9 +161,9 @@ def test_runs_of_a_sweep_do_not_take_each_others_moments():
     shared, alone = FirstBlock(), build("llama")
     first = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2)
     second = PruningPlan(SparseGPT(), Structured(0.5), batch=2)
-    prune_model(build("llama"), tokens(), first, first_block=shared, first_key="a")
+    prune_model(build("llama"), tokens(), first, PruneContext(first_block=shared, first_key="a"))
     with pytest.raises(RuntimeError, match="cached moments belong to other layers"):
-        prune_model(build("llama"), tokens(), second, first_block=shared, first_key="a")
+        prune_model(build("llama"), tokens(), second, PruneContext(first_block=shared, first_key="a"))
     keys = {
         first_key(settings_of("method=sparsegpt", *own), {})
         for own in ([], ["sparsity=structured"], ["sparsity=structured", "sparsity.heads=false"])
@@ -178,10 +178,10 @@ def test_runs_of_a_sweep_do_not_take_each_others_moments():
         (["method=dsnot"], "method: expected one of sparsegpt, wanda, magnitude with structured sparsity, got dsnot"),
         (["method=rose"], "reorder: expected none with structured sparsity"),
         (["method=sparsegpt", "refine=masks"], "refine: expected none with structured sparsity"),
-        (["method=sparsegpt", "sparsity.ratio=1"], "sparsity.ratio: expected a number from 0 up to but not 1"),
+        (["method=sparsegpt", "sparsity.ratio=1"], "sparsity.ratio: expected a number from 0 to below 1"),
         (["method=sparsegpt", "save=true", "pipeline.skip=['*.0.*']"], "save: expected false if structured sparsity excludes"),
         (["method=sparsegpt", "save=true", "sparsity_config=true"], "sparsity_config: expected false with structured"),
-        (["method=sparsegpt", "engine.permute=true"], "engine.permute: expected false with structured sparsity"),
+        (["method=sparsegpt", "pipeline.permute=true"], "pipeline.permute: expected false with structured sparsity"),
         (["method=sparsegpt", "figures.study=['*']"], "figures.study: expected none with structured sparsity"),
         (["method=magnitude", "+method.layer_options.x={}"], "method.layer_options: expected none with structured"),
         (["method=sparsegpt", "sparsity.heads=false", "sparsity.neurons=false"], "sparsity.heads: expected true"),
@@ -203,10 +203,10 @@ def test_a_walk_that_is_stopped_goes_on(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune_model(build("llama"), tokens(), plan, state=RunState(tmp_path, {"code": "a"}), on_layer=stop)
+        prune_model(build("llama"), tokens(), plan, PruneContext(state=RunState(tmp_path, {"code": "a"}), on_layer=stop))
     state, again = RunState(tmp_path, {"code": "a"}), build("llama")
     assert state.progress.blocks == 1
-    assert len(prune_model(again, tokens(), plan, state=state)) == 2 * len(again.model.layers)
+    assert len(prune_model(again, tokens(), plan, PruneContext(state=state))) == 2 * len(again.model.layers)
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     for model in (again, whole):

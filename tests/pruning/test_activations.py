@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rose_exp.engine import Ordering, SparseGPT, Unstructured
-from rose_exp.pruning import PruningPlan, prune_model
+from rose_exp.pruning import PruneContext, PruningPlan, prune_model
 from rose_exp.pruning.activations import Activations
 from rose_exp.runtime.errors import RoseExpError
 
@@ -34,7 +34,7 @@ def test_every_place_gives_the_same_model(tmp_path):
         plan = PruningPlan(
             method=SparseGPT(), sparsity=Unstructured(0.5), ordering=Ordering.rose(), block_size=16, activations=place
         )
-        prune_model(model, tokens(), plan, scratch=tmp_path)
+        prune_model(model, tokens(), plan, PruneContext(scratch=tmp_path))
         found[place] = model.state_dict()
     for name, value in found["device"].items():
         assert torch.equal(value, found["host"][name])

@@ -12,10 +12,9 @@ from torch import nn
 from rose_exp.engine import Allocation, Refine, SemiStructured, SparseGPT, Target, Unstructured
 from rose_exp.engine.allocation import BlockSurvey, loss_histogram
 from rose_exp.models import LinearLayer, all_linear_layers, find_blocks, one_by_one, open_model
-from rose_exp.pruning import OnDisk, PruningPlan, RunState, prune_model
-from rose_exp.pruning import loop as walk
+from rose_exp.pruning import OnDisk, PruneContext, PruningPlan, RunState, prune_model
 from rose_exp.pruning.activations import Activations
-from rose_exp.pruning.allocation import BlockWatch
+from rose_exp.pruning.allocation import AllocationSurvey, BlockWatch
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.ranks import Ranks
 from rose_exp.settings.schema import ModelSettings
@@ -109,7 +108,7 @@ def test_a_run_that_is_cut_off_keeps_its_shares(tmp_path, resume, monkeypatch):
     kept = json.loads((folder / "state.json").read_text())["progress"]["shares"]
     assert set(kept) == {report["name"] for report in expected[1]}
     with monkeypatch.context() as patch:  # what is kept is not looked for again
-        patch.setattr(walk, "_survey", None)
+        patch.setattr(AllocationSurvey, "_survey", None)
         assert_equal(prune(folder, resume, allocation=ALLOCATIONS[0]), expected)
 
 
@@ -123,9 +122,9 @@ def test_on_disk_no_more_is_kept_than_two_streams_at_once(tmp_path, monkeypatch)
         return real(self, file)
 
     monkeypatch.setattr(Activations, "copy", copy)
-    options = {"allocation": ALLOCATIONS[0], "target": Target(), "activations": "disk", "batch": 2}
+    options = {"allocation": ALLOCATIONS[0], "target": Target(0.5, 0.5), "activations": "disk", "batch": 2}
     on_disk, in_memory = build("llama"), build("llama")
-    prune_model(on_disk, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), **options), scratch=tmp_path)
+    prune_model(on_disk, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), **options), PruneContext(scratch=tmp_path))
     assert there == [["hidden"], ["hidden"]]
     prune_model(in_memory, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), **options | {"activations": "device"}))
     for name, value in in_memory.state_dict().items():
@@ -134,14 +133,14 @@ def test_on_disk_no_more_is_kept_than_two_streams_at_once(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("how", [{"allocation": ALLOCATIONS[0]}, {"sparsity": SemiStructured(2, 4), "permute": True}])
 def test_a_model_that_is_read_a_block_at_a_time_ends_the_same(tmp_path, how):
-    plan = PruningPlan(**{"method": SparseGPT(), "sparsity": Unstructured(0.5), "batch": 2, "target": Target()} | how)
+    plan = PruningPlan(**{"method": SparseGPT(), "sparsity": Unstructured(0.5), "batch": 2, "target": Target(0.5, 0.5)} | how)
     whole = build("qwen2")
     whole.save_pretrained(tmp_path / "model")
     expected = untimed(prune_model(whole, tokens(), plan))
     loaded, streamed = open_model(ModelSettings(path=str(tmp_path / "model")))
     state = RunState(tmp_path / "state", FINGERPRINT)
     weights = OnDisk(streamed, state.block)
-    assert untimed(prune_model(loaded.model, tokens(), plan, weights=weights, state=state)) == expected
+    assert untimed(prune_model(loaded.model, tokens(), plan, PruneContext(weights=weights, state=state))) == expected
     for index, block in enumerate(find_blocks(whole).blocks):
         for name, value in block.state_dict().items():
             assert torch.equal(state.block(index)[name], value), name
@@ -149,7 +148,7 @@ def test_a_model_that_is_read_a_block_at_a_time_ends_the_same(tmp_path, how):
 
 def test_targets_and_allocations_go_together():
     model = build("llama")
-    options = {"allocation": ALLOCATIONS[0], "target": Target(), "refine": Refine(2, mask_iterations=3)}
+    options = {"allocation": ALLOCATIONS[0], "target": Target(0.5, 0.5), "refine": Refine(2, mask_iterations=3)}
     reports = prune_model(model, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, **options))
     total = sum(report.rows * report.columns for report in reports)
     assert round(sum(report.sparsity * report.rows * report.columns for report in reports)) == total // 2

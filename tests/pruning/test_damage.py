@@ -19,7 +19,7 @@ import torch
 import rose_exp
 from rose_exp.engine import Allocation, Target
 from rose_exp.models import open_model
-from rose_exp.pruning import OnDisk, PassSeconds, RunState, prune_model, state
+from rose_exp.pruning import OnDisk, PassSeconds, PruneContext, RunState, prune_model, state
 from rose_exp.runtime import signals as interruption
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.ranks import Ranks
@@ -66,7 +66,7 @@ def from_disk(folder: Path, on_layer=None) -> Outcome:
     of_run = RunState(folder, FINGERPRINT)
     weights = OnDisk(streamed, of_run.block)
     reports = prune_model(
-        loaded.model, tokens(), plan(), state=of_run, weights=weights, on_layer=on_layer, seconds=PassSeconds()
+        loaded.model, tokens(), plan(), PruneContext(state=of_run, weights=weights, on_layer=on_layer, seconds=PassSeconds())
     )
     found = {}
     for index in range(3):
@@ -79,7 +79,7 @@ def of_diffusion(folder: Path, on_layer=None) -> Outcome:
     options = {} if on_layer is None else {"on_layer": on_layer}
     of = pipelines.sampler("sd3", steps=1)
     walk = pipelines.walk("sd3", count=3, of=of, state=RunState(folder, FINGERPRINT, "recompute"), **options)
-    reports = walk.prune()
+    reports = walk.run()
     return {name: layer.weight.clone() for name, layer in walk.layers.items()}, untimed(reports)
 
 
@@ -354,7 +354,7 @@ def test_two_processes_end_as_if_nothing_was_damaged(tmp_path):
         from rose_exp.runtime.ranks import process_group
 
         def run(folder, on_layer=None):
-            model, ranks, of_run = build("llama"), Ranks(), plan(target=Target())
+            model, ranks, of_run = build("llama"), Ranks(), plan(target=Target(0.5, 0.5))
             kept = RunState(folder, FINGERPRINT, ranks=ranks)
             reports = prune_model(model, tokens(), of_run, ranks=ranks, state=kept, on_layer=on_layer)
             return {{name: value.clone() for name, value in model.state_dict().items()}}, untimed(reports)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rose_exp.engine import InputMoments, Unstructured
-from rose_exp.pruning import FirstBlock, PassSeconds, prune_model
+from rose_exp.pruning import FirstBlock, PassSeconds, PruneContext, prune_model
 
 from ..models.families import build, tokens
 from .test_loop import plan
@@ -32,7 +32,7 @@ def weights_after(
 ) -> tuple[list[torch.Tensor], PassSeconds]:
     model, seconds = build("llama"), PassSeconds()
     chosen = plan(sparsity=Unstructured(ratio), **options)
-    prune_model(model, windows, chosen, seconds=seconds, first_block=first_block, first_key=key)
+    prune_model(model, windows, chosen, PruneContext(seconds=seconds, first_block=first_block, first_key=key))
     return [parameter.detach() for parameter in model.parameters()], seconds
 
 

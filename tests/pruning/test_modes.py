@@ -22,6 +22,7 @@ from rose_exp.pruning import (
     InMemory,
     OnDisk,
     PassSeconds,
+    PruneContext,
     PruningPlan,
     RunState,
     answers_by_blocks,
@@ -43,8 +44,8 @@ PLANS = {
     "dsnot": {"method": METHODS["dsnot"](), "sparsity": Unstructured(0.5)},
     "alps": {"method": METHODS["alps"](), "sparsity": Unstructured(0.6)},
     "oats": {"method": METHODS["oats"](iterations=4), "sparsity": Unstructured(0.5)},
-    "refined towards the dense model": ROSE | {"refine": Refine(4, mask_iterations=6), "target": Target()},
-    "one group at a time": ROSE | {"true_sequential": True, "target": Target(residual=0.0)},
+    "refined towards the dense model": ROSE | {"refine": Refine(4, mask_iterations=6), "target": Target(0.5, 0.5)},
+    "one group at a time": ROSE | {"true_sequential": True, "target": Target(strength=0.5)},
     "owl": ROSE | {"allocation": Allocation("owl", 0.08)},
     "structured": {"method": SparseGPT(), "sparsity": Structured(0.3)},
     "permuted 2:4": ROSE | {"sparsity": SemiStructured(2, 4), "permute": True},
@@ -108,7 +109,10 @@ def run(folder: Path, settings: ModelSettings, plan: PruningPlan, mode: Mode, on
         weights = InMemory(find_blocks(loaded.model))
     model, windows = loaded.model, tokens(WINDOWS)
     reports = prune_model(
-        model, windows, plan, state=state, weights=weights, seconds=PassSeconds(), on_layer=on_layer, scratch=folder.parent
+        model,
+        windows,
+        plan,
+        PruneContext(state=state, weights=weights, seconds=PassSeconds(), on_layer=on_layer, scratch=folder.parent),
     )
     digest = hashlib.sha256()
     for index in range(len(weights.blocks.blocks)):

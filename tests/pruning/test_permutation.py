@@ -17,7 +17,7 @@ from rose_exp.engine import (
     prune_layer,
 )
 from rose_exp.models import all_linear_layers, find_blocks
-from rose_exp.pruning import PruningPlan, RunState, prune_model
+from rose_exp.pruning import PruneContext, PruningPlan, RunState, prune_model
 from rose_exp.pruning import permutation as channels
 from rose_exp.pruning.capture import probe
 from rose_exp.runtime import signals as interruption
@@ -187,9 +187,13 @@ def test_a_run_that_is_told_to_stop_goes_on(tmp_path, family, sequential, skip, 
 
     def prune(folder):
         model = with_biases(build(family))
-        options = {"refine": Refine(2, mask_iterations=2), "target": Target(), "skip": skip if family == "qwen2" else ()}
+        options = {
+            "refine": Refine(2, mask_iterations=2),
+            "target": Target(0.5, 0.5),
+            "skip": skip if family == "qwen2" else (),
+        }
         plan = PruningPlan(SparseGPT(), SemiStructured(2, 4), batch=2, permute=True, true_sequential=sequential, **options)
-        reports = prune_model(model, tokens(), plan, state=RunState(folder, FINGERPRINT, "recompute"))
+        reports = prune_model(model, tokens(), plan, PruneContext(state=RunState(folder, FINGERPRINT, "recompute")))
         return {name: value.clone() for name, value in model.state_dict().items()}, untimed(reports)
 
     expected = prune(tmp_path / "whole")

@@ -15,6 +15,7 @@ from rose_exp.engine import (
     Ordering,
     Refine,
     SemiStructured,
+    SolverOptions,
     SparseGPT,
     Structured,
     Unstructured,
@@ -24,7 +25,7 @@ from rose_exp.engine import (
 )
 from rose_exp.models import LinearLayer
 from rose_exp.pruning import LayerReport, PruningPlan, events, prune_model, saved_and_total
-from rose_exp.pruning.plan import report_of, saved_numbers
+from rose_exp.pruning.report import report_of, saved_numbers
 from rose_exp.runtime.errors import RoseExpError
 
 from ..engine.cases import layer, moments_of
@@ -61,9 +62,8 @@ def solved(**options) -> list[torch.Tensor]:
 def test_every_option_is_the_engines(name):
     layers, moments = made()
     option = {name: OPTIONS[name]}
-    expected = prune_layers(
-        [of.weight for of in layers], moments, methods=[SparseGPT()] * 2, sparsity=Unstructured(0.5), **({"refine": 0} | option)
-    )
+    weights, options = [of.weight for of in layers], SolverOptions(**option)
+    expected = prune_layers(weights, moments, methods=[SparseGPT()] * 2, sparsity=Unstructured(0.5), options=options)
     found = solved(**option)
     for weight, result in zip(found, expected, strict=True):
         assert torch.equal(weight, result.weight)

@@ -16,7 +16,7 @@ import torch
 
 from rose_exp.engine import Ordering, SparseGPT, Unstructured, prune_layers
 from rose_exp.models import open_model
-from rose_exp.pruning import OnDisk, PassSeconds, PruningPlan, RunState, capture, prune_model
+from rose_exp.pruning import OnDisk, PassSeconds, PruneContext, PruningPlan, RunState, capture, prune_model
 from rose_exp.pruning import plan as planning
 from rose_exp.runtime import signals as interruption
 from rose_exp.runtime.errors import RoseExpError
@@ -31,14 +31,14 @@ FINGERPRINT = {"settings": {"seed": 0}, "code": "a"}
 
 
 def plan(**options) -> PruningPlan:
-    return PruningPlan(SparseGPT(), Unstructured(0.5), Ordering.rose(), **({"block_size": 16, "batch": 2} | options))
+    return PruningPlan(SparseGPT(), Unstructured(0.5), ordering=Ordering.rose(), **({"block_size": 16, "batch": 2} | options))
 
 
 def prune(folder: Path, resume: str = "activations", family: str = "llama", on_layer=None, **options):
     """The model after pruning with a state in ``folder``, and its reports without times."""
     model = build(family)
     state = RunState(folder, FINGERPRINT, resume)
-    reports = prune_model(model, tokens(), plan(**options), state=state, seconds=PassSeconds(), on_layer=on_layer)
+    reports = prune_model(model, tokens(), plan(**options), PruneContext(state=state, seconds=PassSeconds(), on_layer=on_layer))
     return {name: value.clone() for name, value in model.state_dict().items()}, untimed(reports)
 
 
@@ -198,7 +198,9 @@ def test_blocks_on_disk_end_as_blocks_in_memory(tmp_path):
         loaded, streamed = open_model(settings)
         state = RunState(tmp_path / "state", FINGERPRINT)
         weights = OnDisk(streamed, state.block)
-        return weights, prune_model(loaded.model, tokens(), plan(), state=state, weights=weights, on_layer=on_layer)
+        return weights, prune_model(
+            loaded.model, tokens(), plan(), PruneContext(state=state, weights=weights, on_layer=on_layer)
+        )
 
     with pytest.raises(Cut):
         once(cut_after(1))

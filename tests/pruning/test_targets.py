@@ -65,7 +65,7 @@ def test_walking_two_models_equals_running_both_each_time(family, sequential):
     walked, slow, dense = (build(family).double() for _ in range(3))
     windows = tokens()
     options = {"target": TARGET, "true_sequential": sequential, "skip": ["*.experts.*"] if family == "mixtral" else []}
-    plan = PruningPlan(SparseGPT(), Unstructured(0.5), Ordering.rose(), batch=2, **options, **OPTIONS)
+    plan = PruningPlan(SparseGPT(), Unstructured(0.5), ordering=Ordering.rose(), batch=2, **options, **OPTIONS)
     reports = prune_model(walked, windows, plan)
     there = watched(dense, windows)
     layers = {layer.name: layer for layer in all_linear_layers(find_blocks(slow))}

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rose_exp.engine import Ordering, SemiStructured, SparseGPT, Unstructured, prune_layer
 from rose_exp.engine.study import RATIOS, study_layer
-from rose_exp.pruning import PruningPlan, prune_model
+from rose_exp.pruning import PruneContext, PruningPlan, prune_model
 from rose_exp.report.figures import draw_figures, layers_figure, orders_figure, reorderings_figure, write_study
 from rose_exp.report.terminal import show_config
 
@@ -104,7 +104,7 @@ def test_layers_by_block_and_kind():
 def test_a_run_draws_its_layers_and_what_it_studied(tmp_path):
     plan = PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.7), block_size=8, study=["*.1.*.o_proj"])
     reports = prune_model(
-        build("llama"), tokens(), plan, on_study=lambda name, found: write_study(tmp_path, name, found.as_dict())
+        build("llama"), tokens(), plan, PruneContext(on_study=lambda name, found: write_study(tmp_path, name, found.as_dict()))
     )
     drawn = draw_figures(record(reports), tmp_path)
     name = "model.layers.1.self_attn.o_proj"

@@ -1,14 +1,15 @@
 """Frozen results: small configurations whose metrics, layer reports and weights must not change.
 
-``frozen.json`` holds the results, and ``test_frozen.py`` compares them exactly. Write the file again after a change that is
-meant to alter numbers::
+Each file in ``frozen_results`` holds the results of one environment, and ``test_frozen.py`` compares those of the environment
+it runs in exactly. After a change that is meant to alter numbers, write the results again in every environment. On a new type
+of processor, write them from a commit whose results are known to be correct::
 
     python -m tests.runs.frozen --write                # all configurations
     python -m tests.runs.frozen --write rose "rose,*"  # those that match a pattern
     python -m tests.runs.frozen                        # without --write: compare
 
 Floating-point results are reproducible bit for bit only on one type of processor, with one version of each numeric library and
-with one thread. The file names that environment, and every configuration runs with one thread.
+with one thread. Each file names its environment, and every configuration runs with one thread.
 
 ``frozen_cases.py`` holds the configurations and the names of the fields.
 """
@@ -23,6 +24,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +71,7 @@ from .frozen_cases import (
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DATA = REPOSITORY.parent / "shared" / "data"
-FILE = Path(__file__).with_name("frozen.json")
+FOLDER = Path(__file__).with_name("frozen_results")
 DIGITS = 16  # hexadecimal digits of a digest, except that of the weights
 
 
@@ -330,18 +332,26 @@ def environment() -> dict[str, str]:
     return {"cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability()} | versions
 
 
-def read() -> dict[str, Any]:
-    """Return the content of ``frozen.json``: the environment, and the results by configuration."""
-    return json.loads(FILE.read_text(encoding="utf-8"))
+def file_of(facts: Mapping[str, str]) -> Path:
+    """Return the file for the processor of an environment."""
+    vendor = re.sub(r"\W.*", "", facts["cpu"].removeprefix("model name ")).lower()
+    numbers = re.findall(r"cpu family (\w+), model (\w+)", facts["cpu"])
+    return FOLDER / f"{'-'.join([vendor, *(numbers[0] if numbers else ())])}.json"
 
 
-def _write(results: Mapping[str, Mapping[str, Any]]) -> None:
+def read(file: Path) -> dict[str, Any]:
+    """Return the content of a file of results: the environment, and the results by configuration."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _write(file: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the file with one line for each part of a result, so that diffs are readable."""
     lines = ["{", f'"environment": {_text(environment())},', '"results": {']
     for number, (name, result) in enumerate(results.items()):
         parts = [f"  {json.dumps(part)}: {_text(value)}" for part, value in result.items()]
         lines += [f"{json.dumps(name)}: {{", ",\n".join(parts), "}" if number == len(results) - 1 else "},"]
-    FILE.write_text("\n".join([*lines, "}", "}"]) + "\n", encoding="utf-8")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join([*lines, "}", "}"]) + "\n", encoding="utf-8")
 
 
 def equal_weights(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -355,12 +365,13 @@ def equal_weights(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.runs.frozen", description=__doc__.partition("\n")[0])
     parser.add_argument("patterns", nargs="*", default=["*"], help="names of configurations; default: all")
-    parser.add_argument("--write", action="store_true", help="write the results to frozen.json instead of comparing them")
+    parser.add_argument("--write", action="store_true", help="write the results instead of comparing them")
     arguments = parser.parse_args()
     chosen = [name for name in NAMES if any(fnmatchcase(name, pattern) for pattern in arguments.patterns)]
-    before = read() if FILE.exists() else {"environment": environment(), "results": {}}
+    file = file_of(environment())
+    before = read(file) if file.exists() else {"environment": {}, "results": {}}
     if before["environment"] != environment() and (not arguments.write or set(chosen) != set(NAMES)):
-        print("frozen.json is of another environment:", *differences(before["environment"], environment()), sep="\n  ")
+        print(f"no results for this environment in {file}:", *differences(before["environment"], environment()), sep="\n  ")
         return 2
     results, failed = dict(before["results"]), 0
     for name in chosen:
@@ -379,8 +390,8 @@ def main() -> int:
         outcome = "differs" if different else "equal"
         print(f"{time.perf_counter() - start:5.1f} s  {name}: {outcome}", *different[:20], sep="\n    ", flush=True)
     if arguments.write:
-        _write({name: results[name] for name in NAMES if name in results})
-        print(f"wrote {FILE}, {FILE.stat().st_size} bytes")
+        _write(file, {name: results[name] for name in NAMES if name in results})
+        print(f"wrote {file}, {file.stat().st_size} bytes")
         print("equal weights:", *map(" = ".join, equal_weights(results)), sep="\n  ")
     return int(failed > 0)
 

@@ -1,7 +1,7 @@
 """The configurations of :mod:`tests.runs.frozen`, and the current names of what it reads from run records.
 
 When a setting gets another name, change the overrides. When a field of the records gets another name, change the value in the
-table of names. The names in ``frozen.json`` stay.
+table of names. The names in the files of results stay.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ LANGUAGE = {
     "allocation owl": "method=wanda allocation=owl sparsity.ratio=0.6",
     "allocation losses": f"{ORDERED} allocation=losses",
     # Engine
-    "permute": "method=wanda sparsity=2:4 engine.permute=true",
+    "permute": "method=wanda sparsity=2:4 pipeline.permute=true",
     "damping": "method=sparsegpt engine.damping=0.1 engine.block_size=48",
     "damping raised": "method=sparsegpt engine.damping=0 calibration.samples=1 calibration.window=32",
     "backend torch": f"{ORDERED} engine.backend=torch",

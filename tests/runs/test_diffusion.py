@@ -12,7 +12,7 @@ import rose_exp
 import rose_exp.diffusion
 from rose_exp.cli.command import check_command
 from rose_exp.cli.report import write_report
-from rose_exp.engine.weighting import step_weights
+from rose_exp.engine.weighting import StepWeighting
 from rose_exp.runs import diffusion as experiment
 from rose_exp.runtime.errors import RoseExpError, SettingsError
 from rose_exp.tracking.record import read_record
@@ -93,12 +93,12 @@ def test_weights_of_steps_and_packages_change_the_result_and_the_run(tmp_path):
     assert len({record["run_id"] for record in records}) == len(OTHERS)
     assert len({record["metrics"]["images.latent_mse"] for record in records}) == len(OTHERS)
     assert run(tmp_path)["ended"] == records[0]["ended"]  # done once
-    assert step_weights(3)[0] != step_weights(3)[-1]
+    assert StepWeighting().weights(3)[0] != StepWeighting().weights(3)[-1]
 
 
 def test_another_seed_is_another_noise_to_calibrate_and_the_same_to_measure(tmp_path, monkeypatch):
     measured, calibrated = [], []
-    real_render, real_walk = experiment.render, experiment.DenoiserWalk
+    real_render, real_walk = experiment.render, experiment.PackagePruner
 
     def render(of, prompts, seeds, *others):
         measured.append(list(seeds))
@@ -109,7 +109,7 @@ def test_another_seed_is_another_noise_to_calibrate_and_the_same_to_measure(tmp_
         return real_walk(of, layers, parts, plan, prompts, seeds, *others)
 
     monkeypatch.setattr(experiment, "render", render)
-    monkeypatch.setattr(experiment, "DenoiserWalk", walk)
+    monkeypatch.setattr(experiment, "PackagePruner", walk)
     first, second = run(tmp_path), run(tmp_path, "seed=1")
     assert len(measured) == 4  # the dense and the pruned model of each
     assert all(seeds == measured[0] for seeds in measured)
@@ -208,7 +208,7 @@ def test_a_report_of_several(tmp_path):
         (["diffusion.height=30"], "diffusion.height: expected"),
         (["calibration.embedded=calibration_promts"], "did you mean 'calibration_prompts'?"),
         (["evaluation.images.metrics=[distance,psnr]"], "evaluation.images.metrics: expected some of distance"),
-        (["engine.permute=true", "sparsity=2:4"], "engine.permute: expected false for a diffusion model"),
+        (["pipeline.permute=true", "sparsity=2:4"], "pipeline.permute: expected false for a diffusion model"),
         (["sparsity=2:4", "sparsity_config=true", "save=true"], "sparsity_config: expected false for a diffusion model"),
     ],
 )
@@ -238,23 +238,23 @@ def test_settings_that_a_pipeline_has_no_use_for_and_folders_that_are_none_are_t
 
 
 def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
-    from rose_exp.diffusion import packages as walk
+    from rose_exp.diffusion import packages
     from rose_exp.runtime.signals import Interrupted
 
     whole = run(tmp_path / "whole")
-    real = walk.DenoiserWalk._package
+    real = packages.PackagePruner.prune_unit
 
-    def stopping(self, index):
-        if index == 2:
+    def stopping(self, unit):
+        if unit.index == 2:
             raise Interrupted("told to stop")
-        return real(self, index)
+        return real(self, unit)
 
-    monkeypatch.setattr(walk.DenoiserWalk, "_package", stopping)
+    monkeypatch.setattr(packages.PackagePruner, "prune_unit", stopping)
     with pytest.raises(Interrupted):
         run(tmp_path / "cut")
     folder = tmp_path / "cut" / whole["run_id"]
     assert read_record(folder / "run.json")["status"] == "interrupted"
-    monkeypatch.setattr(walk.DenoiserWalk, "_package", real)
+    monkeypatch.setattr(packages.PackagePruner, "prune_unit", real)
     again = run(tmp_path / "cut")
     assert again["resumed"] == 2
     assert again["metrics"]["images.latent_mse"] == whole["metrics"]["images.latent_mse"]

@@ -17,7 +17,7 @@ from rose_exp.cli import app
 from rose_exp.cli.command import check_command
 from rose_exp.pruning import RunState
 from rose_exp.runs import language as experiment
-from rose_exp.runs.execution import LOCK
+from rose_exp.runs.folder import RunFolder
 from rose_exp.runs.reuse import lacking
 from rose_exp.runtime import signals as interruption
 from rose_exp.runtime.errors import RoseExpError, SettingsError
@@ -89,7 +89,7 @@ def test_two_at_one_run_are_told_apart(small, tmp_path):
     from rose_exp.runs.execution import do_run
 
     job = check_command(small).jobs[0]
-    with (tmp_path / LOCK).open("w") as other:  # as another process would
+    with RunFolder(tmp_path).lock.open("w") as other:  # as another process would
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(RoseExpError, match="another process is working on this run"):
             do_run(job.settings, job.config, tmp_path)

@@ -68,7 +68,7 @@ def test_options_count_where_they_act():
         "calibration.dataset=ignored",  # the embedded text stands before it
         "seed=0",
         "sparsity.ratio=0.50",
-        "engine.permute=true",  # unstructured sparsity has no groups
+        "pipeline.permute=true",  # unstructured sparsity has no groups
         "allocation.spread=0.1",  # the same share of every layer
     ],
 )
@@ -154,7 +154,7 @@ def test_equal_patterns_are_one_run():
 
 
 def test_what_has_no_effect_on_one_pattern_or_rule_has_on_another():
-    assert identity("sparsity=2:4", "engine.permute=true") != identity("sparsity=2:4")
+    assert identity("sparsity=2:4", "pipeline.permute=true") != identity("sparsity=2:4")
     assert identity("allocation=owl", "allocation.outlier=7") != identity("allocation=owl")
     assert identity("allocation=losses", "allocation.outlier=7") == identity("allocation=losses")
 

@@ -17,16 +17,16 @@ from omegaconf import OmegaConf
 from rose_exp.cli.paths import config_folder
 from rose_exp.report.conditions import SPARSITY, column_of, conditions, variant
 from rose_exp.settings.schema import Settings
-from rose_exp.settings.section import Section
+from rose_exp.settings.section import fields_of, is_section
 
 from .effects_modes import ALTERNATIVES, LANGUAGE, MODES
 
 
-def leaves(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Names and types of all settings; the user's own name of a text is ``*``."""
-    for name, field in section.model_fields.items():
+    for name, field in fields_of(section).items():
         kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        inner = [kind for kind in kinds if is_section(kind)]
         if not inner:
             yield prefix + name, field
         else:

@@ -152,7 +152,7 @@ MATTERS: dict[str, set[str]] = {
     "engine.damping": PRUNED,
     "engine.backend": PRUNED,
     "engine.precision": PRUNED,
-    "engine.permute": GROUPS_OF_WEIGHTS - {LAST},
+    "pipeline.permute": GROUPS_OF_WEIGHTS - {LAST},
     "refine.steps": PRUNED,
     "refine.tolerance": {"least squares", LAST},
     "refine.damping": {"least squares", "masks", LAST},
@@ -222,7 +222,7 @@ for _group in ("calibration", "evaluation.perplexity.*", "evaluation.images"):
 for _name in ("project", "entity", "group", "name", "job_type"):
     ALTERNATIVES[f"tracking.{_name}"] = ("other",)
 
-ROWS = ("method", "reorder", "refine", "target", "allocation", "engine.permute", "sparsity.saliency", "sparsity.at_once")
+ROWS = ("method", "reorder", "refine", "target", "allocation", "pipeline.permute", "sparsity.saliency", "sparsity.at_once")
 PLACES = ("path", "embedded", "dataset", "subset", "data_files", "revision", "split", "field", "rows")  # of texts
 
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from rose_exp.report import collect_records
-from rose_exp.runs.language import run_experiment
+from rose_exp.runs.run import run_experiment
 from rose_exp.runtime.signals import EXIT_STATUS
 from rose_exp.settings.schema import read_settings
 from rose_exp.tracking import Identity, read_record

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..bounds import AboveZero, Count, Positive
 from ..refine import conjugate_gradient
 from .base import Layer, Method, Solution, drop
 
@@ -40,20 +41,12 @@ class ALPS(Method):
 
     working = (12.0, 8.0)
 
-    penalty: float = 0.1
-    max_iterations: int = 300
-    check_every: int = 3
-    min_iterations: int = 30
-    tolerance: float = 3e-4
-    steps: int = 10
-
-    def __post_init__(self):
-        for name in ("penalty", "tolerance"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
-        for name, least in (("max_iterations", 1), ("check_every", 1), ("min_iterations", 0), ("steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+    penalty: AboveZero = 0.1
+    max_iterations: Positive = 300
+    check_every: Positive = 3
+    min_iterations: Count = 30
+    tolerance: AboveZero = 3e-4
+    steps: Count = 10
 
     def prune(self, layer: Layer) -> Solution:
         hessian, scale = layer.curvature.normalised(layer.curvature.damping)

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..bounds import check_options
 from ..curvature import Curvature
 from ..hessian import Factor
 from ..kernels.backends import Backend
@@ -125,6 +126,9 @@ class Method(ABC):
 
     Measured on a CPU; the default is the largest measured value.
     """
+
+    def __post_init__(self):
+        check_options(self)
 
     @abstractmethod
     def prune(self, layer: Layer) -> Solution: ...

@@ -9,11 +9,13 @@ regardless of the number and length of the sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from ..bounds import Count
 from ..hessian import Factor
 from ..patterns import SemiStructured
 from .base import Layer, Method, Solution, drop
@@ -35,17 +37,10 @@ class DSnoT(Method):
     """
 
     initial: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
-    max_cycles: int = 50
-    update_threshold: float = 0.1
-    variance_power: float = 1.0
+    max_cycles: Count = 50
+    update_threshold: Annotated[float, Ge(0)] = 0.1
+    variance_power: Annotated[float, Ge(0)] = 1.0
     same_sign: bool | None = None
-
-    def __post_init__(self):
-        if self.initial not in ("wanda", "magnitude", "sparsegpt"):
-            raise ValueError(f"initial: expected wanda, magnitude or sparsegpt, got {self.initial!r}")
-        for name in ("max_cycles", "update_threshold", "variance_power"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
     def prune(self, layer: Layer) -> Solution:
         metric, factor = self._initial_metric(layer)

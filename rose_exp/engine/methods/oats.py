@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+from ..bounds import Positive
 from ..patterns import Sparsity, Unstructured
 from .base import Layer, Method, Solution, drop
 
@@ -28,14 +31,8 @@ class OATS(Method):
 
     sparse = False
 
-    rank_ratio: float = 0.25
-    iterations: int = 80
-
-    def __post_init__(self):
-        if not 0 <= self.rank_ratio < 1:
-            raise ValueError(f"rank_ratio: expected at least 0 and below 1, got {self.rank_ratio}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations: expected at least 1, got {self.iterations}")
+    rank_ratio: Annotated[float, Ge(0), Lt(1)] = 0.25
+    iterations: Positive = 80
 
     def prune(self, layer: Layer) -> Solution:
         rows, columns = layer.weight.shape

@@ -1,0 +1,110 @@
+"""Every option has one type, one bound and one default, whether it is set in Python or on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, get_origin
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from pydantic_core import PydanticUndefined
+
+from rose_exp.cli.paths import config_folder
+from rose_exp.engine import Allocation, EngineOptions, Ordering, Refine, Target
+from rose_exp.runtime.errors import SettingsError
+from rose_exp.settings.effects import effect_of
+from rose_exp.settings.schema import Settings, read_settings
+from rose_exp.settings.section import fields_of, is_section
+
+OPTION_CLASSES = {"engine": EngineOptions, "reorder": Ordering, "refine": Refine, "target": Target, "allocation": Allocation}
+CHOSEN = {"model.embedded", "calibration.embedded", "sparsity.ratio"}  # values that the default configuration chooses
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+
+
+@pytest.mark.parametrize("name", OPTION_CLASSES)
+def test_the_defaults_of_an_option_class_are_those_of_the_configuration(name):
+    config = composed("method=rose")
+    assert config[name] == dataclasses.asdict(OPTION_CLASSES[name]())
+
+
+def test_the_defaults_of_the_settings_are_those_of_the_configuration():
+    pairs = dict(pairs_of(Settings, composed(), ""))
+    assert len(pairs) > 60
+    assert {name for name, (configured, default) in pairs.items() if configured != default} == CHOSEN
+
+
+def pairs_of(section: type, values: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The configured value and the default of every setting that has a default."""
+    for key, field in fields_of(section).items():
+        default = field.get_default(call_default_factory=True)
+        if is_section(field.annotation):
+            yield from pairs_of(field.annotation, values.get(key, {}), f"{prefix}{key}.")
+        elif key in values and default is not PydanticUndefined and get_origin(field.annotation) is not dict:
+            yield f"{prefix}{key}", (values[key], default)
+
+
+@pytest.mark.parametrize("name", OPTION_CLASSES)
+def test_an_unknown_option_is_refused_with_the_nearest_name(name):
+    config = composed("method=sparsegpt")
+    known = next(iter(config[name]))
+    config[name][f"{known}s"] = 1
+    with pytest.raises(SettingsError, match=rf"{name}\.{known}s: no such setting, got 1.*{known}"):
+        read_settings(config)
+
+
+def outside() -> list[tuple[str, str, float]]:
+    """A value outside each bound of each option of the engine."""
+    found = []
+    for group, options in OPTION_CLASSES.items():
+        for name, field in fields_of(options).items():
+            for bound in bounds_of(field):
+                found.append((group, name, beyond(bound)))
+            if bounds_of(field):
+                found.append((group, name, math.nan))
+    return found
+
+
+def bounds_of(field: Any) -> list[Any]:
+    inner = [bound for kind in getattr(field.annotation, "__args__", ()) for bound in getattr(kind, "__metadata__", ())]
+    return [bound for bound in [*field.metadata, *inner] if isinstance(bound, (Ge, Gt, Le, Lt))]
+
+
+def beyond(bound: Any) -> float:
+    match bound:
+        case Ge(ge=limit):
+            return limit - 1
+        case Gt(gt=limit):
+            return limit
+        case Le(le=limit):
+            return limit + 1
+        case Lt(lt=limit):
+            return limit
+    raise TypeError(bound)
+
+
+def test_bounds_are_found():
+    assert len(outside()) > 30
+
+
+@pytest.mark.parametrize(("group", "name", "value"), outside())
+def test_the_engine_and_the_settings_refuse_the_same_values(group, name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}"):
+        OPTION_CLASSES[group](**{name: value})
+    config = composed("method=sparsegpt")
+    config[group][name] = value
+    with pytest.raises(SettingsError, match=rf"{group}\.{name}: expected .*, got {value}"):
+        read_settings(config)
+
+
+@pytest.mark.parametrize("name", OPTION_CLASSES)
+def test_a_new_option_of_the_engine_counts_without_an_entry_of_its_own(name):
+    assert effect_of(f"{name}.new_option") is effect_of(name)
+    assert effect_of(name).modes
