@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..runtime import signals as interruption
-from ..runtime.batches import at_once
+from ..runtime.batches import batch_size
 from .denoiser import DenoiserCall
 
 PARTS = ("transformer", "unet")  # attributes that may hold the denoiser of a pipeline
@@ -29,7 +29,7 @@ class Sampler:
         guidance: scale of classifier-free guidance, or guidance input of a guidance-distilled model.
         size: (height, width) in pixels.
         text_length: maximum number of tokens for the T5 encoder.
-        batch: images per batch on a GPU, see :func:`rose_exp.runtime.batches.at_once`. It does not change the noise, because
+        batch: images per batch on a GPU, see :func:`rose_exp.runtime.batches.batch_size`. It does not change the noise, because
             each image has its own generator.
     """
 
@@ -72,7 +72,7 @@ class Sampler:
             Indices of the images, and the images (batch, channels, height, width), 0 to 1, or latents without ``decode``;
             float32 on the CPU.
         """
-        size = at_once(self.batch, next(self.denoiser.parameters()).device)
+        size = batch_size(self.batch, next(self.denoiser.parameters()).device)
         starts = range(0, len(prompts), size)
         bar = tqdm(starts, what, len(starts), unit="batch", disable=None)
         self.pipeline.set_progress_bar_config(disable=True)

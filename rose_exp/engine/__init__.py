@@ -16,14 +16,14 @@ from .patterns import SemiStructured, Sparsity, Unstructured
 from .products import Precision
 from .prune import PruneResult, prune_layer, prune_layers, relative_error
 from .refine import Refine
-from .targets import Drift, Target
+from .targets import CrossMoments, Target
 
 __all__ = [
     "ALPS",
     "METHODS",
     "Allocation",
+    "CrossMoments",
     "DSnoT",
-    "Drift",
     "EngineOptions",
     "InputMoments",
     "Magnitude",

@@ -68,14 +68,14 @@ class ColumnOrder:
     relative_range: Tensor
     reordered: Tensor
 
-    def widths(self, moved: bool) -> list[int]:
-        """Return the widths of the blocks in pruning order; ``moved`` says whether the columns are reordered.
+    def widths(self, reordered: bool) -> list[int]:
+        """Return the widths of the blocks in pruning order; ``reordered`` says whether the columns are reordered.
 
         Locating a narrow block after reordering synchronises the device.
         """
         whole, narrow = divmod(len(self.order), self.width)
         widths = [self.width] * whole + [narrow] * (narrow > 0)
-        return [widths[block] for block in self.block_order.tolist()] if moved and narrow else widths
+        return [widths[block] for block in self.block_order.tolist()] if reordered and narrow else widths
 
 
 @dataclass(frozen=True)

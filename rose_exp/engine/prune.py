@@ -14,7 +14,7 @@ from .curvature import Curvature
 from .errors import NOISE, exact_form, relative_error, share
 from .hessian import NotPositiveDefiniteError, dampings
 from .kernels.backends import resolve
-from .methods import METHODS, Layer, Method, Solution, settle
+from .methods import METHODS, Layer, Method, Solution, resolve_orders
 from .moments import InputMoments
 from .options import SolverOptions
 from .patterns import Sparsity
@@ -22,7 +22,7 @@ from .products import quadratic_form
 from .ranges import Extent, extents, finite, read_extents, scaled
 from .refine import Refine, Refined
 from .refine import refine as refine_layers
-from .targets import Drift
+from .targets import CrossMoments
 
 __all__ = ["PruneResult", "prune_layer", "prune_layers", "relative_error"]
 
@@ -42,8 +42,8 @@ class PruneResult:
         error: tr((W−V) H (W−V)ᵀ) / tr(W H Wᵀ) of the weight as returned; 0 if the layer's output is zero.
         target_error: the same relative to the layer's regression target, which is W unless a target is given.
         unrefined_error: ``target_error`` before refinement.
-        rechosen: number of pruned weights that were not pruned before refinement.
-        unrefined: whether refinement was rejected because it would have increased the error.
+        mask_changes: number of pruned weights that were not pruned before refinement.
+        refinement_rejected: whether refinement was rejected because it would have increased the error.
         damping: the damping that was used, as a fraction of the mean of H's diagonal; 0 for methods that invert no
             Hessian.
         dead_columns: number of dead input channels (always zero on the calibration data).
@@ -61,8 +61,8 @@ class PruneResult:
     dead_columns: int = 0
     target_error: float = 0.0
     unrefined_error: float = 0.0
-    rechosen: int = 0
-    unrefined: bool = False
+    mask_changes: int = 0
+    refinement_rejected: bool = False
     requested: float = 0.0
 
     @property
@@ -79,7 +79,7 @@ def prune_layer(
     method: str | Method = "sparsegpt",
     sparsity: Sparsity,
     refine: int | Refine | None = None,
-    drift: Drift | None = None,
+    cross_moments: CrossMoments | None = None,
     **options: Any,
 ) -> PruneResult:
     """Prune one linear layer, y = W x, from the moments of its inputs.
@@ -91,19 +91,19 @@ def prune_layer(
         method: a name of :data:`METHODS`, or a method with its own options.
         sparsity: :class:`Unstructured` or :class:`SemiStructured`.
         refine: number of least-squares steps on the final mask, or the options of post-pruning refinement.
-        drift: drift of the layer's inputs from those of the dense model; required with a target.
+        cross_moments: cross moments of the dense and the pruned model's inputs; required with a target.
         options: fields of :class:`SolverOptions`, such as ``ordering``, ``block_size``, ``damping``, ``backend`` or ``target``.
 
     Raises:
         TypeError: if an option is unknown.
-        ValueError: if an argument has the wrong kind, shape or range, a weight, moments, drift or target are not finite, or
-            inputs, a result or an error exceed the range of the precision.
+        ValueError: if an argument has the wrong kind, shape or range, a weight, moments, cross moments or a target are not
+            finite, or inputs, a result or an error exceed the range of the precision.
         NotPositiveDefiniteError: if the layer cannot be solved at any damping tried.
     """
     if isinstance(refine, int):
         refine = Refine(refine, tolerance=0)
     chosen = SolverOptions(refine=refine, **options)
-    return prune_layers([weight], moments, methods=[method], sparsity=sparsity, options=chosen, drift=drift)[0]
+    return prune_layers([weight], moments, methods=[method], sparsity=sparsity, options=chosen, cross_moments=cross_moments)[0]
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def prune_layers(
     methods: Sequence[str | Method],
     sparsity: Sparsity | Sequence[Sparsity],
     options: SolverOptions | None = None,
-    drift: Drift | None = None,
+    cross_moments: CrossMoments | None = None,
 ) -> list[PruneResult]:
     """Prune layers that share their inputs, such as the q, k and v projections of attention.
 
@@ -127,7 +127,7 @@ def prune_layers(
         methods: one method for each weight.
         sparsity: one sparsity pattern for all weights, or one for each.
         options: options of the solver; None for the defaults.
-        drift: drift of the layers' inputs from those of the dense model; required with a target.
+        cross_moments: cross moments of the dense and the pruned model's inputs; required with a target.
 
     Raises:
         ValueError, NotPositiveDefiniteError: as :func:`prune_layer`.
@@ -143,21 +143,21 @@ def prune_layers(
     chosen = [_method(method) for method in methods]
     if options.refine and not all(method.sparse for method in chosen):
         raise ValueError(f"refine: expected 0 where a low-rank part is added to the pruned weight, got {options.refine}")
-    if options.target and (drift is None or drift.columns != moments.columns):
-        got = "none" if drift is None else f"{drift.columns}"
-        raise ValueError(f"drift: expected a drift of {moments.columns} columns for the target, got {got}")
+    if options.target and (cross_moments is None or cross_moments.columns != moments.columns):
+        got = "none" if cross_moments is None else f"{cross_moments.columns}"
+        raise ValueError(f"cross_moments: expected those of {moments.columns} columns for the target, got {got}")
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, moments.dtype), torch.float32)
     options = replace(options, backend=resolve(options.backend, moments.device, dtype))
 
     curvature = Curvature(moments, options.damping, dtype)
-    problems = _problems(weights, chosen, patterns, curvature, drift, options)
+    problems = _problems(weights, chosen, patterns, curvature, cross_moments, options)
     results: list[PruneResult | None] = [None] * len(weights)
     for tried in dampings(options.damping):
         if tried != curvature.damping:
             curvature = Curvature(moments, tried, dtype)
         pending = [i for i, result in enumerate(results) if result is None]
         layers = [problems[i].layer(curvature, options) for i in pending]
-        settle(layers)
+        resolve_orders(layers)
         attempts = list(_solve([problems[i] for i in pending], layers, curvature, options))
         facts = [fact for attempt in attempts if isinstance(attempt, _Attempt) for fact in attempt.facts]
         values = iter(torch.stack(facts).tolist() if facts else [])
@@ -203,7 +203,7 @@ def _problems(
     methods: Sequence[Method],
     patterns: Sequence[Sparsity],
     curvature: Curvature,
-    drift: Drift | None,
+    cross_moments: CrossMoments | None,
     options: SolverOptions,
 ) -> list[_Problem]:
     """Return the layers to solve, after one synchronised check that all numbers are finite and in range.
@@ -212,9 +212,9 @@ def _problems(
         ValueError: if a number is not finite or exceeds the range of the precision.
     """
     dense = [weight.to(curvature.dtype) for weight in weights]
-    goals = options.target.of(dense, curvature, drift) if options.target else dense
+    goals = options.target.of(dense, curvature, cross_moments) if options.target else dense
     named = [("weight", weight) for weight in weights] + [("moments", curvature.moments.gram)]
-    named += [("drift", sums) for sums in (drift.sums if drift is not None else [])]
+    named += [("cross_moments", sums) for sums in (cross_moments.sums if cross_moments is not None else [])]
     parts = [[finite(tensor) for _, tensor in named], extents(dense, curvature)]
     parts += [[finite(goal) for goal in goals], extents(goals, curvature)] if options.target else []
     values = iter(torch.stack([fact for part in parts for fact in part]).tolist())
@@ -287,8 +287,8 @@ class _Attempt:
         total = quadratic_form(self.dense, hessian) if moved else asked
         none = torch.zeros_like(lost)
         failed = solution.factor.failed if solution.factor else none
-        rechosen, left = (none, none) if refined is None else (refined.rechosen, ~refined.taken)
-        facts = (failed, lost, total, missed, asked, before, rechosen, left, layer.order.relative_range, layer.dead.sum())
+        mask_changes, left = (none, none) if refined is None else (refined.mask_changes, ~refined.taken)
+        facts = (failed, lost, total, missed, asked, before, mask_changes, left, layer.order.relative_range, layer.dead.sum())
         self.facts = [fact.double() for fact in (*facts, finite(self.solved), finite(self.weight))]
 
     def result(self, facts: Sequence[float]) -> PruneResult | None:
@@ -297,7 +297,7 @@ class _Attempt:
         Raises:
             ValueError: if the result or its error exceeds the range of the dtype.
         """
-        failed, lost, total, missed, asked, before, rechosen, left, relative_range, dead, is_solved, fits = facts
+        failed, lost, total, missed, asked, before, mask_changes, left, relative_range, dead, is_solved, fits = facts
         inverted = bool(self.solution.factor or self.solution.damped)
         if failed or (not is_solved and inverted):
             return None
@@ -306,7 +306,7 @@ class _Attempt:
                 f"weight: the pruned layer does not fit {str(self.weight.dtype).removeprefix('torch.')}: "
                 f"largest value {self.solved.abs().max():g}"
             )
-        layer, goal, moved = self.layer, self.layer.weight, self.problem.method.sequential and bool(self.layer.moved)
+        layer, goal, moved = self.layer, self.layer.weight, self.problem.method.sequential and bool(self.layer.reordered)
         missed_share = self._share(missed, asked, goal, self.returned)
         unrefined_share = missed_share
         if self.refined is not None and not left:
@@ -324,8 +324,8 @@ class _Attempt:
             dead_columns=int(dead),
             target_error=missed_share,
             unrefined_error=unrefined_share,
-            rechosen=int(rechosen),
-            unrefined=bool(left),
+            mask_changes=int(mask_changes),
+            refinement_rejected=bool(left),
             requested=self.problem.sparsity.ratio,
         )
 

@@ -65,13 +65,13 @@ class Refined:
 
     Attributes:
         weight, mask: (rows, columns).
-        rechosen: number of weights that only the new mask prunes, a scalar int64 tensor.
+        mask_changes: number of weights that only the new mask prunes, a scalar int64 tensor.
         taken: whether the refined weight is used, a scalar bool tensor; False if refinement was rejected.
     """
 
     weight: Tensor
     mask: Tensor
-    rechosen: Tensor
+    mask_changes: Tensor
     taken: Tensor
 
 

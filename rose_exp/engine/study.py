@@ -77,8 +77,8 @@ def study_layer(
 
     def prune(ordering: Ordering | None, given: ColumnOrder | None = None) -> tuple[Tensor, Tensor]:
         """Return the relative errors of the blocks, in pruning order, and of the layer."""
-        moved = given is not None or ordering is not None
-        layer = Layer(w, curvature, sparsity, ordering, block_size, moved=moved, given=given)
+        reordered = given is not None or ordering is not None
+        layer = Layer(w, curvature, sparsity, ordering, block_size, reordered=reordered, given=given)
         solution = SparseGPT().prune(layer)
         if solution.factor.failed:
             raise NotPositiveDefiniteError(f"the Hessian of {w.shape[1]} columns cannot be factorised in every order")

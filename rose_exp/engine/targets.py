@@ -1,9 +1,9 @@
 """Regression targets that compensate for the errors of the layers pruned before.
 
 A layer of a partly pruned model receives the input x, where the dense model would give it x + δ. Asymmetric calibration, as in
-GPTAQ (Li et al., 2025), fits V x ≈ W (x + δ). A layer whose output is added to the hidden states can also correct their drift
-from h + ε to h, by fitting V x ≈ W (x + δ) + ε. The least-squares solution without a mask is the target
-T = W + (W·E[δ xᵀ] + E[ε xᵀ])·E[x xᵀ]⁻¹, which is pruned in place of W.
+GPTAQ (Li et al., 2025), fits V x ≈ W (x + δ). A layer whose output is added to the hidden states can also compensate for their
+residual ε, the dense minus the pruned hidden states, by fitting V x ≈ W (x + δ) + ε. The least-squares solution without a mask
+is the target T = W + (W·E[δ xᵀ] + E[ε xᵀ])·E[x xᵀ]⁻¹, which is pruned in place of W.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .pieces import TokenPieces
 from .products import add_product
 
 
-class Drift:
+class CrossMoments:
     """Accumulates ``δ xᵀ`` and ``ε xᵀ`` over calibration tokens.
 
     As in :class:`rose_exp.engine.InputMoments`, the sums on a CPU are bitwise independent of the split into updates.
@@ -63,13 +63,13 @@ class Drift:
         return self._residual
 
     @torch.no_grad()
-    def update(self, inputs: Tensor, dense: Tensor, missing: Tensor | None = None) -> None:
+    def update(self, inputs: Tensor, dense: Tensor, residual: Tensor | None = None) -> None:
         """Add a batch of tokens.
 
         Args:
             inputs: x, (..., columns).
             dense: x + δ, of the same shape.
-            missing: ε, (..., width), the dense minus the pruned hidden states; None leaves the sums of ε unchanged.
+            residual: ε, (..., width), the dense minus the pruned hidden states; None leaves the sums of ε unchanged.
 
         Raises:
             ValueError: if the shapes do not match.
@@ -79,12 +79,12 @@ class Drift:
                 f"dense: expected the shape of inputs, (..., {self.columns}), "
                 f"got {tuple(dense.shape)} and {tuple(inputs.shape)}"
             )
-        if missing is not None and (self.width is None or missing.shape != (*inputs.shape[:-1], self.width)):
-            raise ValueError(f"missing: expected shape {(*inputs.shape[:-1], self.width)}, got {tuple(missing.shape)}")
+        if residual is not None and (self.width is None or residual.shape != (*inputs.shape[:-1], self.width)):
+            raise ValueError(f"residual: expected shape {(*inputs.shape[:-1], self.width)}, got {tuple(residual.shape)}")
         device = self._gram.device
         x = inputs.reshape(-1, self.columns).to(device, self.dtype)
         streams = [x, dense.reshape(-1, self.columns).to(x) - x]
-        streams += [] if missing is None else [missing.reshape(-1, self.width).to(x)]
+        streams += [] if residual is None else [residual.reshape(-1, self.width).to(x)]
         if device.type == "cpu":
             for pieces, _ in self._pieces.push(streams):
                 self._add(*pieces)
@@ -92,10 +92,10 @@ class Drift:
             self._add(*streams)
         self.tokens += len(x)
 
-    def _add(self, x: Tensor, change: Tensor, missing: Tensor | None = None) -> None:
+    def _add(self, x: Tensor, change: Tensor, residual: Tensor | None = None) -> None:
         add_product(self._gram, change.T, x)
-        if missing is not None:
-            add_product(self._residual, missing.T, x)
+        if residual is not None:
+            add_product(self._residual, residual.T, x)
 
     @torch.no_grad()
     def _finish_piece(self) -> None:
@@ -109,13 +109,13 @@ class Drift:
         self._residual = None if self._residual is None else self._residual.to(self.dtype)
 
     @torch.no_grad()
-    def leave_out(self, weight: Tensor) -> None:
+    def subtract_own_output(self, weight: Tensor) -> None:
         """Subtract W δ from the sums of ε, if the hidden states passed to :meth:`update` included the layer's own output."""
         self.residual.addmm_(weight.to(self.gram), self.gram, alpha=-1)
 
-    def permuted(self, order: Tensor) -> Drift:
-        """Return the drift of the same inputs with their columns in the given order, (columns,) int64."""
-        other = Drift(self.columns, device="meta", dtype=self.dtype)
+    def permuted(self, order: Tensor) -> CrossMoments:
+        """Return the cross moments of the same inputs with their columns in the given order, (columns,) int64."""
+        other = CrossMoments(self.columns, device="meta", dtype=self.dtype)
         other._gram = self.gram[order][:, order]
         other._residual, other.width = None if self.residual is None else self.residual[:, order], self.width
         other.tokens = self.tokens
@@ -147,24 +147,24 @@ class Target:
     def __bool__(self) -> bool:
         return self.strength > 0 or self.residual > 0
 
-    def of(self, weights: Sequence[Tensor], curvature: Curvature, drift: Drift) -> list[Tensor]:
+    def of(self, weights: Sequence[Tensor], curvature: Curvature, cross_moments: CrossMoments) -> list[Tensor]:
         """Return the target T of each weight (rows, columns); all weights share their inputs.
 
         A target is NaN where the damped E[x xᵀ] is not positive definite.
 
         Raises:
-            ValueError: if the drift includes hidden states and there is more than one weight.
+            ValueError: if the cross moments include hidden states and there is more than one weight.
         """
-        if drift.residual is not None and len(weights) != 1:
-            raise ValueError(f"drift: expected a single layer if it includes hidden states, got {len(weights)}")
+        if cross_moments.residual is not None and len(weights) != 1:
+            raise ValueError(f"cross_moments: expected a single layer if they include hidden states, got {len(weights)}")
         shifted = curvature.hessian.clone()  # 2 E[x xᵀ]
         mean = shifted.diagonal().mean()
         shifted.diagonal().add_(self.damping * torch.where(mean > 0, mean, torch.ones_like(mean)))
         lower, failed = torch.linalg.cholesky_ex(shifted, check_errors=False)
         lower.masked_fill_(failed > 0, torch.nan)  # a failed factor is finite: NaN makes prune_layers reject the target
-        share = 2 / max(drift.tokens, 1)
-        wanted = [weight @ (self.strength * share * drift.gram.to(weight)) for weight in weights]
-        if drift.residual is not None:
-            wanted[0] += self.residual * share * drift.residual.to(wanted[0])
+        share = 2 / max(cross_moments.tokens, 1)
+        wanted = [weight @ (self.strength * share * cross_moments.gram.to(weight)) for weight in weights]
+        if cross_moments.residual is not None:
+            wanted[0] += self.residual * share * cross_moments.residual.to(wanted[0])
         moves = torch.cholesky_solve(torch.cat(wanted).T, lower).T.split([len(weight) for weight in weights])
         return [weight + move for weight, move in zip(weights, moves, strict=True)]

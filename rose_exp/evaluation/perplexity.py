@@ -13,7 +13,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ..runtime import signals as interruption
-from ..runtime.batches import at_once
+from ..runtime.batches import batch_size
 from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
 
@@ -48,7 +48,7 @@ def perplexity(
     Args:
         model: a causal language model, on the device to run on.
         tokens: (windows, length) int64.
-        batch: windows per forward pass on a GPU, see :func:`rose_exp.runtime.batches.at_once`.
+        batch: windows per forward pass on a GPU, see :func:`rose_exp.runtime.batches.batch_size`.
         ranks: processes that share the windows, each with a copy of the model; None: a single process.
         answers: function that yields batches of windows and their logits, to replace the forward pass of the whole model.
 
@@ -57,7 +57,7 @@ def perplexity(
     """
     ranks = ranks or Ranks()
     own = ranks.share(tokens)
-    size = at_once(batch, next(model.parameters()).device)
+    size = batch_size(batch, next(model.parameters()).device)
     pairs = answers(own) if answers is not None else _answers(model, own, size)
     means: list[float] = []  # negative log-likelihood per window
     for windows, logits in tqdm(pairs, name, -(-len(own) // size), unit="batch", disable=None, leave=False):

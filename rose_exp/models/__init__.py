@@ -2,7 +2,7 @@
 
 from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 from .bos import needs_bos, resolve_bos
-from .experts import one_by_one, projections
+from .experts import projections, unstacked_experts
 from .heads_and_neurons import Structure, find_structures
 from .loading import LoadedModel, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
@@ -28,7 +28,6 @@ __all__ = [
     "load_tokenizer",
     "model_shape",
     "needs_bos",
-    "one_by_one",
     "open_model",
     "own_memory",
     "own_weights",
@@ -40,4 +39,5 @@ __all__ = [
     "shape_of",
     "sparsity_description",
     "tie_again",
+    "unstacked_experts",
 ]

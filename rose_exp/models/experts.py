@@ -63,7 +63,7 @@ def _find(module: nn.Module) -> list[dict[str, Projection]]:
 
 
 @contextmanager
-def one_by_one(block: nn.Module) -> Iterator[None]:
+def unstacked_experts(block: nn.Module) -> Iterator[None]:
     """Run the stacked experts inside ``block`` one after another through their own layers.
 
     Every layer is called, even if no token is routed to it.

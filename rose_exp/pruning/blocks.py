@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models import BlockList, find_blocks, linear_layers, one_by_one
+from ..models import BlockList, find_blocks, linear_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
 from ..runtime.signals import Interrupted
 from .activations import Activations
@@ -205,7 +205,7 @@ class BlockPruner(Pruner):
         finite = torch.ones((), dtype=torch.bool, device=context.device)  # read once at the end, to synchronize once
         for windows, batch in tqdm(hidden, f"advancing {unit.name}", len(hidden.pieces), False, disable=None, unit="batch"):
             context.check_stop_between_batches()
-            with one_by_one(unit.module):
+            with unstacked_experts(unit.module):
                 answer = calls[windows.start].run(unit.module, batch)
             finite &= torch.isfinite(answer).all()
             hidden[windows] = answer

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import BlockList, linear_layers, one_by_one
+from ..models import BlockList, linear_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
 from .permutation import Channels, find_channels
 from .targets import adding_layers
@@ -27,7 +27,7 @@ PROBE_TOKENS = 8
 ROUNDING = 16  # tolerance for equal results, in multiples of the dtype's epsilon, relative to the largest value
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Stops a forward pass once all required values are recorded."""
 
 
@@ -148,7 +148,7 @@ def probe(
         hidden, call = BlockCall.split(args, kwargs)
         chain.enter(index, hidden)
         inputs = _LayerInputs()
-        with weights.at(index, device), one_by_one(block), ExitStack() as stack:
+        with weights.at(index, device), unstacked_experts(block), ExitStack() as stack:
             layers = linear_layers(block, blocks.block_name(index))
             for layer in layers:
                 hook = layer.module.register_forward_pre_hook(inputs.record(layer.name), with_kwargs=True)
@@ -175,7 +175,7 @@ def probe(
         return output
 
     few = causality_tokens(tokens).to(home_of(model))
-    with in_place_of_blocks(blocks, run):
+    with intercept_blocks(blocks, run):
         logits = _logits(model(input_ids=few, use_cache=False))
     chain.check_complete()
     check_causal(model, logits)
@@ -251,7 +251,7 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, foun
             states = hidden + shift * torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
             return states if tail is None else (states, *_shifted(tail, shift))
 
-        with in_place_of_blocks(blocks, run):
+        with intercept_blocks(blocks, run):
             return calls, _logits(model(input_ids=tokens, use_cache=False))
 
     (calls, logits), (others, other_logits) = answers(0.0), answers(1.0)
@@ -293,13 +293,13 @@ def trace(
         seen.append(hidden)
         calls.append(call)
         if index == len(blocks.blocks) - 1 or not whole:
-            raise Enough
+            raise StopForward
         return hidden if found.tails[index] is None else (hidden, *found.tails[index])
 
-    with in_place_of_blocks(blocks, run):
+    with intercept_blocks(blocks, run):
         try:
             model(input_ids=tokens.to(home_of(model)), use_cache=False)
-        except Enough:
+        except StopForward:
             if seen[0].ndim != 3 or seen[0].shape[:2] != tokens.shape:
                 raise RoseExpError(
                     f"{blocks.block_name(0)}: expected hidden states of shape (windows, tokens, width) = "
@@ -310,7 +310,7 @@ def trace(
 
 
 @contextmanager
-def in_place_of_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[None]:
+def intercept_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[None]:
     """Replace the forward pass of every block by ``run(index, block, forward, args, kwargs)``."""
 
     def answer(index: int, block: nn.Module) -> Callable[..., Any]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine import Drift, InputMoments
-from ..models import LinearLayer, linear_layers, one_by_one
+from ..engine import CrossMoments, InputMoments
+from ..models import LinearLayer, linear_layers, unstacked_experts
 from .activations import Activations
-from .capture import BlockCall, Enough
+from .capture import BlockCall, StopForward
 from .plan import PruningPlan
 
 
@@ -24,19 +24,19 @@ class GroupInputs:
     """Statistics of the inputs that a group of layers shares.
 
     Attributes:
-        drift: cross moments with the dense model's inputs; None if not collected.
-        asked: regression target of the layers, see ``target`` of :class:`LayerReport`.
+        cross_moments: cross moments with the dense model's inputs; None if not collected.
+        target_kind: regression target of the layers, see ``target`` of :class:`LayerReport`.
     """
 
     moments: InputMoments
-    drift: Drift | None = None
-    asked: str = "dense"
+    cross_moments: CrossMoments | None = None
+    target_kind: str = "dense"
 
     def finish(self) -> None:
         """Round the sums to their dtypes. Call it after the last batch."""
         self.moments.finish()
-        if self.drift is not None:
-            self.drift.finish()
+        if self.cross_moments is not None:
+            self.cross_moments.finish()
 
 
 @dataclass
@@ -86,13 +86,13 @@ class Collector:
         found = [GroupInputs(self._no_moments(group)) for group in groups]
         if not groups:
             return found
-        with one_by_one(self.block), ExitStack() as stack:
+        with unstacked_experts(self.block), ExitStack() as stack:
             for group, of_group in zip(groups, found, strict=True):
                 hook = _update(of_group.moments, clock, last=group is groups[-1] and _in_order(groups))
                 stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for windows, batch in self._bar(hidden, hidden):
                 self.check_stop()
-                with suppress(Enough):
+                with suppress(StopForward):
                     self.calls[windows.start].run(self.block, batch)
         return found
 
@@ -118,19 +118,23 @@ class Collector:
                     for group, of_group, x, full in zip(groups, found, here.inputs, there.inputs, strict=True):
                         if x is not None:
                             of_group.moments.update(x)
-                        if of_group.drift is None:
+                        if of_group.cross_moments is None:
                             continue
                         missing = None
-                        if of_group.drift.residual is not None:
+                        if of_group.cross_moments.residual is not None:
                             closes = group[0].name == self.closing
                             missing = there.output - here.output if closes else entering_dense - entering
                             missing = missing.reshape(*x.shape[:-1], -1)
-                        of_group.drift.update(x, full, missing)
+                        of_group.cross_moments.update(x, full, missing)
             if last:
                 dense[windows] = there.output
         for group, of_group in zip(groups, found, strict=True):
-            if of_group.drift is not None and group[0].name == self.closing and of_group.drift.residual is not None:
-                of_group.drift.leave_out(group[0].weight)
+            if (
+                of_group.cross_moments is not None
+                and group[0].name == self.closing
+                and of_group.cross_moments.residual is not None
+            ):
+                of_group.cross_moments.subtract_own_output(group[0].weight)
         return found
 
     def _no_moments(self, group: Sequence[LinearLayer]) -> InputMoments:
@@ -142,21 +146,21 @@ class Collector:
         if group[0].of_expert:  # the two models route different tokens to it
             return GroupInputs(moments)
         width = len(group[0].weight) if len(group) == 1 and group[0].name in self.adding else None
-        drift = Drift(group[0].columns, width, device=self.device, dtype=moments.dtype)
-        asked = "outputs" if self.plan.target.strength else "dense"
-        return GroupInputs(moments, drift, asked if width is None else "hidden_states")
+        cross_moments = CrossMoments(group[0].columns, width, device=self.device, dtype=moments.dtype)
+        kind = "asymmetric" if self.plan.target.strength else "dense"
+        return GroupInputs(moments, cross_moments, kind if width is None else "residual")
 
     def _look(
         self, block: nn.Module, hidden: Tensor, call: BlockCall, groups: Sequence[Sequence[LinearLayer]], last: bool
     ) -> _Seen:
         """Run ``block`` and record the inputs of each group; record the block's output if ``last`` is true."""
         seen = _Seen([None] * len(groups))
-        with one_by_one(block), ExitStack() as stack:
+        with unstacked_experts(block), ExitStack() as stack:
             layers = {layer.name: layer for layer in linear_layers(block, self.name)}
             for place, group in enumerate(groups):
                 hook = seen.keep(place, stop=not last and place == len(groups) - 1 and _in_order(groups))
                 stack.callback(layers[group[0].name].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            with suppress(Enough):
+            with suppress(StopForward):
                 seen.output = call.run(block, hidden)
         return seen
 
@@ -188,7 +192,7 @@ class _Seen:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self.inputs[place] = args[0] if args else kwargs["input"]
             if stop:
-                raise Enough
+                raise StopForward
 
         return hook
 
@@ -224,6 +228,6 @@ def _update(moments: InputMoments, clock: Clock, last: bool):
         with clock:
             moments.update(args[0] if args else kwargs["input"])
         if last:
-            raise Enough
+            raise StopForward
 
     return hook

@@ -77,7 +77,7 @@ class PruneContext:
 
     def check_stop_between_units(self) -> None:
         """Stop all ranks at the same unit if any rank has received a stop request."""
-        if any(self.ranks.gather(interruption.requested())):
+        if any(self.ranks.gather(interruption.stop_requested())):
             raise interruption.Interrupted("stopped between two units")
 
     def check_stop_between_batches(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import BlockList
-from ..runtime.batches import at_once
+from ..runtime.batches import batch_size
 from .activations import Activations, Place
 from .capture import BlockCall, Probe, on_device, share_equal, trace
 
@@ -33,10 +33,10 @@ def enter(
 
     Args:
         tokens: (windows, length) int64.
-        batch: number of windows per batch on a GPU, see :func:`rose_exp.runtime.batches.at_once`.
+        batch: number of windows per batch on a GPU, see :func:`rose_exp.runtime.batches.batch_size`.
         place, file: storage of the hidden states, see :class:`Activations`.
     """
-    size = at_once(batch, device)
+    size = batch_size(batch, device)
     held = device if place == "device" else "cpu"  # arguments of each batch can be as large as its hidden states
     hidden: Activations | None = None
     calls: Calls = {}

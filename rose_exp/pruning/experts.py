@@ -28,7 +28,7 @@ class StarvedExperts(Component):
                 f"(pipeline.expert_tokens), got {moments.tokens}; raise calibration.samples or set pipeline.starved_experts"
             )
         if plan.starved_experts == "magnitude":
-            facts = {layer.name: {"instead": "magnitude"} for layer in group}
+            facts = {layer.name: {"fallback": "magnitude"} for layer in group}
             return solve_by_plan(unit, group, GroupInputs(moments), facts, by_magnitude=True)
         return [
             LayerReport(
@@ -43,7 +43,7 @@ class StarvedExperts(Component):
                 damping=0.0,
                 rank=0,
                 seconds=0.0,
-                instead="dense",
+                fallback="dense",
             )
             for layer in group
         ]

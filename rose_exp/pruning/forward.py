@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..runtime import signals as interruption
 from .activations import Place
-from .capture import Probe, home_of, in_place_of_blocks, probe
+from .capture import Probe, home_of, intercept_blocks, probe
 from .enter import enter
 from .weights import BlockWeights
 
@@ -65,7 +65,7 @@ def _after_blocks(model: nn.Module, weights: BlockWeights, found: Probe, tokens:
         hidden = states.to(home) if index == last else (args[0] if args else kwargs["hidden_states"])
         return hidden if found.tails[index] is None else (hidden, *found.tails[index])
 
-    with in_place_of_blocks(weights.blocks, run):
+    with intercept_blocks(weights.blocks, run):
         return model(input_ids=tokens.to(home), use_cache=False).logits
 
 
@@ -78,5 +78,5 @@ def loading_blocks(weights: BlockWeights, device: torch.device | str) -> Iterato
         with weights.at(index, device):
             return forward(*args, **kwargs)
 
-    with in_place_of_blocks(weights.blocks, run):
+    with intercept_blocks(weights.blocks, run):
         yield

@@ -208,8 +208,8 @@ class Pruner(ABC):
                 if own is not None and id(own) not in reduced:
                     reduced.add(id(own))
                     ranks.reduce(own.moments, owner)
-                    if own.drift is not None:
-                        ranks.reduce_drift(own.drift, owner)
+                    if own.cross_moments is not None:
+                        ranks.reduce_cross_moments(own.cross_moments, owner)
                 if owner != ranks.rank:
                     inputs.pop(name, None)
         last_use = {name: place for place, group in enumerate(groups) for name in names_of(group)}
@@ -224,7 +224,7 @@ class Pruner(ABC):
                 failure = error
             for name in [name for name in names_of(groups[place]) if last_use[name] == place]:
                 inputs.pop(name, None)
-            if ranks.size == 1 and failure is None and interruption.requested():
+            if ranks.size == 1 and failure is None and interruption.stop_requested():
                 self.stop_inside(unit, [*before, *(report for reports in done.values() for report in reports)])
         outgoing = [component.outgoing(unit) for component in self.components]
         answers = ranks.gather((done, outgoing, None if failure is None else str(failure)))
@@ -253,7 +253,7 @@ class Pruner(ABC):
         own = inputs[group[0].name]
         for component in self.components:
             component.before_solve(unit, group, own)
-        facts = {layer.name: {"target": own.asked} for layer in group}
+        facts = {layer.name: {"target": own.target_kind} for layer in group}
         for component in self.components:
             for name, found in facts.items():
                 found |= component.facts(unit, name)
@@ -292,7 +292,7 @@ def solve_by_plan(
     """
     device, facts = group[0].weight.device, facts or {}
     start = synchronized_now(device)
-    results = unit.plan.solve(group, inputs.moments, inputs.drift, by_magnitude)
+    results = unit.plan.solve(group, inputs.moments, inputs.cross_moments, by_magnitude)
     saved = saved_numbers(results)
     seconds = (synchronized_now(device) - start) / sum(len(result.weight) for result in results)  # per row
     return [

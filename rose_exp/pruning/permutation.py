@@ -136,12 +136,12 @@ class ChannelOrders:
     """Reorders the channels of a block's layers during pruning.
 
     Attributes:
-        waiting: orders not yet applied to the makers, (units, width) by name of the layer that reads the channels.
+        pending: orders not yet applied to the makers, (units, width) by name of the layer that reads the channels.
     """
 
     def __init__(self, layers: Mapping[str, LinearLayer], channels: Sequence[Channels]):
         self.layers, self.channels = layers, {of_layer.layer: of_layer for of_layer in channels}
-        self.waiting: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.channels
@@ -150,9 +150,9 @@ class ChannelOrders:
         """Return the names of the layers that produce a layer's inputs; empty if its channels cannot be reordered."""
         return self.channels[name].makers if name in self.channels else ()
 
-    def moved(self, name: str) -> bool:
+    def reordered(self, name: str) -> bool:
         """Return whether a pending order changes the channels of a layer."""
-        orders = self.waiting.get(name)
+        orders = self.pending.get(name)
         return orders is not None and bool((orders.diff(dim=1) < 0).any())
 
     def order(self, layer: LinearLayer, moments: InputMoments, sparsity: SemiStructured) -> Tensor:
@@ -169,7 +169,7 @@ class ChannelOrders:
             orders = torch.stack([channel_order(of_unit, sparsity) for of_unit in worth])
         columns = channels.columns(orders)
         layer.set_weight(layer.weight[:, columns])
-        self.waiting[layer.name] = orders.cpu()
+        self.pending[layer.name] = orders.cpu()
         return columns
 
     def order_makers(self, orders: Mapping[str, Tensor]) -> None:
@@ -181,7 +181,7 @@ class ChannelOrders:
                 layer.set_weight(layer.weight[rows])
                 if layer.module.bias is not None:
                     layer.module.bias.data.copy_(layer.module.bias.data[rows])
-        self.waiting = {}
+        self.pending = {}
 
 
 class ChannelPermutation(Component):
@@ -202,13 +202,13 @@ class ChannelPermutation(Component):
             return
         columns = self.orders.order(group[0], inputs.moments, unit.plan.sparsity)
         inputs.moments = inputs.moments.permuted(columns)
-        inputs.drift = inputs.drift.permuted(columns) if inputs.drift is not None else None
+        inputs.cross_moments = inputs.cross_moments.permuted(columns) if inputs.cross_moments is not None else None
 
     def facts(self, unit: BlockUnit, name: str) -> dict[str, Any]:
-        return {"permuted": self.orders.moved(name)}
+        return {"permuted": self.orders.reordered(name)}
 
     def outgoing(self, unit: BlockUnit) -> dict[str, Tensor]:
-        return self.orders.waiting
+        return self.orders.pending
 
     def after_groups(self, unit: BlockUnit, names: Collection[str], answers: Sequence[dict[str, Tensor]]) -> None:
         self.orders.order_makers({name: order for orders in answers for name, order in orders.items()})

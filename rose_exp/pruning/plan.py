@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from ..engine import (
-    Drift,
+    CrossMoments,
     InputMoments,
     Magnitude,
     Method,
@@ -64,12 +64,16 @@ class PruningPlan(LayerOptions, SolverOptions):
         return self.permute and isinstance(self.sparsity, SemiStructured)
 
     def solve(
-        self, layers: Sequence[LinearLayer], moments: InputMoments, drift: Drift | None = None, by_magnitude: bool = False
+        self,
+        layers: Sequence[LinearLayer],
+        moments: InputMoments,
+        cross_moments: CrossMoments | None = None,
+        by_magnitude: bool = False,
     ) -> list[PruneResult]:
         """Prune layers that share their inputs, and update their weights in place.
 
         Args:
-            drift: cross moments of the dense and the pruned model's inputs, if the plan's regression target applies.
+            cross_moments: cross moments of the dense and the pruned model's inputs, if the plan's regression target applies.
             by_magnitude: whether to prune by magnitude instead of the plan's method.
         Raises:
             RoseExpError: the layers cannot be pruned; the message names them.
@@ -80,8 +84,8 @@ class PruningPlan(LayerOptions, SolverOptions):
                 moments,
                 methods=[Magnitude() if by_magnitude else self.method_for(layer.name) for layer in layers],
                 sparsity=[self.sparsity_of(layer.name) for layer in layers],
-                options=self if drift is not None else replace(self, target=None),
-                drift=drift,
+                options=self if cross_moments is not None else replace(self, target=None),
+                cross_moments=cross_moments,
             )
         except (ValueError, NotPositiveDefiniteError) as error:
             raise RoseExpError(f"{', '.join(layer.name for layer in layers)}: {error}") from error

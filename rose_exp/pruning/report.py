@@ -29,13 +29,13 @@ class LayerReport:
         seconds: time spent solving, without the forward passes. Layers with the same input are solved together; the time
             is divided among them in proportion to their rows.
         dead_columns: number of dead input channels (always zero on the calibration data).
-        instead: fallback of an expert with too few tokens: ``dense`` or ``magnitude``.
+        fallback: treatment of an expert with too few tokens: ``dense`` or ``magnitude``.
         target_error: error relative to the layer's regression target.
         unrefined_error: ``target_error`` before refinement.
-        rechosen: number of weights that refinement pruned and that were not pruned before.
-        unrefined: whether refinement was rejected because it would have increased the error.
-        target: the regression target: ``dense`` for the dense layer, ``outputs`` for the dense model's output, or
-            ``hidden_states`` for that output plus the residual of the hidden states.
+        mask_changes: number of weights that refinement pruned and that were not pruned before.
+        refinement_rejected: whether refinement was rejected because it would have increased the error.
+        target: the regression target: ``dense`` for the dense layer, ``asymmetric`` for the dense model's output, or
+            ``residual`` for that output plus the residual of the hidden states.
         permuted: whether the order of the input channels differs from the dense model.
         removed, groups: number of removed heads or neurons, and their number before pruning.
         requested: sparsity that the plan requests for the layer; None if it leaves the layer dense.
@@ -53,11 +53,11 @@ class LayerReport:
     rank: int
     seconds: float
     dead_columns: int = 0
-    instead: str | None = None
+    fallback: str | None = None
     target_error: float = 0.0
     unrefined_error: float = 0.0
-    rechosen: int = 0
-    unrefined: bool = False
+    mask_changes: int = 0
+    refinement_rejected: bool = False
     target: str = "dense"
     permuted: bool = False
     removed: int = 0
@@ -114,8 +114,8 @@ def report_of(name: str, result: PruneResult, tokens: int, seconds: float, saved
         dead_columns=result.dead_columns,
         target_error=result.target_error,
         unrefined_error=result.unrefined_error,
-        rechosen=result.rechosen,
-        unrefined=result.unrefined,
+        mask_changes=result.mask_changes,
+        refinement_rejected=result.refinement_rejected,
         requested=result.requested,
         **more,
     )
@@ -128,14 +128,14 @@ def events(report: LayerReport, damping: float, block_size: int = 128) -> list[d
         damping, block_size: values of the plan.
     """
     found = []
-    if report.instead is not None:
-        found.append(("starved_expert", f"{report.tokens} tokens were routed to it: {report.instead}"))
+    if report.fallback is not None:
+        found.append(("starved_expert", f"{report.tokens} tokens were routed to it: {report.fallback}"))
     elif report.tokens < report.columns:
         found.append(("rank_deficient", f"{report.tokens} tokens for a Hessian of {report.columns} columns"))
     if report.dead_columns:
         found.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs are always zero"))
-    if report.unrefined:
-        found.append(("not_refined", f"refinement would have raised its error of {report.unrefined_error:.3g}"))
+    if report.refinement_rejected:
+        found.append(("refinement_rejected", f"refinement would have raised its error of {report.unrefined_error:.3g}"))
     if report.damping > damping:
         found.append(("damping_raised", f"from {damping:g} to {report.damping:g}"))
     if differs := _sparsity_differs(report, block_size):

@@ -27,7 +27,7 @@ from ..pruning.plan import check_patterns
 from ..pruning.structured import wanted_structures
 from ..report.figures import FOLDER, SHEET
 from ..runtime.errors import RoseExpError
-from .preparation import at_most, pruning_plan
+from .preparation import limited, pruning_plan
 from .run import Run
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class DiffusionRun(Run):
                 digest = hashlib.sha256(repr(self.seeds).encode()).hexdigest()
                 self.protocol["calibration"] = self.prompts.protocol | {"seed": settings.seed, "noise_sha256": digest}
             if images is not None:
-                limit = at_most(settings, images.samples)
+                limit = limited(settings, images.samples)
                 self.evaluated = load_prompts(images.model_copy(update={"samples": limit}), "evaluation.images")
                 self.protocol["images"] = self.evaluated.protocol | {"noise_seed": EVALUATION_NOISE} | images.fingerprints()
                 self.scores = load_scores(images, self.device)
@@ -183,7 +183,7 @@ class DiffusionRun(Run):
         label = f"{self.settings.label}, {self.settings.sparsity.parsed}"
         path = self.folder.root / FOLDER / SHEET
         draw_sheet(self.dense.images[:count], pruned.images[:count], self.evaluated.texts[:count], label, path)
-        self.tracker.tell("figure", "contact_sheet", path)
+        self.tracker.log("figure", "contact_sheet", path)
 
     def save(self, place: Path) -> Path:
         return save_pipeline(self.pipeline, place)

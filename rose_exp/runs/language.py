@@ -49,10 +49,10 @@ from ..runtime import signals as interruption
 from ..runtime.errors import RoseExpError
 from .memory import available, check_fits
 from .preparation import (
-    at_most,
     calibration_windows,
     check_window_lengths,
     evaluation_windows,
+    limited,
     pruning_plan,
 )
 from .run import Run
@@ -66,7 +66,7 @@ class LanguageRun(Run):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         zero_shot = self.settings.evaluation.zero_shot
-        self.zero_shot = zero_shot.model_copy(update={"limit": at_most(self.settings, zero_shot.limit)})
+        self.zero_shot = zero_shot.model_copy(update={"limit": limited(self.settings, zero_shot.limit)})
         self.calibration: Windows | None = None
         self.evaluation: dict[str, Windows] = {}
         self.tasks: Tasks | None = None
@@ -75,12 +75,12 @@ class LanguageRun(Run):
     def read_inputs(self, stack: ExitStack) -> None:
         """Check that the run fits into memory and on disk, then read the texts."""
         settings = self.settings
-        with self.watch.stage("preflight"), self.ranks.one_by_one():
+        with self.watch.stage("preflight"), self.ranks.first_rank_first():
             cuda = self.device.type == "cuda"
             there = available(self.folder.root, self.device)
             self.placed, estimate = check_fits(settings, model_shape(settings.model), cuda, there)
         self.record.data["estimate"] = estimate.as_dict() | vars(self.placed)
-        with self.watch.stage("texts"), self.ranks.one_by_one():
+        with self.watch.stage("texts"), self.ranks.first_rank_first():
             self.tokenizer = load_tokenizer(settings.model)
             self.bos = resolve_bos(settings.model, self.tokenizer)
             self.calibration = calibration_windows(settings, self.tokenizer, self.bos) if settings.pruned else None
@@ -184,7 +184,7 @@ class LanguageRun(Run):
         description = None
         if self.settings.sparsity_config:
             reports = self.record.data["layers"]
-            pruned = {report["name"] for report in reports if not report["instead"]}
+            pruned = {report["name"] for report in reports if not report["fallback"]}
             layers = all_linear_layers(self.weights.blocks)
             left = [layer.name for layer in layers if layer.name not in pruned] + ["lm_head"]
             share = self.record.data["metrics"]["sparsity"]

@@ -15,7 +15,7 @@ import torch
 from ..engine import METHODS, Refine
 from ..engine.moments import sums_dtype
 from ..models import ModelShape
-from ..runtime.batches import at_once
+from ..runtime.batches import batch_size
 from ..runtime.errors import RoseExpError
 from ..settings.effects import acting
 from ..settings.schema import Settings
@@ -76,7 +76,7 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
     pruning, states, kept = 0, 0, 0
     if settings.pruned:
         calibration = settings.calibration
-        batch = at_once(settings.pipeline.batch, kind)
+        batch = batch_size(settings.pipeline.batch, kind)
         passing = calibration.window * batch * shape.widest * (4 * width + 4)
         streams = 2 if settings.target else 1  # the second stream has the dense model's hidden states and layer inputs
         passing *= streams
@@ -113,7 +113,7 @@ def _solving(settings: Settings, shape: ModelShape, passing: int, sums: int) -> 
         groups.setdefault(layer.group, []).append((layer.rows, layer.columns))
     # attention's output projection has the width of the other projections in its module, but its own input
     moments = {name: (1 + (len(layers) > 2)) * layers[0][1] ** 2 * sums for name, layers in groups.items()}
-    if settings.target:  # drift has the size of the moments, plus a product with the hidden states
+    if settings.target:  # cross moments have the size of the moments, plus a product with the hidden states
         moments = {name: 2 * size + shape.hidden * groups[name][0][1] * sums for name, size in moments.items()}
     square, flat = METHODS[settings.method.name].working
     if settings.refine:
@@ -144,8 +144,8 @@ def _measuring(settings: Settings, shape: ModelShape, width: int, kind: str) -> 
     evaluation = settings.evaluation
     windows = [text.window for text in evaluation.perplexity.values()] + ([512] if evaluation.zero_shot.tasks else [])
     token = shape.vocabulary * (width + 8) + shape.widest * width * 4
-    logits = at_once(evaluation.batch, kind) * max(windows, default=0) * token
-    limits = [(t.window, [n for n in (t.windows, evaluation.at_most) if n]) for t in evaluation.perplexity.values()]
+    logits = batch_size(evaluation.batch, kind) * max(windows, default=0) * token
+    limits = [(t.window, [n for n in (t.windows, evaluation.limit) if n]) for t in evaluation.perplexity.values()]
     texts = [window * min(counts or [UNKNOWN_WINDOWS]) * shape.hidden * width for window, counts in limits]
     return logits, max(texts, default=0)
 

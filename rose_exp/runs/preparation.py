@@ -59,14 +59,14 @@ def evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase, b
     windows = {}
     for name, wanted in settings.evaluation.perplexity.items():
         where = f"evaluation.perplexity.{name}"
-        limit = at_most(settings, wanted.windows)
+        limit = limited(settings, wanted.windows)
         windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, limit, where, bos)
     return windows
 
 
-def at_most(settings: Settings, limit: int | None) -> int | None:
-    """Return the smaller of ``limit`` and ``evaluation.at_most``, or None if neither is set."""
-    limits = [n for n in (limit, settings.evaluation.at_most) if n is not None]
+def limited(settings: Settings, limit: int | None) -> int | None:
+    """Return the smaller of ``limit`` and ``evaluation.limit``, or None if neither is set."""
+    limits = [n for n in (limit, settings.evaluation.limit) if n is not None]
     return min(limits, default=None)
 
 

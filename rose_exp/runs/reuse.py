@@ -18,7 +18,7 @@ from ..report.figures import FOLDER, SHEET, STUDIES, draw_figures
 from ..runtime.redaction import redacted
 from ..settings.effects import complete, effective, within
 from ..settings.schema import Settings, TrackingSettings
-from ..tracking import Guarded, Identity
+from ..tracking import FailSafeTracker, Identity
 from ..tracking.record import write_atomically
 from .folder import RunFolder
 
@@ -59,14 +59,14 @@ def supplement(
         return record
     data = record | {"config": record["config"] | {"tracking": config["tracking"]}}
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
-    tracker = Guarded(settings.tracking, SimpleNamespace(data=data, kept=True), identity, folder, settings.tags)
+    tracker = FailSafeTracker(settings.tracking, SimpleNamespace(data=data, kept=True), identity, folder, settings.tags)
     for step, layer in enumerate(record["layers"]):
-        tracker.tell("layer", step, layer)
-    tracker.tell("results", record["metrics"], record["layers"])
+        tracker.log("layer", step, layer)
+    tracker.log("results", record["metrics"], record["layers"])
     for path in sorted((folder / FOLDER).glob("*.png")):
-        tracker.tell("figure", path.stem, path)
+        tracker.log("figure", path.stem, path)
     model = RunFolder(folder).model
-    tracker.tell("keep", RunFolder(folder).record, model if settings.tracking.save_model and model.exists() else None)
+    tracker.log("keep", RunFolder(folder).record, model if settings.tracking.save_model and model.exists() else None)
     tracker.finish(failed=False)
     write_atomically(RunFolder(folder).record, redacted(json.dumps(data, indent=1, allow_nan=True)) + "\n")
     return data
@@ -76,7 +76,7 @@ def _studied(settings: Settings, record: Mapping[str, Any], folder: Path) -> boo
     """Return whether all matching layers were studied. False if a pattern matches none: running again reports the error."""
     for pattern in settings.figures.study:
         layers = [layer for layer in record["layers"] if fnmatchcase(layer["name"], pattern)]
-        pruned = [layer["name"] for layer in layers if layer.get("instead") != "dense"]
+        pruned = [layer["name"] for layer in layers if layer.get("fallback") != "dense"]
         if not layers or not all((folder / FOLDER / f"{name}.json").is_file() for name in pruned):
             return False
     return True

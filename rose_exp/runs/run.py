@@ -19,7 +19,7 @@ from ..runtime import signals as interruption
 from ..runtime.fingerprint import code_sha256
 from ..runtime.ranks import Ranks
 from ..settings.schema import Settings
-from ..tracking import Guarded, Identity, RunRecord, Stopwatch, environment
+from ..tracking import FailSafeTracker, Identity, RunRecord, Stopwatch, environment
 from .folder import RunFolder
 from .identity import identifying, run_id
 from .preparation import find_device, first_key, resolved_backend
@@ -55,10 +55,10 @@ def run_experiment(
     folder = ranks.gather(folder)[0]
     record = RunRecord(folder, config, settings.label, run_id(settings), kept=ranks.first)
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
-    tracker = Guarded(settings.tracking, record, identity, folder, settings.tags)
+    tracker = FailSafeTracker(settings.tracking, record, identity, folder, settings.tags)
     try:
         run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
-        with interruption.heeded(), ExitStack() as stack:
+        with interruption.handle_signals(), ExitStack() as stack:
             run.prepare(stack)
             run.load()
             if settings.pruned:
@@ -72,7 +72,7 @@ def run_experiment(
         raise
     record.finish()
     model = run.folder.model
-    tracker.tell("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
+    tracker.log("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
     tracker.finish(failed=False)
     record.write()
     if run.state is not None:
@@ -108,7 +108,7 @@ class Run(ABC):
         record: RunRecord,
         folder: RunFolder,
         ranks: Ranks,
-        tracker: Guarded,
+        tracker: FailSafeTracker,
         first_block: FirstBlock | None = None,
     ):
         self.settings, self.record, self.folder, self.ranks, self.tracker = settings, record, folder, ranks, tracker
@@ -133,7 +133,7 @@ class Run(ABC):
     def load(self) -> None:
         """Load the model and the state of an interrupted run."""
         settings = self.settings
-        with self.watch.stage("loading"), self.ranks.one_by_one():
+        with self.watch.stage("loading"), self.ranks.first_rank_first():
             self.load_model()
         if settings.pruned and settings.pipeline.resume != "none":
             self.state = RunState(self.folder.state, self._fingerprint(), self.resume, self.ranks)
@@ -152,7 +152,7 @@ class Run(ABC):
             state=self.state,
             first_block=self.first_block,
             first_key=first_key(settings, self.protocol) if self.first_block is not None else None,
-            on_layer=lambda step, report: self.tracker.tell("layer", step, report.as_dict()),
+            on_layer=lambda step, report: self.tracker.log("layer", step, report.as_dict()),
             on_study=lambda name, study: write_study(self.folder.root, name, study.as_dict()),
         )
         self.before_pruning()
@@ -173,10 +173,10 @@ class Run(ABC):
         self.after_saving()
         # activations on disk while a unit is processed are not included
         record.data["peak_disk_bytes"] = (self.state.peak_bytes if self.state is not None else 0) + self.folder.model_bytes()
-        self.tracker.tell("results", record.data["metrics"], record.data["layers"])
+        self.tracker.log("results", record.data["metrics"], record.data["layers"])
         if settings.figures.draw and self.ranks.first:
             for name, path in draw_figures(record.data, self.folder.root).items():
-                self.tracker.tell("figure", name, path)
+                self.tracker.log("figure", name, path)
         self.release()
         gc.collect()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def at_once(batch: int, device: torch.device | str) -> int:
+def batch_size(batch: int, device: torch.device | str) -> int:
     """Return the batch size to use on ``device`` for a configured ``batch``: 1 on a CPU, else ``batch``.
 
     A matrix product over several windows can round differently from the products over single windows, and pruning amplifies

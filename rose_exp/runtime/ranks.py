@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..engine import Drift, InputMoments
+from ..engine import CrossMoments, InputMoments
 from .errors import RoseExpError
 
 LONG = timedelta(days=7)  # one rank can work for hours while the others wait; torchrun stops all of them if one dies
@@ -55,15 +55,15 @@ class Ranks:
         dist.all_reduce(counts)
         moments.weight, moments.tokens = float(counts[0]), int(counts[1])
 
-    def reduce_drift(self, drift: Drift, owner: int) -> None:
-        """Sum the drift of the inputs over all ranks on ``owner``. On the other ranks it is undefined afterwards."""
+    def reduce_cross_moments(self, cross_moments: CrossMoments, owner: int) -> None:
+        """Sum the cross moments of all ranks on ``owner``. On the other ranks they are undefined afterwards."""
         if self.size == 1:
             return
-        for sums in drift.sums:
+        for sums in cross_moments.sums:
             dist.reduce(sums, owner)
-        count = torch.tensor(drift.tokens, dtype=torch.int64, device=drift.gram.device)
+        count = torch.tensor(cross_moments.tokens, dtype=torch.int64, device=cross_moments.gram.device)
         dist.all_reduce(count)
-        drift.tokens = int(count)
+        cross_moments.tokens = int(count)
 
     def add_up(self, sums: Tensor) -> None:
         """Sum ``sums`` over all ranks in place, with the result on every rank."""
@@ -84,7 +84,7 @@ class Ranks:
         return found
 
     @contextmanager
-    def one_by_one(self) -> Iterator[None]:
+    def first_rank_first(self) -> Iterator[None]:
         """Run the body on the first rank before the others, for example to download a file that they then find in the cache."""
         if self.size > 1 and not self.first:
             dist.barrier()

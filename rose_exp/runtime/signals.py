@@ -35,7 +35,7 @@ class _Stop:
 _stop = _Stop()
 
 
-def requested() -> bool:
+def stop_requested() -> bool:
     """Return whether a signal has requested the run to stop."""
     return _stop.signal is not None
 
@@ -46,12 +46,12 @@ def check() -> None:
     Raises:
         Interrupted: a signal has requested the run to stop.
     """
-    if requested():
+    if stop_requested():
         raise Interrupted(_stop.signal)
 
 
 @contextmanager
-def heeded() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Record signals while the body runs, instead of letting them kill the process.
 
     Does not replace existing handlers, such as that of submitit, which requeues a job in Slurm. Does nothing outside the main

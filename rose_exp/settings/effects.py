@@ -219,7 +219,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "evaluation.images.sheet": Effect(NOTHING),
     "evaluation.batch": Effect(LANGUAGE, PERPLEXITY_MEASURED, metrics=("perplexity",)),
-    "evaluation.at_most": Effect(EVERYTHING, MEASURED, metrics=("perplexity", *ZERO_SHOT, *IMAGES)),
+    "evaluation.limit": Effect(EVERYTHING, MEASURED, metrics=("perplexity", *ZERO_SHOT, *IMAGES)),
     "engine": Effect(PRUNED),
     "engine.precision": Effect(PRUNED, moments=True),
     "refine": Effect(PRUNED, REFINED, role="row"),

@@ -96,7 +96,7 @@ class EvaluationSettings(Section):
     speed: SpeedSettings | None = None  # null: not measured
     images: ImagesSettings | None = None  # diffusion models only
     batch: Positive = 4  # batch size on a GPU in windows; a CPU always uses 1
-    at_most: Positive | None = None  # limit of windows per text and of questions per task; null: only their own limits
+    limit: Positive | None = None  # limit of windows per text and of questions per task; null: only their own limits
 
     def problems(self, where: str) -> list[str]:
         found = [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
@@ -152,37 +152,29 @@ class Settings(Section):
 
     @property
     def label(self) -> str:
-        """The method's name in the literature, followed by its order, unless it is ROSE's, and by the options in effect."""
-        from .effects import acting, effective  # imports this module
+        """A short name of the method and the options in effect; the report adds their values where labels would be equal."""
+        from .effects import acting  # imports this module
 
         if not self.pruned:
             return "Dense"
-        config = self.model_dump(mode="json")
-        parts, values, refine = acting(config), effective(config), self.refine
+        parts = acting(self.model_dump(mode="json"))
         label = self._method_label("order" in parts)
-        if "allocation" in parts:
-            outlier = values.get("allocation.outlier", 5)  # 5: the default of OWL's authors
-            label += f" + {self.allocation.rule} {self.allocation.spread:g}" + (f"/{outlier:g}" if outlier != 5 else "")
-        if "permutation" in parts:
-            label += " + permuted"
-        if "target" in parts:
-            label += f" + target {self.target.strength:g}/{self.target.residual:g}"
-        if "refinement" in parts:
-            label += f" + masks again {refine.mask_iterations}" if refine.mask_iterations else ""
-            label += f" + refine {refine.steps}" if refine.steps else ""
-        return label
+        if label == "ROSE" and {"target", "refinement"} <= parts:
+            return "ROSE+"
+        names = {"allocation": "OWL" if self.allocation.rule == "owl" else self.allocation.rule, "permutation": "permuted"}
+        names |= {"target": "target", "refinement": "ADMM" if self.refine.mask_iterations else "CG"}
+        return " + ".join([label, *(name for part, name in names.items() if part in parts)])
 
     def _method_label(self, ordered: bool) -> str:
+        """Return the method's name in the literature. SparseGPT in the order of ROSE is ROSE, for diffusion it is OBS-Diff."""
         label = METHODS[self.method.name].__name__
-        diffusion = self.model.kind == "diffusion" and self.method.name == "sparsegpt"
-        label = "OBS-Diff" if diffusion else label
+        sparsegpt, diffusion = self.method.name == "sparsegpt", self.model.kind == "diffusion"
+        label = "OBS-Diff" if diffusion and sparsegpt else label
         if not ordered:
             return label
-        ordering = self.reorder
-        if self.method.name == "sparsegpt" and ordering == Ordering.rose():
+        if sparsegpt and self.reorder == Ordering.rose():
             return "OBS-Diff in ROSE's order" if diffusion else "ROSE"
-        always = "always" if ordering.threshold is None else f"over {ordering.threshold:g}"
-        return f"{label} (columns {ordering.columns}, blocks {ordering.blocks}, {always}, by {ordering.score})"
+        return f"{label} reordered"
 
     def on(self, device: str) -> Settings:
         """Return these settings with one device."""

@@ -33,9 +33,9 @@ class Work:
             layers = [(rows, columns, tokens) for rows, columns in shape.layers]
             operations |= _pruning(settings.model_dump(mode="json"), layers)
         if settings.evaluation.perplexity:
-            at_most = settings.evaluation.at_most
+            limit = settings.evaluation.limit
             counts = [
-                (t.window, [n for n in (t.windows, at_most) if n is not None]) for t in settings.evaluation.perplexity.values()
+                (t.window, [n for n in (t.windows, limit) if n is not None]) for t in settings.evaluation.perplexity.values()
             ]
             tokens = sum(window * min(limits) for window, limits in counts if limits)  # the length of a whole text is unknown
             operations["evaluation"] = 2 * shape.parameters * tokens
@@ -69,7 +69,7 @@ def _pruning(config: Mapping[str, Any], layers: Sequence[tuple[int, int, int]]) 
     for rows, columns, tokens in layers:
         found["pruning.calibrating"] += 2 * rows * columns * tokens * streams
         found["pruning.advancing"] += 2 * rows * columns * tokens
-        found["pruning.moments"] += columns**2 * tokens * (2 * streams - 1)  # drift is not symmetric
+        found["pruning.moments"] += columns**2 * tokens * (2 * streams - 1)  # the matrix of cross moments is not symmetric
         found[solving] += columns**3 + 2 * rows * columns**2 * (1 + products)
     return found
 

@@ -64,7 +64,7 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
             "~ rough estimate from the rate of a float32 matrix product, because no finished run here has rates for all stages"
         )
     texts = [text for job in jobs for text in job.settings.evaluation.perplexity.values()]
-    if any(text.windows is None for text in texts) and not all(job.settings.evaluation.at_most for job in jobs):
+    if any(text.windows is None for text in texts) and not all(job.settings.evaluation.limit for job in jobs):
         told.append("excluding perplexity on whole texts (windows: null), whose lengths are unknown")
     if any(job.settings.evaluation.zero_shot.tasks for job in jobs):
         told.append("excluding zero-shot tasks, whose time depends on their questions")

@@ -1,6 +1,6 @@
 """Run records and experiment trackers."""
 
 from .record import RunRecord, Stopwatch, environment, read_record
-from .trackers import Guarded, Identity
+from .trackers import FailSafeTracker, Identity
 
-__all__ = ["Guarded", "Identity", "RunRecord", "Stopwatch", "environment", "read_record"]
+__all__ = ["FailSafeTracker", "Identity", "RunRecord", "Stopwatch", "environment", "read_record"]

@@ -185,7 +185,7 @@ class Csv:
 KINDS: dict[str, type] = {"wandb": Wandb, "tensorboard": TensorBoard, "csv": Csv}
 
 
-class Guarded:
+class FailSafeTracker:
     """A wrapper that keeps failures of a tracker from failing the run.
 
     The first failure is logged and recorded. After it, the tracker only receives ``finish``.
@@ -203,7 +203,7 @@ class Guarded:
         except Exception as error:  # no error of a tracker may end the run
             self._failed("start", error)
 
-    def tell(self, what: str, *arguments: Any) -> None:
+    def log(self, what: str, *arguments: Any) -> None:
         """Call the tracker's method ``what`` with ``arguments``."""
         try:
             getattr(self.tracker, what)(*arguments)

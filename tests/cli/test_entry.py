@@ -68,7 +68,7 @@ def test_smoke_makes_any_run_small():
 
     settings = settings_of("experiment=rose_table3", "evaluation=[wikitext2,zero_shot]", "debug=smoke", "tracking=wandb")
     assert (settings.calibration.samples, settings.calibration.window) == (2, 64)
-    assert settings.evaluation.at_most == 2
+    assert settings.evaluation.limit == 2
     assert settings.pipeline.layers == ["*.0.*"]
     assert settings.tracking.kind == "none"
     assert not settings.figures.draw

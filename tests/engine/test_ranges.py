@@ -30,7 +30,7 @@ from rose_exp.engine.groups import METHODS_OF_GROUPS, GroupedLayer, prune_groups
 from rose_exp.engine.methods import Layer, Solution
 from rose_exp.engine.methods.oats import low_rank
 from rose_exp.engine.study import study_layer
-from rose_exp.engine.targets import Drift
+from rose_exp.engine.targets import CrossMoments
 
 from .cases import layer, moments_of
 
@@ -205,9 +205,9 @@ def test_columns_whose_squares_are_rounded_to_zero_are_refused_unless_they_are_n
 def test_targets_of_any_size(size):
     weight, inputs = layer(8, 24)
     dense = inputs + 0.1 * torch.randn_like(inputs)
-    moments, drift = moments_of(inputs), Drift(24)
-    drift.update(inputs, dense)
-    options = {"sparsity": Unstructured(0.5), "drift": drift, "target": Target(0.5, 0.0), "refine": 3}
+    moments, cross_moments = moments_of(inputs), CrossMoments(24)
+    cross_moments.update(inputs, dense)
+    options = {"sparsity": Unstructured(0.5), "cross_moments": cross_moments, "target": Target(0.5, 0.0), "refine": 3}
     plain = prune_layer(weight, moments, **options)
     found = prune_layer(weight * size, moments, **options)
     assert (found.mask != plain.mask).sum() <= 2
@@ -219,11 +219,13 @@ def test_targets_of_any_size(size):
 
 def test_a_target_that_is_not_finite_is_refused(monkeypatch):
     weight, inputs = layer(4, 8)
-    drift = Drift(8)
-    drift.update(inputs, 2 * inputs)
+    cross_moments = CrossMoments(8)
+    cross_moments.update(inputs, 2 * inputs)
     monkeypatch.setattr(Target, "of", lambda _self, weights, *_: [weight * torch.nan for weight in weights])
     with pytest.raises(ValueError, match="target: expected finite numbers"):
-        prune_layer(weight, moments_of(inputs), sparsity=Unstructured(0.5), drift=drift, target=Target(0.5, 0.0))
+        prune_layer(
+            weight, moments_of(inputs), sparsity=Unstructured(0.5), cross_moments=cross_moments, target=Target(0.5, 0.0)
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rose_exp.engine import Drift, Refine, Target, Unstructured, prune_layer
+from rose_exp.engine import CrossMoments, Refine, Target, Unstructured, prune_layer
 from rose_exp.engine.curvature import Curvature
 
 from .cases import layer, moments_of
@@ -19,11 +19,11 @@ def drifted(rows=8, columns=12, tokens=200):
     return weight, inputs, 0.3 * torch.randn_like(inputs) + 0.2 * inputs.roll(1, 1), torch.randn(tokens, rows).double()
 
 
-def drift_of(inputs, delta, missing=None):
-    drift = Drift(inputs.shape[1], None if missing is None else missing.shape[1], dtype=torch.float64)
+def cross_moments_of(inputs, delta, missing=None):
+    cross_moments = CrossMoments(inputs.shape[1], None if missing is None else missing.shape[1], dtype=torch.float64)
     for part in torch.arange(len(inputs)).split(64):
-        drift.update(inputs[part], (inputs + delta)[part], None if missing is None else missing[part])
-    return drift
+        cross_moments.update(inputs[part], (inputs + delta)[part], None if missing is None else missing[part])
+    return cross_moments
 
 
 def ridge(inputs, outputs, damping):
@@ -37,29 +37,33 @@ def ridge(inputs, outputs, damping):
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_the_move_is_the_least_squares_fit_of_what_is_missing(with_residual):
     weight, inputs, delta, missing = drifted()
-    drift = drift_of(inputs, delta, missing if with_residual else None)
+    cross_moments = cross_moments_of(inputs, delta, missing if with_residual else None)
     curvature = Curvature(moments_of(inputs, torch.float64), 0.01, torch.float64)
-    (found,) = Target(1.0, 1.0, damping=0.1).of([weight], curvature, drift)
+    (found,) = Target(1.0, 1.0, damping=0.1).of([weight], curvature, cross_moments)
     wanted = delta @ weight.T + (missing if with_residual else 0)
     torch.testing.assert_close(found - weight, ridge(inputs, wanted, 0.1))
-    (half,) = Target(0.5, 0.5, damping=0.1).of([weight], curvature, drift)
+    (half,) = Target(0.5, 0.5, damping=0.1).of([weight], curvature, cross_moments)
     torch.testing.assert_close(half, (weight + found) / 2)
 
 
 def test_hidden_states_that_hold_the_output_already():
     weight, inputs, delta, missing = drifted()
-    told = drift_of(inputs, delta, missing)
-    after = drift_of(inputs, delta, missing + delta @ weight.T)
-    after.leave_out(weight)
+    told = cross_moments_of(inputs, delta, missing)
+    after = cross_moments_of(inputs, delta, missing + delta @ weight.T)
+    after.subtract_own_output(weight)
     torch.testing.assert_close(after.residual, told.residual)
 
 
 def test_it_is_the_target_that_is_pruned():
     weight, inputs, delta, missing = drifted(24, 32, 600)
-    moments, drift, target = moments_of(inputs, torch.float64), drift_of(inputs, delta, missing), Target(0.7, 0.4)
-    (asked,) = target.of([weight], Curvature(moments, 0.01, torch.float64), drift)
+    moments, cross_moments, target = (
+        moments_of(inputs, torch.float64),
+        cross_moments_of(inputs, delta, missing),
+        Target(0.7, 0.4),
+    )
+    (asked,) = target.of([weight], Curvature(moments, 0.01, torch.float64), cross_moments)
     options = {"sparsity": Unstructured(0.6), "block_size": 16, "refine": Refine(4, mask_iterations=5)}
-    found = prune_layer(weight, moments, drift=drift, target=target, **options)
+    found = prune_layer(weight, moments, cross_moments=cross_moments, target=target, **options)
     expected = prune_layer(asked, moments, **options)
     torch.testing.assert_close(found.weight, expected.weight)
     assert found.target_error == pytest.approx(expected.error)
@@ -71,41 +75,50 @@ def test_it_is_the_target_that_is_pruned():
 
 def test_mistakes_are_told():
     weight, inputs, delta, missing = drifted()
-    moments, drift = moments_of(inputs, torch.float64), drift_of(inputs, delta, missing)
-    with pytest.raises(ValueError, match="drift: expected a drift of 12 columns for the target, got none"):
+    moments, cross_moments = moments_of(inputs, torch.float64), cross_moments_of(inputs, delta, missing)
+    with pytest.raises(ValueError, match="cross_moments: expected those of 12 columns for the target, got none"):
         prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(0.5, 0.5))
     with pytest.raises(ValueError, match=r"dense: expected the shape of inputs, \(..., 12\), got \(3, 11\) and \(3, 12\)"):
-        drift.update(torch.zeros(3, 12), torch.zeros(3, 11))
+        cross_moments.update(torch.zeros(3, 12), torch.zeros(3, 11))
     with pytest.raises(ValueError, match="strength: expected a number from 0 to 1, got 1.5"):
         Target(1.5)
-    drift.gram[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="drift: expected finite numbers, got NaN or infinity"):
-        prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(0.5, 0.5), drift=drift)
+    cross_moments.gram[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="cross_moments: expected finite numbers, got NaN or infinity"):
+        prune_layer(weight, moments, sparsity=Unstructured(0.5), target=Target(0.5, 0.5), cross_moments=cross_moments)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 def test_a_target_whose_factor_fails_is_rejected(method):
     """A failed Cholesky factor holds finite values, and magnitude pruning has no factor of its own that would fail, too."""
     weight, inputs, delta, _ = drifted()
-    moments, drift = moments_of(inputs, torch.float64), drift_of(inputs, delta)
+    moments, cross_moments = moments_of(inputs, torch.float64), cross_moments_of(inputs, delta)
     moments.gram[0, 1] = moments.gram[1, 0] = 5 * moments.gram.diagonal().max()  # not positive semidefinite
-    (found,) = Target(0.5, 0.5).of([weight], Curvature(moments, 0.01, torch.float64), drift)
+    (found,) = Target(0.5, 0.5).of([weight], Curvature(moments, 0.01, torch.float64), cross_moments)
     assert not torch.isfinite(found).any()
     with pytest.raises(ValueError, match="target: expected finite numbers, got NaN or infinity"):
-        prune_layer(weight, moments, method=method, sparsity=Unstructured(0.5), target=Target(0.5, 0.5), drift=drift)
+        prune_layer(
+            weight, moments, method=method, sparsity=Unstructured(0.5), target=Target(0.5, 0.5), cross_moments=cross_moments
+        )
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_what_is_known_of_inputs_follows_their_columns(with_residual):
-    """Moments and drift in another order are those of inputs in that order; all of it is what targets hang on."""
+    """Moments and cross_moments in another order are those of inputs in that order; all of it is what targets hang on."""
     weight, inputs, delta, missing = drifted()
     order = torch.randperm(weight.shape[1])
     given = missing if with_residual else None
-    moments, drift = moments_of(inputs, torch.float64).permuted(order), drift_of(inputs, delta, given).permuted(order)
+    moments, cross_moments = (
+        moments_of(inputs, torch.float64).permuted(order),
+        cross_moments_of(inputs, delta, given).permuted(order),
+    )
     expected = moments_of(inputs[:, order], torch.float64)
     torch.testing.assert_close(moments.hessian(), expected.hessian())
     torch.testing.assert_close(moments.mean(), expected.mean())
-    assert (moments.tokens, drift.tokens) == (expected.tokens, len(inputs))
+    assert (moments.tokens, cross_moments.tokens) == (expected.tokens, len(inputs))
     options = {"sparsity": Unstructured(0.5), "target": Target(0.7, 0.6)}
-    there = prune_layer(weight[:, order], expected, drift=drift_of(inputs[:, order], delta[:, order], given), **options)
-    torch.testing.assert_close(prune_layer(weight[:, order], moments, drift=drift, **options).weight, there.weight)
+    there = prune_layer(
+        weight[:, order], expected, cross_moments=cross_moments_of(inputs[:, order], delta[:, order], given), **options
+    )
+    torch.testing.assert_close(
+        prune_layer(weight[:, order], moments, cross_moments=cross_moments, **options).weight, there.weight
+    )

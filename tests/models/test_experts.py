@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rose_exp.engine import Magnitude, SemiStructured, SparseGPT, Unstructured
-from rose_exp.models import find_blocks, linear_layers, one_by_one, projections
+from rose_exp.models import find_blocks, linear_layers, projections, unstacked_experts
 from rose_exp.pruning import PruningPlan, events, prune_model
 from rose_exp.runtime.errors import RoseExpError
 
@@ -42,7 +42,7 @@ def test_running_experts_one_by_one_changes_nothing(family):
     model.config._experts_implementation = "eager"  # the grouped products know no float64
     with torch.no_grad():
         expected = model(tokens()).logits
-        with one_by_one(model):
+        with unstacked_experts(model):
             torch.testing.assert_close(model(tokens()).logits, expected)
         torch.testing.assert_close(model(tokens()).logits, expected, rtol=0, atol=0)
 
@@ -95,10 +95,10 @@ def test_an_expert_that_saw_no_token_is_treated_as_the_settings_say(policy, zero
     reports = {report.name: report for report in prune_model(model, tokens(24), plan)}
     for part in ("gate_proj", "up_proj", "down_proj"):
         report = reports[f"model.layers.1.mlp.experts.3.{part}"]
-        assert (report.tokens, report.instead) == (0, policy)
+        assert (report.tokens, report.fallback) == (0, policy)
         assert report.sparsity == pytest.approx(zeros, abs=0.01)
         assert events(report, 0.01)[0]["kind"] == "starved_expert"
-    assert [r.name for r in reports.values() if r.instead] == [n for n in reports if "layers.1.mlp.experts.3." in n]
+    assert [r.name for r in reports.values() if r.fallback] == [n for n in reports if "layers.1.mlp.experts.3." in n]
 
 
 def test_a_starved_expert_can_stop_the_run():
@@ -151,7 +151,7 @@ def test_experts_in_a_list_that_the_probe_does_not_reach_are_pruned_too():
     gates = [layer.gate.weight.clone() for layer in model.layers]
     reports = prune_model(model, windows, PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.5), block_size=8))
     assert len(reports) == 2 * 8 * 3
-    assert {r.sparsity for r in reports if not r.instead} == {0.5}
+    assert {r.sparsity for r in reports if not r.fallback} == {0.5}
     assert all(torch.equal(layer.gate.weight, gate) for layer, gate in zip(model.layers, gates, strict=True))
     for block in range(2):
         seen = {r.name: r.tokens for r in reports if f"layers.{block}." in r.name}

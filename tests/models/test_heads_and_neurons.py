@@ -177,7 +177,7 @@ def test_runs_of_a_sweep_do_not_take_each_others_moments():
     [
         (["method=dsnot"], "method: expected one of sparsegpt, wanda, magnitude with structured sparsity, got dsnot"),
         (["method=rose"], "reorder: expected none with structured sparsity"),
-        (["method=sparsegpt", "refine=masks"], "refine: expected none with structured sparsity"),
+        (["method=sparsegpt", "refine=admm"], "refine: expected none with structured sparsity"),
         (["method=sparsegpt", "sparsity.ratio=1"], "sparsity.ratio: expected a number from 0 to below 1"),
         (["method=sparsegpt", "save=true", "pipeline.skip=['*.0.*']"], "save: expected false if structured sparsity excludes"),
         (["method=sparsegpt", "save=true", "sparsity_config=true"], "sparsity_config: expected false with structured"),

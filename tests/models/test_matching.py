@@ -237,7 +237,7 @@ GGUF = {
 }
 
 
-def write_gguf(path, leave_out=(), layers=3, extra=()):
+def write_gguf(path, subtract_own_output=(), layers=3, extra=()):
     from gguf import GGUFWriter
 
     arguments = CONFIGS["llama"][1] | {"hidden_size": 32, "head_dim": 8}  # GGUF files of this family do not tell head_dim
@@ -256,7 +256,7 @@ def write_gguf(path, leave_out=(), layers=3, extra=()):
     for name, value in model.state_dict().items():
         found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)\.weight", name)
         own = f"blk.{found[1]}.{GGUF[found[2]]}.weight" if found[1] else f"{GGUF[found[2]]}.weight"
-        if own not in leave_out:
+        if own not in subtract_own_output:
             writer.add_tensor(own, value.numpy())
     for own in extra:
         writer.add_tensor(own, np.ones(4, dtype=np.float32))
@@ -277,7 +277,7 @@ def test_a_gguf_is_read_as_transformers_reads_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["blk.2.ffn_down.weight", "blk.0.attn_norm.weight", "output_norm.weight", "token_embd.weight"])
 def test_a_gguf_without_a_tensor_is_refused(name, tmp_path):
-    refused(write_gguf(tmp_path / "model.gguf", leave_out=[name]), "has no ")
+    refused(write_gguf(tmp_path / "model.gguf", subtract_own_output=[name]), "has no ")
 
 
 def test_a_gguf_of_more_blocks_than_it_says_is_refused(tmp_path):

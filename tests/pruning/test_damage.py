@@ -365,7 +365,7 @@ def test_two_processes_end_as_if_nothing_was_damaged(tmp_path):
             for name in (*BLOCKS, "activations-00002.1.bin", "dense-00002.0.bin"):
                 with pytest.raises(Cut):
                     run(folder / name, cut_after(1))
-                with ranks.one_by_one():
+                with ranks.first_rank_first():
                     if ranks.first:
                         flip(folder / name / name, 4001)
                 assert_equal(run(folder / name), expected)

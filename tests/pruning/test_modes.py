@@ -15,9 +15,9 @@ import torch
 from rose_exp.engine import METHODS, InputMoments, Ordering, Refine, SemiStructured, SparseGPT, Target, Unstructured, Wanda
 from rose_exp.engine.allocation import Allocation
 from rose_exp.engine.groups import Structured
-from rose_exp.engine.targets import Drift
+from rose_exp.engine.targets import CrossMoments
 from rose_exp.evaluation import perplexity
-from rose_exp.models import all_linear_layers, find_blocks, load_model, one_by_one, open_model
+from rose_exp.models import all_linear_layers, find_blocks, load_model, open_model, unstacked_experts
 from rose_exp.pruning import (
     InMemory,
     OnDisk,
@@ -30,7 +30,7 @@ from rose_exp.pruning import (
     probe,
     prune_model,
 )
-from rose_exp.runtime.batches import at_once
+from rose_exp.runtime.batches import batch_size
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.settings.schema import ModelSettings
 
@@ -178,7 +178,7 @@ def test_moments_of_every_family_are_those_of_the_whole_model(family, monkeypatc
     windows, whole, found = tokens(WINDOWS), {}, {}
     model = build(family)
     layers = all_linear_layers(find_blocks(model))
-    with ExitStack() as stack, torch.no_grad(), one_by_one(model):
+    with ExitStack() as stack, torch.no_grad(), unstacked_experts(model):
         for layer in layers:
             whole[layer.name] = InputMoments(layer.columns)
             hook = lambda _m, args, to=whole[layer.name]: to.update(args[0])  # noqa: E731
@@ -209,11 +209,11 @@ def test_sums_do_not_depend_on_how_tokens_arrive(columns, dtype):
     missing = torch.randn(7, 411, 8, dtype=dtype)
     found = []
     for cuts in ([7], [1] * 7, [2, 3, 2]):
-        moments, drift = InputMoments(columns, dtype=dtype), Drift(columns, 8, dtype=dtype)
+        moments, cross_moments = InputMoments(columns, dtype=dtype), CrossMoments(columns, 8, dtype=dtype)
         for a, b, c in zip(x.split(cuts), dense.split(cuts), missing.split(cuts), strict=True):
             moments.update(a)
-            drift.update(a, b, c)
-        found.append((moments, drift))
+            cross_moments.update(a, b, c)
+        found.append((moments, cross_moments))
     flat = InputMoments(columns, dtype=dtype)
     for part in x.flatten(0, 1).split(100):
         flat.update(part)
@@ -222,9 +222,9 @@ def test_sums_do_not_depend_on_how_tokens_arrive(columns, dtype):
         assert torch.equal(moments.gram, first.gram)
         assert torch.equal(moments.sum, first.sum)
         assert moments.tokens == 7 * 411
-    for _, drift in found:
-        assert torch.equal(drift.gram, sums.gram)
-        assert torch.equal(drift.residual, sums.residual)
+    for _, cross_moments in found:
+        assert torch.equal(cross_moments.gram, sums.gram)
+        assert torch.equal(cross_moments.residual, sums.residual)
     exact = x.double().flatten(0, 1)
     torch.testing.assert_close(first.gram.double(), exact.T @ exact, rtol=1e-6, atol=1e-3)
 
@@ -245,8 +245,8 @@ def test_several_processes_agree_to_the_last_digits_of_float32():
 
 
 def test_only_a_gpu_runs_several_windows_at_once():
-    assert at_once(8, "cpu") == 1
-    assert at_once(8, torch.device("cuda", 1)) == 8
+    assert batch_size(8, "cpu") == 1
+    assert batch_size(8, torch.device("cuda", 1)) == 8
 
 
 class _Looking(torch.nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rose_exp.engine import (
-    Drift,
+    CrossMoments,
     InputMoments,
     Magnitude,
     Refine,
@@ -122,10 +122,12 @@ def test_a_layer_is_pruned_as_one_with_its_inputs_in_that_order(target):
     order = channels.channel_order(weight.square() * x.square().mean(dim=0), pattern)
     assert not torch.equal(order, torch.arange(len(order)))
     assert torch.equal(mlp.gate_proj.weight, before.gate_proj.weight[order])
-    moments, drift = InputMoments(len(order), dtype=torch.float64), Drift(len(order), dtype=torch.float64)
+    moments, cross_moments = InputMoments(len(order), dtype=torch.float64), CrossMoments(len(order), dtype=torch.float64)
     moments.update(x[:, order])
-    drift.update(x[:, order], full[:, order])
-    expected = prune_layer(weight[:, order], moments, sparsity=pattern, target=target, drift=drift if target else None)
+    cross_moments.update(x[:, order], full[:, order])
+    expected = prune_layer(
+        weight[:, order], moments, sparsity=pattern, target=target, cross_moments=cross_moments if target else None
+    )
     torch.testing.assert_close(mlp.down_proj.weight, expected.weight, rtol=1e-6, atol=1e-9)
     report = reports["model.layers.1.mlp.down_proj"]
     lost = (x @ weight.T - x[:, order] @ mlp.down_proj.weight.T).square().sum() / (x @ weight.T).square().sum()

@@ -186,7 +186,7 @@ def test_models_are_pruned_as_requested(family, options):
     model = build(family)
     reports = prune_model(model, tokens(), PruningPlan(**plan))
     assert [report.name for report in reports if differs(report, 16)] == []
-    assert all(report.requested is not None for report in reports if report.instead != "dense")
+    assert all(report.requested is not None for report in reports if report.fallback != "dense")
     if "allocation" in options:
         assert len({report.requested for report in reports}) > 3
 
@@ -195,8 +195,8 @@ def test_models_are_pruned_as_requested(family, options):
 def test_starved_experts_are_warned_of_once(starved):
     plan = {"sparsity": Unstructured(0.5), "batch": 2, "expert_tokens": 10**6, "starved_experts": starved}
     reports = prune_model(build("mixtral"), tokens(), PruningPlan(Magnitude(), **plan))
-    experts = [report for report in reports if report.instead]
-    assert {report.instead for report in experts} == {starved}
+    experts = [report for report in reports if report.fallback]
+    assert {report.fallback for report in experts} == {starved}
     for report in experts:
         assert [event["kind"] for event in events(report, 0.01)] == ["starved_expert"]
 

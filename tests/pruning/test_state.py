@@ -218,7 +218,7 @@ def test_every_signal_that_announces_the_end_is_handled(name):
     default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
     before = signal.signal(number, default)
     try:
-        with interruption.heeded():
+        with interruption.handle_signals():
             assert signal.getsignal(number) is not default
             signal.raise_signal(number)
             with pytest.raises(Interrupted, match=name):
@@ -231,15 +231,15 @@ def test_every_signal_that_announces_the_end_is_handled(name):
 def test_a_signal_is_noted_and_a_second_one_of_a_person_is_not_waited_for():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     try:
-        with interruption.heeded():
-            assert not interruption.requested()
+        with interruption.handle_signals():
+            assert not interruption.stop_requested()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert interruption.requested()
+            assert interruption.stop_requested()
             with pytest.raises(Interrupted, match="SIGTERM"):
                 interruption.check()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
-        assert not interruption.requested()
+        assert not interruption.stop_requested()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -250,7 +250,7 @@ def test_a_handler_that_is_there_already_is_left():
 
     before = signal.signal(signal.SIGUSR2, own)
     try:
-        with interruption.heeded():
+        with interruption.handle_signals():
             assert signal.getsignal(signal.SIGUSR2) is own
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rose_exp.engine import Drift, InputMoments, Ordering, Refine, SparseGPT, Target, Unstructured, prune_layer
-from rose_exp.models import all_linear_layers, find_blocks, one_by_one
+from rose_exp.engine import CrossMoments, InputMoments, Ordering, Refine, SparseGPT, Target, Unstructured, prune_layer
+from rose_exp.models import all_linear_layers, find_blocks, unstacked_experts
 from rose_exp.pruning import PruningPlan, events, prune_model
 from rose_exp.pruning.capture import probe
 
@@ -51,7 +51,7 @@ def watched(model, windows):
         handles.append(layer.module.register_forward_hook(note(layer.name)))
     for index, block in enumerate(blocks.blocks):
         handles.append(block.register_forward_hook(note(index)))
-    with torch.no_grad(), one_by_one(model):
+    with torch.no_grad(), unstacked_experts(model):
         model(input_ids=windows, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -85,9 +85,14 @@ def test_walking_two_models_equals_running_both_each_time(family, sequential):
                     missing = there[index, "out"] - here[index, "out"] - (there[name] - x) @ weight.T
                 elif name in adding:
                     missing = there[index] - here[index]
-                drift = Drift(x.shape[-1], None if missing is None else missing.shape[-1], dtype=torch.float64)
-                drift.update(x, there[name], missing)
-                options = {"sparsity": Unstructured(0.5), "ordering": Ordering.rose(), "drift": drift, "target": TARGET}
+                cross_moments = CrossMoments(x.shape[-1], None if missing is None else missing.shape[-1], dtype=torch.float64)
+                cross_moments.update(x, there[name], missing)
+                options = {
+                    "sparsity": Unstructured(0.5),
+                    "ordering": Ordering.rose(),
+                    "cross_moments": cross_moments,
+                    "target": TARGET,
+                }
                 solved[name] = prune_layer(weight, moments, **options, **OPTIONS).weight
             for name, weight in solved.items():
                 layers[name].set_weight(weight)
@@ -103,17 +108,17 @@ def test_experts_are_asked_to_be_the_dense_layer():
     assert moved
     assert not any("experts" in name for name in moved)
     assert {r.target for r in reports if "experts" in r.name} == {"dense"}
-    assert {r.target for r in reports if r.name.endswith("o_proj")} == {"hidden_states"}
-    assert {r.target for r in reports if r.name.endswith("q_proj")} == {"outputs"}
+    assert {r.target for r in reports if r.name.endswith("o_proj")} == {"residual"}
+    assert {r.target for r in reports if r.name.endswith("q_proj")} == {"asymmetric"}
 
 
 def test_a_layer_that_refining_would_spoil_stays_and_is_told_of():
     plan = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, refine=Refine(0, mask_iterations=1, penalty=1e-6))
     reports = prune_model(build("llama"), tokens(), plan)
-    left = [report for report in reports if report.unrefined]
+    left = [report for report in reports if report.refinement_rejected]
     assert left
-    assert all(report.target_error == report.unrefined_error and report.rechosen == 0 for report in left)
-    assert [event["kind"] for event in events(left[0], plan.damping)].count("not_refined") == 1
+    assert all(report.target_error == report.unrefined_error and report.mask_changes == 0 for report in left)
+    assert [event["kind"] for event in events(left[0], plan.damping)].count("refinement_rejected") == 1
     assert all(report.target_error <= report.unrefined_error for report in reports)
 
 

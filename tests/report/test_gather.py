@@ -70,22 +70,22 @@ def test_only_seeds_that_drew_the_same_noise_are_pairs():
 
 def test_what_is_done_beside_the_method_is_a_row_beside_it():
     """With what is left out of a row where it has no effect, and with the dense model."""
-    plain = three_seeds("SparseGPT", 20.0, 22.0, 27.0, config__engine__permute=True)
+    plain = three_seeds("SparseGPT", 20.0, 22.0, 27.0, config__pipeline__permute=True)
     owl = three_seeds("SparseGPT", 19.0, 21.0, 26.0, config__allocation={"rule": "owl", "spread": 0.08, "outlier": 5.0})
     steps = three_seeds("SparseGPT", 18.0, 20.0, 25.0, config__refine={"steps": 8, "mask_iterations": 0})
     moved = three_seeds("SparseGPT", 17.0, 19.0, 24.0, config__target={"strength": 0.5, "residual": 0.5})
     uniform = three_seeds("ROSE", 16.0, 18.0, 23.0, config__allocation={"rule": "uniform", "spread": 0.1, "outlier": 5.0})
-    for label, runs in (("SparseGPT + owl 0.08", owl), ("SparseGPT + refine 8", steps), ("SparseGPT + target 0.5/0.5", moved)):
+    for label, runs in (("SparseGPT + OWL", owl), ("SparseGPT + CG", steps), ("SparseGPT + target", moved)):
         for run in runs:
             run["label"] = label
     (table,) = tables([record("Dense", 5.0), *plain, *owl, *steps, *moved, *uniform])
-    rows = ["Dense", "SparseGPT", "SparseGPT + owl 0.08", "SparseGPT + refine 8", "SparseGPT + target 0.5/0.5", "ROSE"]
+    rows = ["Dense", "SparseGPT", "SparseGPT + OWL", "SparseGPT + CG", "SparseGPT + target", "ROSE"]
     assert list(table.cells) == rows
     assert [table.cells[row]["0.7"].difference.mean for row in rows[2:]] == pytest.approx([-1.0, -2.0, -3.0, -4.0])
 
 
 def test_permuted_channels_are_a_row_of_their_own_where_they_count():
-    runs = [record("SparseGPT", 20.0, pattern="2:4"), record("SparseGPT", 19.0, pattern="2:4", config__engine__permute=True)]
+    runs = [record("SparseGPT", 20.0, pattern="2:4"), record("SparseGPT", 19.0, pattern="2:4", config__pipeline__permute=True)]
     runs[1]["label"] = "SparseGPT + permuted"
     (table,) = tables(runs)
     assert {row: cells["2:4"].mean for row, cells in table.cells.items()} == {"SparseGPT": 20.0, "SparseGPT + permuted": 19.0}
@@ -178,7 +178,7 @@ def test_a_threshold_in_the_columns_is_in_no_name():
     records = []
     for threshold in (0.25, 0.5):
         made = record("ROSE", 10 * threshold, config__reorder__threshold=threshold)
-        made["label"] = "ROSE" if threshold == 0.5 else "SparseGPT (columns descending, …)"
+        made["label"] = "ROSE" if threshold == 0.5 else "SparseGPT reordered"
         records.append(made)
     (table,) = tables(records, columns="reorder.threshold")
     assert list(table.cells) == ["ROSE"]

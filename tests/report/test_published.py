@@ -77,9 +77,9 @@ def test_another_protocol_is_not_judged():
     found = cell("SparseGPT", 27.2, config__calibration__samples=16)
     assert found.within is None
     assert found.why_not == "calibration.samples is 16, in the paper 128"
-    for name, value in {"evaluation__at_most": 2, "pipeline__layers": ["*.0.*"], "pipeline__true_sequential": True}.items():
+    for name, value in {"evaluation__limit": 2, "pipeline__layers": ["*.0.*"], "pipeline__true_sequential": True}.items():
         assert cell("SparseGPT", 27.2, **{f"config__{name}": value}).within is None, name
-    assert cell("Dense", 5.48, config__evaluation__at_most=2).within is None
+    assert cell("Dense", 5.48, config__evaluation__limit=2).within is None
 
 
 def test_the_judgement_does_not_hang_on_the_order_of_the_seeds():

@@ -19,12 +19,12 @@ LAYER_FIELDS = {  # frozen name: current name in the layers of a run record
     "damping": "damping",
     "rank": "rank",
     "dead_columns": "dead_columns",
-    "fallback": "instead",
+    "fallback": "fallback",
     "target": "target",
     "target_error": "target_error",
     "unrefined_error": "unrefined_error",
-    "mask_changes": "rechosen",
-    "refinement_rejected": "unrefined",
+    "mask_changes": "mask_changes",
+    "refinement_rejected": "refinement_rejected",
     "permuted": "permuted",
     "removed": "removed",
     "groups": "groups",
@@ -33,7 +33,7 @@ LAYER_NAME = "name"
 NOT_FROZEN = {LAYER_NAME, "seconds", "requested"}  # further fields of a layer; new fields go here
 
 LAYER_VALUES: dict[str, dict[Any, Any]] = {  # values of a frozen field that have another name now, current: frozen
-    "target": {},
+    "target": {"asymmetric": "outputs", "residual": "hidden_states"},
     "fallback": {},
 }
 
@@ -117,12 +117,12 @@ LANGUAGE = {
     "order obs": "method=rose reorder.score=obs reorder.threshold=null",
     "order magnitude": "method=rose reorder.score=magnitude reorder.threshold=null",
     # Refinement, regression targets and sparsity allocation
-    "refine least_squares": "method=sparsegpt refine=least_squares refine.steps=4",
-    "refine masks": f"{ORDERED} refine=masks refine.steps=3 refine.mask_iterations=6",
-    "refine wanda 2:4": "method=wanda sparsity=2:4 refine=masks refine.steps=2 refine.mask_iterations=4",
-    "target half": f"{ORDERED} target=half",
-    "target outputs": "method=sparsegpt target=outputs",
-    "target refine": "method=wanda target=half refine=least_squares refine.steps=3",
+    "refine least_squares": "method=sparsegpt refine=cg refine.steps=4",
+    "refine masks": f"{ORDERED} refine=admm refine.steps=3 refine.mask_iterations=6",
+    "refine wanda 2:4": "method=wanda sparsity=2:4 refine=admm refine.steps=2 refine.mask_iterations=4",
+    "target half": f"{ORDERED} target=residual",
+    "target outputs": "method=sparsegpt target=asymmetric",
+    "target refine": "method=wanda target=residual refine=cg refine.steps=3",
     "allocation owl": "method=wanda allocation=owl sparsity.ratio=0.6",
     "allocation losses": f"{ORDERED} allocation=losses",
     # Engine
@@ -137,8 +137,8 @@ LANGUAGE = {
     "bfloat16": "method=sparsegpt model.dtype=bfloat16",
     "seed": "method=sparsegpt seed=3 calibration.draw=documents calibration.window=64",
     # Architectures
-    "gpt2": f"{ORDERED} target=half {OWN_MODEL.format('gpt2')}",
-    "opt": f"{ORDERED} refine=least_squares {OWN_MODEL.format('opt')}",  # with dead input channels
+    "gpt2": f"{ORDERED} target=residual {OWN_MODEL.format('gpt2')}",
+    "opt": f"{ORDERED} refine=cg {OWN_MODEL.format('opt')}",  # with dead input channels
     "gemma2": f"{ORDERED} sparsity.ratio=0.6 {OWN_MODEL.format('gemma2')}",
     "gemma2 structured": f"method=sparsegpt sparsity=structured sparsity.ratio=0.5 {OWN_MODEL.format('gemma2')}",
     "experts": f"method=sparsegpt pipeline.expert_tokens=120 {OWN_MODEL.format('mixtral')}",
@@ -162,7 +162,7 @@ DIFFUSION = {
     "sd3 magnitude": "model=small-sd3 method=magnitude",
     "sd3 dsnot": "model=small-sd3 method=dsnot",
     "sd3 order": "model=small-sd3 method=rose reorder.threshold=null engine.block_size=16",
-    "sd3 refine": "model=small-sd3 method=sparsegpt refine=masks refine.steps=2 refine.mask_iterations=4",
+    "sd3 refine": "model=small-sd3 method=sparsegpt refine=admm refine.steps=2 refine.mask_iterations=4",
     "sd3 uniform": "model=small-sd3 method=sparsegpt diffusion.weighting=uniform diffusion.packages=1",
     "sd3 linear_increase": "model=small-sd3 method=sparsegpt diffusion.weighting=linear_increase diffusion.alpha_max=9",
     "sd3 skip": "model=small-sd3 method=sparsegpt pipeline.skip=['transformer_blocks.0.*'] seed=2",

@@ -199,7 +199,7 @@ def test_a_report_of_several(tmp_path):
     [
         (["calibration=embedded"], "calibration.draw: expected prompts for a diffusion model, got windows"),
         (["evaluation=embedded"], "evaluation.perplexity: expected none for a diffusion model"),
-        (["target=half"], "target: expected none for a diffusion model"),
+        (["target=residual"], "target: expected none for a diffusion model"),
         (["allocation=owl"], "allocation: expected none for a diffusion model"),
         (["model.path=./nowhere"], "model: expected one of path and built, got both"),
         (["diffusion.alpha_min=2"], "diffusion.alpha_min: expected at most alpha_max, 1.2, got 2"),

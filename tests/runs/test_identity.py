@@ -40,8 +40,8 @@ def identity(*overrides: str, folder=None) -> str:
         "evaluation.batch=2",
         "model.dtype=bfloat16",
         "allocation=owl",
-        "refine=masks",
-        "target=half",
+        "refine=admm",
+        "target=residual",
     ],
 )
 def test_what_can_change_a_number_makes_another_run(override):
@@ -49,8 +49,8 @@ def test_what_can_change_a_number_makes_another_run(override):
 
 
 def test_options_count_where_they_act():
-    assert identity("refine=masks", "refine.relaxation=1.5") != identity("refine=masks")
-    assert identity("refine=least_squares", "refine.relaxation=1.5") == identity("refine=least_squares")
+    assert identity("refine=admm", "refine.relaxation=1.5") != identity("refine=admm")
+    assert identity("refine=cg", "refine.relaxation=1.5") == identity("refine=cg")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ IMAGES = ("model=small-sd3", "method=sparsegpt")
         "calibration.samples=9",
         "evaluation.images.samples=9",
         "evaluation.images.metrics=[distance,clip_score]",
-        "+evaluation.at_most=3",
+        "evaluation.limit=3",
         "sparsity=structured",
         "reorder=rose",
         "seed=1",
@@ -163,7 +163,7 @@ def test_of_a_dense_model_only_the_measurement_counts():
     assert identity("method=dense", "reorder=none", "seed=3", "sparsity.ratio=0.9", "calibration=c4") == identity(
         "method=dense"
     )
-    assert identity("method=dense", "refine=masks", "target=half", "allocation=owl") == identity("method=dense")
+    assert identity("method=dense", "refine=admm", "target=residual", "allocation=owl") == identity("method=dense")
     assert identity("method=dense", "evaluation.perplexity.embedded.window=512") != identity("method=dense")
 
 

@@ -57,7 +57,7 @@ def test_a_second_stream_of_hidden_states_counts(small):
 
     stream = 8000 * 128 * 64 * 4
     plain = bytes_of()
-    for second in (["allocation=owl"], ["target=half"], ["allocation=owl", "target=half"]):
+    for second in (["allocation=owl"], ["target=residual"], ["allocation=owl", "target=residual"]):
         assert bytes_of(*second) - plain == pytest.approx(stream, rel=0.2)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rose_exp.engine import Allocation, InputMoments, Ordering, SemiStructured, SparseGPT, Structured, Target, Unstructured
-from rose_exp.pruning import PruningPlan, prune_model
+from rose_exp.pruning import PruneContext, PruningPlan, prune_model
 from rose_exp.runtime.ranks import Ranks
 
 from ..cli.test_app import rose_exp
@@ -48,7 +48,7 @@ def test_two_ranks_prune_as_one_does(options, tmp_path):
         with process_group():
             ranks, model = Ranks(), build("llama").double()
             plan = PruningPlan(**PLAN | {options!r})
-            reports = prune_model(model, tokens(), plan, ranks=ranks)
+            reports = prune_model(model, tokens(), plan, PruneContext(ranks=ranks))
             torch.save((model.state_dict(), [(r.name, r.tokens, r.error) for r in reports]), sys.argv[1] + str(ranks.rank))
         """)
     )

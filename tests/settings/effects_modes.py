@@ -147,7 +147,7 @@ MATTERS: dict[str, set[str]] = {
     "evaluation.images.reference": {*SCORED, LAST},
     "evaluation.images.sheet": NOWHERE,
     "evaluation.batch": MEASURED,
-    "evaluation.at_most": MEASURED | IMAGES,
+    "evaluation.limit": MEASURED | IMAGES,
     "engine.block_size": PRUNED,
     "engine.damping": PRUNED,
     "engine.backend": PRUNED,
@@ -234,7 +234,7 @@ def concerns(leaf: str, metric: str, dense: bool) -> bool:
             return False
         if name in ("images.clip", "images.reference"):
             return metric == {"images.clip": "images.clip_score", "images.reference": "images.fid"}[name]
-        if name == "at_most":
+        if name == "limit":
             return kind in ("perplexity", "zero_shot", "images")
         return kind == ("perplexity" if name == "batch" else name.split(".")[0])
     if dense and leaf in ("model.blocks", "pipeline.layers", "pipeline.skip", "diffusion.convolutions"):

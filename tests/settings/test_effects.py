@@ -247,7 +247,7 @@ def test_the_engine_agrees_which_options_remove_groups(method, width):
         ("method.options", {"a": 1, "b": 2.0}, {"b": 2, "a": 1.0}),
         ("method.options", {"a": {"x": 1, "y": 2}}, {"a": {"y": 2, "x": 1}}),
         ("evaluation.speed", None, ...),
-        ("evaluation.at_most", None, ...),
+        ("evaluation.limit", None, ...),
         ("evaluation.zero_shot", None, ...),
         ("diffusion", None, ...),
         ("target", {"strength": 0.5}, {"strength": 0.5, "residual": 0.0, "damping": 0.1}),

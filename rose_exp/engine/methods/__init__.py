@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from .alps import ALPS
-from .base import Layer, Method, Solution, settle
+from .base import Layer, Method, Solution, resolve_orders
 from .dsnot import DSnoT
 from .magnitude import Magnitude
 from .oats import OATS
@@ -26,4 +26,16 @@ def _is_method_of(thing: object, module: str) -> bool:
 
 METHODS: dict[str, type[Method]] = _found()
 
-__all__ = ["ALPS", "METHODS", "OATS", "DSnoT", "Layer", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda", "settle"]
+__all__ = [
+    "ALPS",
+    "METHODS",
+    "OATS",
+    "DSnoT",
+    "Layer",
+    "Magnitude",
+    "Method",
+    "Solution",
+    "SparseGPT",
+    "Wanda",
+    "resolve_orders",
+]

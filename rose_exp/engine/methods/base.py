@@ -28,7 +28,7 @@ class Layer:
     Attributes:
         weight: W, (rows, columns).
         curvature: statistics of the layer's inputs, shared by layers with the same inputs.
-        moved: whether the columns are reordered; None if not known yet, see :func:`settle`.
+        reordered: whether the columns are reordered; None if not known yet, see :func:`resolve_orders`.
         given: pruning order to use instead of the one computed from the ordering.
         shift: binary exponent of the factor applied to ``weight`` to keep its outputs within the range of the precision; 0
             unless they are far from 1. An absolute threshold on outputs must be multiplied by ``2 ** shift``.
@@ -40,7 +40,7 @@ class Layer:
     ordering: Ordering | None
     block_size: int
     backend: Backend = "auto"
-    moved: bool | None = None
+    reordered: bool | None = None
     given: ColumnOrder | None = None
     shift: int = 0
     _losses: dict[str, ExpectedLosses] = field(default_factory=dict, repr=False)
@@ -78,14 +78,14 @@ class Layer:
         return self.given or arrange(self.ordering, self.losses(self.ordering.score if self.ordering else "wanda"))
 
 
-def settle(layers: Sequence[Layer]) -> None:
-    """Set ``moved`` of each layer, with one device synchronisation for all of them."""
+def resolve_orders(layers: Sequence[Layer]) -> None:
+    """Set ``reordered`` of each layer, with one device synchronisation for all of them."""
     if layers[0].ordering is None:
         flags = [False] * len(layers)
     else:
         flags = torch.stack([layer.order.reordered for layer in layers]).tolist()
     for layer, flag in zip(layers, flags, strict=True):
-        layer.moved = flag
+        layer.reordered = flag
 
 
 @dataclass(frozen=True)

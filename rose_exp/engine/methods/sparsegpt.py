@@ -19,15 +19,15 @@ class SparseGPT(Method):
     working = (2.7, 6.5)
 
     def prune(self, layer: Layer) -> Solution:
-        moved = bool(layer.order.reordered) if layer.moved is None else layer.moved
+        reordered = bool(layer.order.reordered) if layer.reordered is None else layer.reordered
         order, alive, weight = layer.order.order, ~layer.dead, layer.weight
         some_dead = weight.device.type != "cpu" or not alive.all()  # reading alive would synchronise a GPU
         start = layer.transposed * alive[:, None] if some_dead else layer.transposed
-        w = start.index_select(0, order) if moved else start.clone()  # (columns, rows), in pruning order
-        factor = layer.curvature.factor_in(order) if moved else layer.factor
+        w = start.index_select(0, order) if reordered else start.clone()  # (columns, rows), in pruning order
+        factor = layer.curvature.factor_in(order) if reordered else layer.factor
         kernels = kernels_for(layer.backend, weight)
-        mask, costs = sweep(w, factor.upper, layer.sparsity, layer.order.widths(moved), layer.block_size, kernels)
-        if moved:
+        mask, costs = sweep(w, factor.upper, layer.sparsity, layer.order.widths(reordered), layer.block_size, kernels)
+        if reordered:
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
             w, mask = w.index_select(0, back), mask.index_select(0, back)
         swept, mask = w.T.contiguous(), mask.T.contiguous()
