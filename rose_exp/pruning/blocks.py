@@ -17,7 +17,8 @@ from ..models import BlockList, find_blocks, linear_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
 from ..runtime.signals import Interrupted
 from .activations import Activations
-from .capture import BlockCall, Probe, probe
+from .calls import BlockCall
+from .capture import Probe, probe
 from .collect import Calibration, Collector, GroupInputs
 from .components import components_for
 from .context import PruneContext

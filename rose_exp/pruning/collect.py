@@ -15,7 +15,8 @@ from tqdm import tqdm
 from ..engine import CrossMoments, InputMoments
 from ..models import LinearLayer, linear_layers, unstacked_experts
 from .activations import Activations
-from .capture import BlockCall, StopForward
+from .calls import BlockCall
+from .capture import StopForward
 from .plan import PruningPlan
 
 

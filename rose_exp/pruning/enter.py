@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..models import BlockList
 from ..runtime.batches import batch_size
 from .activations import Activations, Place
-from .capture import BlockCall, Probe, on_device, share_equal, trace
+from .calls import BlockCall, on_device, share_equal
+from .capture import Probe, trace
 
 Calls = dict[int, list[BlockCall]]  # arguments of every block for each batch, by the index of the batch's first window
 

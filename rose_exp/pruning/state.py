@@ -7,14 +7,13 @@ SHA-256 of its own content. Opening a state verifies all of them before anything
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,65 +25,18 @@ from tqdm import tqdm
 
 from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
-from ..settings.effects import flat
+from ..settings.leaves import flat
 from .activations import Activations
+from .progress import STREAMS, Progress, block_file, part_file, problem_of, remedy, sealed, sha256_of
 from .report import LayerReport
 
 Resume = Literal["activations", "recompute"]
 
 NAME = "state.json"
 FORMAT = 2  # version of state.json; version 1 had no checksums
-STREAMS = ("activations", "dense")  # hidden states of the pruned and of the dense model
-CHUNK = 2**22  # number of bytes hashed at once
 SHOWN = 2**28  # minimum number of bytes for a progress bar during verification
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the state contains.
-
-    Attributes:
-        blocks: number of whole blocks, counted from the first.
-        layers: for each block, the reports of its layers.
-        after: for each block, ``seconds``, the time spent up to its end by kind of work, and ``generators``, the states of
-            torch's generators at its end (hexadecimal; empty if they equal those after the previous block).
-        part: reports of the layers of the next block that were pruned before the run stopped.
-        shares: sparsity of each layer, if an allocation chose it; empty otherwise.
-        files: ``bytes`` and ``sha256`` of every file of the state, by name.
-    """
-
-    blocks: int = 0
-    layers: list[list[dict[str, Any]]] = field(default_factory=list)
-    after: list[dict[str, Any]] = field(default_factory=list)
-    part: list[dict[str, Any]] = field(default_factory=list)
-    shares: dict[str, float] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Time spent on the whole blocks, by kind of work."""
-        return self.after[-1]["seconds"] if self.after else {}
-
-    @property
-    def generators(self) -> list[str]:
-        """States of torch's generators after the last whole block; empty before the first."""
-        return next((block["generators"] for block in reversed(self.after) if block["generators"]), [])
-
-    def without(self, damaged: set[str]) -> Progress:
-        """Return the part of this progress that does not depend on the ``damaged`` files."""
-        kept = next((index for index in range(self.blocks) if _block_file(index) in damaged), self.blocks)
-        if kept < self.blocks:  # the part and the activations belong to the next block
-            files = {name: self.files[name] for name in map(_block_file, range(kept))}
-            return Progress(kept, self.layers[:kept], self.after[:kept], shares=self.shares, files=files)
-        found = self
-        if _part_file(self.blocks) in damaged:
-            found = replace(found, part=[])
-        of_streams = {name for name in self.files if name.startswith(STREAMS)}
-        if damaged & of_streams:  # the streams are only usable together, from all ranks
-            damaged = damaged | of_streams
-        return replace(found, files={name: facts for name, facts in self.files.items() if name not in damaged})
 
 
 class RunState:
@@ -140,7 +92,7 @@ class RunState:
         if "sha256" not in data and "progress" in data:
             raise RoseExpError(f"{path}: expected a state of format {FORMAT}, got one of an older version; {self._hint}")
         content = {name: value for name, value in data.items() if name != "sha256"}
-        if text != _sealed(content):
+        if text != sealed(content):
             raise RoseExpError(f"{path} is damaged: its content does not match its SHA-256; {self._hint}")
         if version != FORMAT:
             raise RoseExpError(f"{path}: expected a state of format {FORMAT}, got {version!r}; {self._hint}")
@@ -166,7 +118,7 @@ class RunState:
         found: dict[str, str] = {}
         with _bar(total) as bar:
             for name in own:
-                problem = _problem(self.folder / name, progress.files[name], bar.update)
+                problem = problem_of(self.folder / name, progress.files[name], bar.update)
                 if problem is not None:
                     found[name] = problem
         damaged = {name: problem for of_rank in self.ranks.gather(found) for name, problem in of_rank.items()}
@@ -174,7 +126,7 @@ class RunState:
         self._verified = set(kept.files)
         if self.ranks.first:
             for name, problem in sorted(damaged.items()):
-                log.warning("%s is damaged: %s; %s", self.folder / name, problem, _remedy(name, kept))
+                log.warning("%s is damaged: %s; %s", self.folder / name, problem, remedy(name, kept))
         return kept
 
     @property
@@ -187,12 +139,12 @@ class RunState:
         Raises:
             RoseExpError: the file is missing or damaged.
         """
-        return self._load(_block_file(index)) if index < self.progress.blocks else None
+        return self._load(block_file(index)) if index < self.progress.blocks else None
 
     def part(self) -> tuple[list[LayerReport], dict[str, Tensor]]:
         """Return the reports and the weights, by full name, of the next block's layers that are already pruned."""
         reports = [LayerReport(**report) for report in self.progress.part]
-        return reports, self._load(_part_file(self.progress.blocks)) if reports else {}
+        return reports, self._load(part_file(self.progress.blocks)) if reports else {}
 
     def restore(self, streams: Sequence[Activations]) -> bool:
         """Read the inputs of the next block into each stream; return False if they are not stored."""
@@ -239,7 +191,7 @@ class RunState:
         try:
             if self.ranks.first:
                 tensors = {name: value.detach().to("cpu").contiguous() for name, value in block.state_dict().items()}
-                files |= self._written(_block_file(index), lambda path: save_file(tensors, path, {"format": "pt"}))
+                files |= self._written(block_file(index), lambda path: save_file(tensors, path, {"format": "pt"}))
             for number, hidden in enumerate(streams if self.resume == "activations" else ()):
                 files |= self._written(self._activations_file(index + 1, number), hidden.write)
         except RoseExpError as error:
@@ -270,7 +222,7 @@ class RunState:
     def commit_part(self, reports: Sequence[LayerReport], weights: Mapping[str, Tensor]) -> None:
         """Save the pruned layers of the current block, before the run stops inside it."""
         tensors = {name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
-        written = self._written(_part_file(self.progress.blocks), lambda path: save_file(tensors, path))
+        written = self._written(part_file(self.progress.blocks), lambda path: save_file(tensors, path))
         part = [report.as_dict() for report in reports]
         self._write(replace(self.progress, part=part, files=self.progress.files | written))
 
@@ -282,7 +234,7 @@ class RunState:
         """Write ``state.json`` for ``progress``, then delete the files that it does not name."""
 
         def write() -> None:
-            text = _sealed({"format": FORMAT, "fingerprint": self.fingerprint, "progress": asdict(progress)})
+            text = sealed({"format": FORMAT, "fingerprint": self.fingerprint, "progress": asdict(progress)})
             self._written(NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
         self._on_first(write)
@@ -306,7 +258,7 @@ class RunState:
                 write(str(scratch))
                 with scratch.open("rb+") as file:
                     os.fsync(file.fileno())
-                facts = {"bytes": scratch.stat().st_size, "sha256": _sha256(scratch)}
+                facts = {"bytes": scratch.stat().st_size, "sha256": sha256_of(scratch)}
                 os.replace(scratch, self.folder / name)
                 _flush_folder(self.folder)
             finally:
@@ -320,7 +272,7 @@ class RunState:
         Returns copies, because the tensors of safetensors are not aligned and read the file lazily.
         """
         if name not in self._verified:
-            problem = _problem(self.folder / name, self.progress.files[name])
+            problem = problem_of(self.folder / name, self.progress.files[name])
             if problem is not None:
                 raise RoseExpError(
                     f"{self.folder / name} is damaged: {problem}; start the run again to prune again what it held"
@@ -369,59 +321,10 @@ class RunState:
         return f"{STREAMS[stream]}-{index:05}.{self.ranks.rank}.bin"
 
 
-def _block_file(index: int) -> str:
-    return f"block-{index:05}.safetensors"
-
-
-def _part_file(index: int) -> str:
-    return f"part-{index:05}.safetensors"
-
-
-def _sealed(content: Mapping[str, Any]) -> str:
-    """Return the text of ``state.json``: the content and its SHA-256. Equal content gives equal text."""
-    digest = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
-    return json.dumps({"sha256": digest, **content}, indent=1)
-
-
-def _problem(file: Path, expected: Mapping[str, Any], on_bytes: Callable[[int], Any] | None = None) -> str | None:
-    """Describe how a file differs from its expected size and SHA-256; return None if it matches."""
-    try:
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"expected {expected['bytes']} bytes, got {size}"
-        if _sha256(file, on_bytes) != expected["sha256"]:
-            return "its content does not match its SHA-256"
-    except FileNotFoundError:
-        return f"expected {expected['bytes']} bytes, got no file"
-    except OSError as error:
-        return f"it cannot be read: {error.strerror or error}"
-    return None
-
-
-def _sha256(file: Path, on_bytes: Callable[[int], Any] | None = None) -> str:
-    """Return the SHA-256 of a file, and call ``on_bytes`` with the number of bytes of each piece."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with file.open("rb", buffering=0) as source:
-        while count := source.readinto(buffer):
-            digest.update(buffer[:count])
-            if on_bytes is not None:
-                on_bytes(count)
-    return digest.hexdigest()
-
-
 def _bar(total: int) -> tqdm:
     """Return a progress bar for verified bytes, shown only if there are many."""
     shown = None if total >= SHOWN else True  # None: show it on a terminal only
     return tqdm(desc="verifying the state", total=total, unit="B", unit_scale=True, leave=False, disable=shown)
-
-
-def _remedy(name: str, kept: Progress) -> str:
-    """Describe how the run recovers from a damaged file."""
-    if name.startswith("block-"):
-        return f"{kept.blocks} whole blocks are kept, and the rest is pruned again"
-    if name.startswith("part-"):
-        return "its layers are pruned again"
-    return "the pruned blocks run again to compute the next block's inputs"
 
 
 def _generators() -> list[str]:

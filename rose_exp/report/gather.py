@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime.errors import RoseExpError
-from ..settings.effects import flat, without
+from ..settings.effects import without
+from ..settings.leaves import flat
 from ..tracking.record import REORDERED
 from .cells import Cell, mark_best, paired_difference
 from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense, variant

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..settings.effects import flat
+from ..settings.leaves import flat
 from .conditions import SPARSITY, column_of, is_dense
 
 POINTS = ("zero_shot", "images.clip_score", "images.image_reward")  # compared by difference, because ratios are not meaningful

@@ -12,14 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
+from .leaves import flat, leaves
 from .pruning import DENSE
 from .schema import Settings
-from .section import Section, fields_of, is_section
 from .texts import text_format
 
 Mode = tuple[str, bool]
@@ -338,17 +335,6 @@ def without_effect() -> list[str]:
     return [name for name, effect in EFFECTS.items() if effect.modes == NOTHING]
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``. Lists and empty mappings stay unchanged."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
 def within(name: str, other: str) -> bool:
     """Return whether the setting ``name`` is ``other`` or a part of it."""
     return name == other or name.startswith(f"{other}.")
@@ -382,33 +368,13 @@ def _value(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _read(config: Mapping[str, Any]) -> list[Setting]:
-    return list(_settings(Settings, {name: value for name, value in config.items() if name != "hydra"}))
-
-
-def _settings(
-    section: type[Section], values: Mapping[str, Any], name: str = "", known: str = "", chosen: str = ""
-) -> Iterator[Setting]:
-    """Yield the settings of a section: those in ``values`` as the typed settings parse them, the others with their defaults.
-
-    Args:
-        name: the section's name with a trailing dot.
-        known: the same with ``*`` in place of ``chosen``.
-        chosen: the part of the name that the user chose.
-    """
-    fields = _fields(section)
-    for key, field in fields.items():
-        if field.inner is None:
-            if key in values or not field.required:
-                value = field.read(values[key]) if key in values else field.default
-                yield from _spread(name + key, value, effect_of(known + key), chosen)
-        elif field.named:
-            for own, below in (values.get(key) or {}).items():
-                yield from _settings(field.inner, below, f"{name}{key}.{own}.", f"{known}{key}.*.", own)
-        elif values.get(key) is not None or field.required or field.default is not None:
-            yield from _settings(field.inner, values.get(key) or {}, f"{name}{key}.", f"{known}{key}.", chosen)
-    if others := {key: value for key, value in values.items() if key not in fields}:
-        for other, value in flat(others, name).items():
-            yield Setting(other, _plain(value), OF_ANOTHER_VERSION)
+    found: list[Setting] = []
+    for leaf in leaves(Settings, {name: value for name, value in config.items() if name != "hydra"}):
+        if leaf.known is None:
+            found.append(Setting(leaf.name, _plain(leaf.value), OF_ANOTHER_VERSION))
+        else:
+            found += _spread(leaf.name, leaf.value, effect_of(leaf.known), leaf.chosen)
+    return found
 
 
 def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Setting]:
@@ -438,48 +404,6 @@ def effect_of(name: str) -> Effect:
         if not entry:
             raise LookupError(f"EFFECTS: expected an entry for {name}, got none")
     return EFFECTS[entry]
-
-
-@dataclass(frozen=True)
-class _Field:
-    """A field of a section.
-
-    Attributes:
-        inner: the section in the field; None: the field has a plain value.
-        named: whether the field maps names that the user chooses to sections.
-    """
-
-    kind: TypeAdapter
-    inner: type[Section] | None
-    named: bool
-    required: bool
-    default: Any
-
-    def read(self, value: Any) -> Any:
-        """Parse a value like the typed settings. Return an invalid value, such as one of another version, unchanged."""
-        try:
-            return self.kind.validate_python(value)
-        except ValidationError:
-            return value
-
-
-@cache
-def _fields(section: type[Section]) -> dict[str, _Field]:
-    found = {}
-    for key, field in fields_of(section).items():
-        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        found[key] = _Field(TypeAdapter(kind), *_inner(field.annotation), field.is_required(), default)
-    return found
-
-
-def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
-    for kind in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
-        named = get_origin(kind) is dict
-        held = get_args(kind)[1] if named else kind
-        if is_section(held):
-            return held, named
-    return None, False
 
 
 def _plain(value: Any) -> Any:

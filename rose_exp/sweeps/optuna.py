@@ -22,7 +22,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from ..runtime.errors import RoseExpError
-from ..settings.effects import flat, without, without_effect
+from ..settings.effects import without, without_effect
+from ..settings.leaves import flat
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -19,7 +19,8 @@ import torch
 import rose_exp
 from rose_exp.engine import Allocation, Target
 from rose_exp.models import open_model
-from rose_exp.pruning import OnDisk, PassSeconds, PruneContext, RunState, prune_model, state
+from rose_exp.pruning import OnDisk, PassSeconds, PruneContext, RunState, prune_model
+from rose_exp.pruning.progress import sealed
 from rose_exp.runtime import signals as interruption
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.ranks import Ranks
@@ -271,7 +272,7 @@ def test_a_state_of_another_version_is_refused(tmp_path):
     with pytest.raises(RoseExpError, match=r"state.json: expected a state of format 2, got one of an older version; delete"):
         RunState(tmp_path, FINGERPRINT)
     del content["sha256"]
-    file.write_text(state._sealed(content | {"format": 3}))
+    file.write_text(sealed(content | {"format": 3}))
     with pytest.raises(RoseExpError, match=r"state.json: expected a state of format 2, got 3; delete"):
         RunState(tmp_path, FINGERPRINT)
     file.write_text("[]")

@@ -16,8 +16,9 @@ import torch
 
 from rose_exp.engine import Ordering, SparseGPT, Unstructured, prune_layers
 from rose_exp.models import open_model
-from rose_exp.pruning import OnDisk, PassSeconds, PruneContext, PruningPlan, RunState, capture, prune_model
+from rose_exp.pruning import OnDisk, PassSeconds, PruneContext, PruningPlan, RunState, prune_model
 from rose_exp.pruning import plan as planning
+from rose_exp.pruning.calls import BlockCall
 from rose_exp.runtime import signals as interruption
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.signals import Interrupted
@@ -266,14 +267,14 @@ def test_numbers_that_overflow_stop_the_run_by_name():
 
 
 def test_a_pruned_block_that_returns_infinity_stops_the_run(monkeypatch):
-    real, calls = capture.BlockCall.run, []
+    real, calls = BlockCall.run, []
 
     def run(self, block, hidden):
         answer = real(self, block, hidden)  # does not return while moments are collected
         calls.append(1)
         return answer * float("inf")
 
-    monkeypatch.setattr(capture.BlockCall, "run", run)
+    monkeypatch.setattr(BlockCall, "run", run)
     with pytest.raises(
         RoseExpError, match=r"model.layers.0: expected finite outputs with pruned weights, got NaN or infinity in"
     ):

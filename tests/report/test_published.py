@@ -8,7 +8,7 @@ import pytest
 
 from rose_exp.report.gather import gather
 from rose_exp.report.published import find, papers
-from rose_exp.settings.effects import flat
+from rose_exp.settings.leaves import flat
 
 from ..cli.test_command import settings_of
 from .records import record

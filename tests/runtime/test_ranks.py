@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rose_exp.engine import Allocation, InputMoments, Ordering, SemiStructured, SparseGPT, Structured, Target, Unstructured
-from rose_exp.pruning import PruneContext, PruningPlan, prune_model
+from rose_exp.pruning import PruningPlan, prune_model
 from rose_exp.runtime.ranks import Ranks
 
 from ..cli.test_app import rose_exp
