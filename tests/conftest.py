@@ -14,6 +14,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 
+UNIT = ("engine", "settings", "models", "data", "pruning", "diffusion", "report")
+"""Folders whose tests, except the slow ones, are unit tests: they neither execute whole runs nor start commands."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in UNIT and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.unit)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of data that stands beside a checkout of the team; not part of the repository."""
