@@ -1,4 +1,4 @@
-"""Layers to prune in tests."""
+"""Random layers and their moments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rose_exp.engine import InputMoments
 
 
 def layer(rows: int, columns: int, tokens: int = 0, *, columnar: bool = False, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """A weight (rows, columns) and correlated inputs (tokens, columns); columnar: the last third is far larger."""
+    """Return a weight and correlated inputs; if ``columnar``, the last third of the input channels is much larger."""
     tokens = tokens or 4 * columns
     mixing = torch.eye(columns) + torch.randn(columns, columns) / columns**0.5
     inputs = torch.randn(tokens, columns) @ mixing

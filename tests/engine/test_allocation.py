@@ -1,4 +1,4 @@
-"""How layers share what is pruned."""
+"""Sparsity allocation across layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def some_layers(sizes=((24, 40), (64, 24), (10, 80), (50, 50))):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.77, 1.0])
-def test_the_total_is_exact(ratio):
+def test_allocation_meets_the_overall_sparsity_exactly(ratio):
     layers = some_layers()
     sizes = [w.numel() for w, _ in layers]
     for shares in (
@@ -33,31 +33,31 @@ def test_the_total_is_exact(ratio):
         assert all(0 <= share <= 1 for share in shares)
 
 
-def test_one_threshold_decides_over_all_layers():
-    """The weights below it are the smallest of all layers together, sorted out weight by weight."""
+def test_losses_rule_applies_one_global_threshold():
+    """The reference sorts the losses of all weights of all layers."""
     layers = some_layers()
     losses = [w.square() * x.square().mean(dim=0) / (x @ w.T).square().sum(dim=1).mean() for w, x in layers]
     everything = torch.cat([loss.flatten() for loss in losses])
     threshold = everything.sort().values[int(len(everything) * 0.6)]
     expected = [float((loss < threshold).double().mean()) for loss in losses]
     found = loss_shares([surveyed(*each) for each in layers], 0.6, 1.0)
-    assert found == pytest.approx(expected, abs=0.01)  # a bin of the histogram is an octave's 32nd
+    assert found == pytest.approx(expected, abs=0.01)  # a histogram bin is 1/32 of an octave
     assert max(found) - min(found) > 0.1
 
 
-def test_no_share_is_further_away_than_the_spread():
+def test_spread_bounds_the_deviation_of_each_layer():
     found = loss_shares([surveyed(*each) for each in some_layers()], 0.6, 0.05)
     assert min(found) == pytest.approx(0.55, abs=1e-3)
     assert max(found) == pytest.approx(0.65, abs=1e-3)
 
 
-def test_layers_of_another_scale_are_no_other_layers():
+def test_loss_histogram_is_invariant_to_scale():
     (weight, inputs), *_ = some_layers()
     assert torch.equal(surveyed(weight, inputs), surveyed(weight * 4, inputs / 2))
 
 
-def test_owl_spreads_by_outliers():
-    """The formula of its paper: densities 1 − S between −λ and +λ around their mean, in proportion to the outliers."""
+def test_owl_allocates_sparsity_by_outliers():
+    """The paper's formula: densities 1 − S lie between −λ and +λ around their mean, in proportion to the outliers."""
     outliers, spread = [0.02, 0.06, 0.03, 0.05], 0.08
     kept = [2 * spread * (x - 0.02) / 0.04 for x in outliers]
     mean = sum(kept) / 4
@@ -67,13 +67,13 @@ def test_owl_spreads_by_outliers():
     assert [int(share * size) for share, size in zip(alike, (10, 20, 30), strict=True)] == [5, 10, 15]
 
 
-def test_outliers_are_counted_against_the_mean_of_all():
+def test_outlier_share_is_relative_to_the_mean_of_all_scores():
     scores = [torch.ones(2, 48), torch.full((2, 2), 60.0)]
     assert outlier_share(scores, 5.0) == pytest.approx(4 / 100)
     assert outlier_share(scores, 30.0) == 0.0  # the mean is 3.36
 
 
-def test_an_allocation_answers_for_every_layer():
+def test_allocation_covers_every_layer():
     layers = some_layers()
 
     def sizes(names):
@@ -82,7 +82,7 @@ def test_an_allocation_answers_for_every_layer():
     blocks = [
         BlockSurvey(sizes("ab"), 0.02, {"a": surveyed(*layers[0]), "b": surveyed(*layers[1])}),
         BlockSurvey(sizes("cd"), 0.05, {"c": surveyed(*layers[2]), "d": surveyed(*layers[3])}),
-        BlockSurvey({}),  # nothing of it is pruned
+        BlockSurvey({}),  # no layer of this block is pruned
     ]
     owl = Allocation("owl").shares(blocks, 0.5)
     assert list(owl) == ["a", "b", "c", "d"]
@@ -100,6 +100,6 @@ def test_an_allocation_answers_for_every_layer():
         (("owl", 0.1, 0.0), "outlier: expected a finite number above 0, got 0.0"),
     ],
 )
-def test_bad_settings_are_named(arguments, message):
+def test_invalid_options_raise_an_error_that_names_them(arguments, message):
     with pytest.raises(ValueError, match=message):
         Allocation(*arguments)

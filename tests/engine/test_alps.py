@@ -1,4 +1,4 @@
-"""ALPS against a slow reference written from the authors' description, in which every step is solved anew."""
+"""ALPS against a slow reference that follows the paper and solves each linear system directly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .test_refine import solve_exactly
 
 
 def reference(weight, hessian, sparsity, damping=0.01, penalty=0.1, limit=300, settled=0.0003, least=30):
-    """The mask, by ADMM with linear systems solved one by one and masks found by sorting, and how many iterations it took."""
+    """Return the mask found by ADMM, the damped Hessian and the number of iterations."""
 
     def choose(scores):
         if isinstance(sparsity, Unstructured):
@@ -58,7 +58,7 @@ def reference(weight, hessian, sparsity, damping=0.01, penalty=0.1, limit=300, s
     "sparsity", [Unstructured(0.7), Unstructured(0.5), SemiStructured(2, 4), SemiStructured(4, 8)], ids=str
 )
 @pytest.mark.parametrize("columnar", [False, True])
-def test_it_is_the_reference(sparsity, columnar):
+def test_alps_matches_the_reference(sparsity, columnar):
     torch.manual_seed(3)
     weight, inputs = layer(12, 32, columnar=columnar, dtype=torch.float64)
     moments = moments_of(inputs, torch.float64)
@@ -74,7 +74,7 @@ def test_it_is_the_reference(sparsity, columnar):
 
 
 @pytest.mark.parametrize("least", [1, 7, 11])
-def test_it_ends_when_the_mask_has_settled_but_no_sooner_than_told(least):
+def test_alps_stops_when_the_mask_settles_after_min_iterations(least):
     torch.manual_seed(8)
     weight, inputs = layer(20, 40, dtype=torch.float64)
     moments, sparsity = moments_of(inputs, torch.float64), Unstructured(0.6)
@@ -83,11 +83,11 @@ def test_it_ends_when_the_mask_has_settled_but_no_sooner_than_told(least):
     method = ALPS(tolerance=0.99, min_iterations=least, steps=0)
     assert torch.equal(prune_layer(weight, moments, method=method, sparsity=sparsity).mask, mask)
     later = reference(weight, moments.hessian(), sparsity, settled=0.99, least=least + 4)[0]
-    assert not torch.equal(later, mask)  # so that an end too late would show
+    assert not torch.equal(later, mask)  # otherwise the test would not detect a late stop
 
 
 @pytest.mark.parametrize("sparsity", [Unstructured(0.7), SemiStructured(2, 4)], ids=str)
-def test_it_is_well_ahead_of_sparsegpt(sparsity):
+def test_alps_has_a_lower_error_than_sparsegpt(sparsity):
     torch.manual_seed(5)
     weight, inputs = layer(48, 96)
     moments = moments_of(inputs)
@@ -104,6 +104,6 @@ def test_it_is_well_ahead_of_sparsegpt(sparsity):
         ({"steps": -1}, "steps: expected at least 0, got -1"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_invalid_options_raise_an_error_that_names_them(options, message):
     with pytest.raises(ValueError, match=message):
         ALPS(**options)

@@ -1,4 +1,4 @@
-"""Every backend against the slow reference: the same masks, and weights within float32 rounding."""
+"""Every backend against the slow reference: equal masks, and weights equal up to float32 rounding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATTERNS = [
 SHAPES = [(3, 1), (70, 33), (9, 100), (130, 64)]
 
 
-def agrees_with_the_reference(backend, sparsity, pattern, rows, columns):
+def assert_matches_reference(backend, sparsity, pattern, rows, columns):
     torch.manual_seed(rows * columns)
     weight, inputs = layer(rows, columns, columnar=columns > 2)
     moments = moments_of(inputs)
@@ -46,27 +46,27 @@ def agrees_with_the_reference(backend, sparsity, pattern, rows, columns):
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize(("sparsity", "pattern"), PATTERNS, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_cpu_backends_agree_with_the_reference(backend, sparsity, pattern, rows, columns):
-    agrees_with_the_reference(backend, sparsity, pattern, rows, columns)
+def test_cpu_backends_match_the_reference(backend, sparsity, pattern, rows, columns):
+    assert_matches_reference(backend, sparsity, pattern, rows, columns)
 
 
-def counts_as_sorting_does():
+def assert_kth_smallest_matches_sort():
     from rose_exp.engine.kernels.kth_smallest import kth_smallest
 
     scores = torch.randn(2, 3, 5000)
-    scores[0] = (scores[0] * 3).round()  # many equals, and both zeros
+    scores[0] = (scores[0] * 3).round()  # many ties and both signed zeros
     scores[0, 0, :100] = -0.0
     for k in (1, 2, 1234, 4999, 5000):
         assert torch.equal(kth_smallest(scores, k), scores.sort(dim=-1).values[..., k - 1 : k] + 0.0)
 
 
-def test_triton_in_its_interpreter_agrees_with_the_reference():
-    """In a process of its own: the interpreter is chosen when Triton's kernels are first imported."""
+def test_triton_interpreter_matches_the_reference():
+    """Runs in a separate process because Triton selects its interpreter when the kernels are first imported."""
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton, which there are no wheels of for this platform")
+        pytest.skip("needs Triton, which has no wheels for this platform")
     check = "from tests.engine.test_backends import *\n"
-    check += "for s, p in PATTERNS:\n    for r, c in SHAPES[1:3]:\n        agrees_with_the_reference('triton', s, p, r, c)\n"
-    check += "counts_as_sorting_does()\nprint('agreed')"
+    check += "for s, p in PATTERNS:\n    for r, c in SHAPES[1:3]:\n        assert_matches_reference('triton', s, p, r, c)\n"
+    check += "assert_kth_smallest_matches_sort()\nprint('agreed')"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "agreed", done.stderr
@@ -74,17 +74,17 @@ def test_triton_in_its_interpreter_agrees_with_the_reference():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("sparsity", "pattern"), PATTERNS, ids=str)
-def test_cuda_agrees_with_the_cpu(sparsity, pattern):
+def test_cuda_matches_the_cpu(sparsity, pattern):
     weight, inputs = layer(300, 520, columnar=True)
-    here = prune_layer(weight, moments_of(inputs), sparsity=sparsity, ordering=Ordering.rose())
-    there = prune_layer(weight.cuda(), moments_of(inputs.cuda()), sparsity=sparsity, ordering=Ordering.rose())
-    assert torch.equal(there.order.cpu(), here.order)
-    assert (there.mask.cpu() != here.mask).float().mean() < 1e-4
-    assert there.error == pytest.approx(here.error, rel=1e-3)
+    on_cpu = prune_layer(weight, moments_of(inputs), sparsity=sparsity, ordering=Ordering.rose())
+    on_cuda = prune_layer(weight.cuda(), moments_of(inputs.cuda()), sparsity=sparsity, ordering=Ordering.rose())
+    assert torch.equal(on_cuda.order.cpu(), on_cpu.order)
+    assert (on_cuda.mask.cpu() != on_cpu.mask).float().mean() < 1e-4
+    assert on_cuda.error == pytest.approx(on_cpu.error, rel=1e-3)
     assert pattern is not None
 
 
-def test_auto_and_refusals():
+def test_resolve_selects_a_backend_or_raises_an_error():
     assert resolve("auto", torch.device("cpu"), torch.float32) == "numba"
     assert resolve("auto", torch.device("cpu"), torch.float64) == "torch"
     assert resolve("auto", torch.device("cuda"), torch.float32) == "triton"
@@ -98,8 +98,8 @@ def test_auto_and_refusals():
 
 
 @pytest.mark.parametrize("levels", [3, 1000, None])
-def test_counting_selects_what_sorting_does(levels):
-    """Many ties, negative numbers and both zeros; long enough for the counting kernel."""
+def test_selection_by_counting_equals_selection_by_sorting(levels):
+    """Scores have many ties, negative numbers and both signed zeros, and are long enough for the counting kernel."""
     scores = torch.randn(2, 20_000)
     if levels:
         scores = (scores * levels).round() / levels
@@ -113,7 +113,7 @@ def test_counting_selects_what_sorting_does(levels):
         assert torch.equal(kth, scores.sort(dim=-1).values[:, count - 1 : count])
 
 
-def test_kernels_leave_torchs_threads_alone():
+def test_kernels_do_not_change_the_number_of_torch_threads():
     before = torch.get_num_threads()
     weight, inputs = layer(8, 40)
     try:
@@ -124,8 +124,8 @@ def test_kernels_leave_torchs_threads_alone():
         torch.set_num_threads(before)
 
 
-def test_the_first_kernel_leaves_the_threads_that_torch_was_told():
-    """In a process of its own: Numba starts its threads, one for every core, with the first."""
+def test_first_kernel_call_respects_omp_num_threads():
+    """Runs in a separate process because Numba starts one thread per core at the first kernel call."""
     code = (
         "import torch; from rose_exp.engine import InputMoments, Unstructured, prune_layer;"
         "moments = InputMoments(32); moments.update(torch.randn(64, 32));"

@@ -1,4 +1,4 @@
-"""Degenerate layers, types, exact counts, and arguments that are refused."""
+"""Degenerate layers, dtypes, exact counts and invalid arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expected_count(method: str, sparsity, rows: int, columns: int, block: int) -
         return rows * (columns // sparsity.group * sparsity.pruned + narrow * sparsity.pruned // sparsity.group)
     if method in ("magnitude", "alps"):
         return int(rows * columns * sparsity.ratio)
-    if method == "oats" and sparsity.ratio > 0:  # of the sparse part, of which the low-rank part takes a quarter
+    if method == "oats" and sparsity.ratio > 0:  # the low-rank part takes a quarter of the budget
         return rows * int(columns * (1 - 0.75 * (1 - sparsity.ratio)))
     if method in ("wanda", "dsnot", "oats"):
         return rows * int(columns * sparsity.ratio)
@@ -41,7 +41,7 @@ def expected_count(method: str, sparsity, rows: int, columns: int, block: int) -
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_counts_are_exact_and_zeros_stay(data):
+def test_counts_are_exact_and_pruned_weights_are_zero(data):
     method = data.draw(st.sampled_from(ALL))
     rows, columns = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 40))
     block = data.draw(st.integers(1, 48))
@@ -75,7 +75,7 @@ def test_counts_are_exact_and_zeros_stay(data):
 
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("sparsity", [Unstructured(0.0), SemiStructured(0, 4)])
-def test_sparsity_0_leaves_the_layer_as_it_is(method, sparsity):
+def test_sparsity_0_leaves_the_layer_unchanged(method, sparsity):
     weight, inputs = layer(8, 20)
     inputs[:, 3] = 0
     result = prune_layer(weight, moments_of(inputs), method=method, sparsity=sparsity, ordering=Ordering.rose())
@@ -86,7 +86,7 @@ def test_sparsity_0_leaves_the_layer_as_it_is(method, sparsity):
 
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("sparsity", [Unstructured(1.0), SemiStructured(4, 4)])
-def test_sparsity_1_leaves_nothing(method, sparsity):
+def test_sparsity_1_prunes_every_weight(method, sparsity):
     weight, inputs = layer(8, 20)
     result = prune_layer(weight, moments_of(inputs), method=method, sparsity=sparsity, ordering=Ordering.rose())
     assert not result.weight.any()
@@ -96,7 +96,7 @@ def test_sparsity_1_leaves_nothing(method, sparsity):
 
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("sparsity", PATTERNS, ids=str)
-def test_a_single_column_and_no_input_at_all(method, sparsity):
+def test_single_column_and_all_zero_inputs(method, sparsity):
     weight, inputs = layer(6, 1)
     one = prune_layer(weight, moments_of(inputs), method=method, sparsity=sparsity, ordering=Ordering.rose())
     assert one.weight.shape == (6, 1)
@@ -107,7 +107,7 @@ def test_a_single_column_and_no_input_at_all(method, sparsity):
     assert silent.error == 0
 
 
-def test_ties_go_to_the_first():
+def test_ties_prune_the_first_weights():
     weight = torch.ones(2, 8)
     moments = InputMoments(8)
     moments.update(torch.eye(8))
@@ -120,7 +120,7 @@ def test_ties_go_to_the_first():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ALL)
-def test_types_come_back_as_they_went_in(method, dtype):
+def test_weight_dtype_is_preserved(method, dtype):
     weight, inputs = layer(16, 40, dtype=dtype)
     result = prune_layer(weight, moments_of(inputs.to(dtype)), method=method, sparsity=Unstructured(0.5), block_size=16)
     assert result.weight.dtype == dtype
@@ -129,16 +129,16 @@ def test_types_come_back_as_they_went_in(method, dtype):
     assert torch.equal(result.mask, exact.mask)
 
 
-def test_a_result_that_overflows_half_precision_is_refused():
+def test_result_that_overflows_float16_raises_an_error():
     weight, inputs = layer(4, 16)
-    inputs = inputs[:, :1] * torch.linspace(1, 4, 16) + 1e-3 * inputs  # nearly dependent: large compensation
+    inputs = inputs[:, :1] * torch.linspace(1, 4, 16) + 1e-3 * inputs  # nearly collinear inputs cause large updates
     weight = torch.full((4, 16), 60000.0).half()
     with pytest.raises(ValueError, match="does not fit float16"):
         prune_layer(weight, moments_of(inputs), sparsity=Unstructured(0.5), damping=1e-6)
 
 
-def test_damping_is_raised_by_tens_and_told():
-    """One token: a Hessian of rank 1 cannot be factorised undamped."""
+def test_damping_increases_by_factors_of_ten_and_is_reported():
+    """A single token gives a Hessian of rank 1, which cannot be factorized without damping."""
     weight, inputs = layer(4, 16, tokens=1)
     result = prune_layer(weight, moments_of(inputs), sparsity=Unstructured(0.5), damping=0.0)
     assert result.damping >= 1e-4
@@ -147,7 +147,7 @@ def test_damping_is_raised_by_tens_and_told():
     assert enough.damping == 0.01
 
 
-def test_an_undamped_hessian_is_first_damped_by_a_ten_thousandth():
+def test_zero_damping_is_retried_from_1e_minus_4():
     assert dampings(0.0) == pytest.approx([0, 1e-4, 1e-3, 1e-2, 1e-1])
     assert dampings(0.02) == pytest.approx([0.02, 0.2, 2, 20, 200])
     weight, inputs = layer(4, 16, tokens=8, dtype=torch.float64)
@@ -155,7 +155,7 @@ def test_an_undamped_hessian_is_first_damped_by_a_ten_thousandth():
     assert result.damping == 1e-4
 
 
-def test_a_hessian_beyond_repair_is_refused():
+def test_indefinite_hessian_raises_an_error():
     moments = InputMoments(4)
     moments.update(torch.eye(4))
     moments.gram[0, 1] = moments.gram[1, 0] = 1e9
@@ -166,8 +166,8 @@ def test_a_hessian_beyond_repair_is_refused():
 
 
 @pytest.mark.parametrize("columns", [1, 30, 700, 1300])
-def test_the_factor_is_that_of_the_damped_inverse(columns):
-    """Also where it is worked out by halves, and with the lower half of the Hessian never read."""
+def test_factor_is_the_cholesky_factor_of_the_damped_inverse(columns):
+    """Large Hessians are factorized in halves; the lower triangle is never read."""
     _, inputs = layer(1, columns, dtype=torch.float64)
     hessian = moments_of(inputs, torch.float64).hessian()
     found = factorise(hessian.triu(), 0.05)
@@ -179,7 +179,7 @@ def test_the_factor_is_that_of_the_damped_inverse(columns):
     assert float(found.shift) == pytest.approx(0.05 * float(hessian.diagonal().mean()))
 
 
-def test_a_failed_factor_says_so():
+def test_failed_factorization_is_flagged():
     for place in (0, 699):
         broken = torch.eye(700)
         broken[place, place] = -1
@@ -199,13 +199,13 @@ def test_a_failed_factor_says_so():
         ({"refine": -1}, "steps: expected at least 0, got -1"),
     ],
 )
-def test_bad_arguments_are_refused(change, message):
+def test_invalid_arguments_raise_an_error(change, message):
     arguments = {"weight": torch.ones(3, 5), "moments": InputMoments(5), "sparsity": Unstructured(0.5)} | change
     with pytest.raises(ValueError, match=message):
         prune_layer(arguments.pop("weight"), arguments.pop("moments"), **arguments)
 
 
-def test_moments_that_are_not_finite_are_refused():
+def test_non_finite_moments_raise_an_error():
     moments = InputMoments(5)
     moments.update(torch.tensor([1.0, 2.0, torch.inf, 0.0, 0.0]))
     with pytest.raises(ValueError, match="moments: expected finite numbers"):
@@ -213,7 +213,7 @@ def test_moments_that_are_not_finite_are_refused():
 
 
 @pytest.mark.parametrize(("pruned", "group"), [(5, 4), (-1, 4), (0, 0)])
-def test_bad_patterns_are_refused(pruned, group):
+def test_invalid_patterns_raise_an_error(pruned, group):
     with pytest.raises(ValueError, match="expected"):
         SemiStructured(pruned, group)
     with pytest.raises(ValueError, match="ratio: expected a number from 0 to 1, got 1.2"):

@@ -1,4 +1,4 @@
-"""Layers that share their inputs, solved together; and what the errors that are reported are made of."""
+"""Joint pruning of layers that share their inputs, and the errors that it reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATTERNS = [Unstructured(0.6), SemiStructured(2, 4)]
 
 @pytest.mark.parametrize("ordering", [None, Ordering.rose(), Ordering(threshold=None)], ids=str)
 @pytest.mark.parametrize("sparsity", PATTERNS, ids=str)
-def test_together_is_as_one_by_one(sparsity, ordering):
+def test_pruning_layers_jointly_equals_pruning_them_separately(sparsity, ordering):
     first, inputs = layer(20, 100, columnar=True)
     weights = [first, first[:3] * torch.linspace(0.01, 1, 100), torch.randn(50, 100)]
     methods = ["sparsegpt", Wanda(), "sparsegpt"]
@@ -39,7 +39,7 @@ def test_together_is_as_one_by_one(sparsity, ordering):
         assert (found.error, found.reordered, found.damping) == (alone.error, alone.reordered, alone.damping)
 
 
-def test_the_moments_serve_several_sparsities():
+def test_moments_can_be_reused_for_several_sparsities():
     weight, inputs = layer(20, 64)
     moments = moments_of(inputs)
     before = moments.gram.clone()
@@ -49,8 +49,8 @@ def test_the_moments_serve_several_sparsities():
     assert prune_layer(weight, moments, sparsity=Unstructured(0.3)).error == errors[0]
 
 
-def test_only_layers_that_failed_are_tried_again():
-    """The Hessian has rank 1: undamped the sweep fails, Wanda needs no factor."""
+def test_only_failed_layers_are_retried_with_more_damping():
+    """The Hessian has rank 1: without damping the sweep fails, but Wanda needs no factor."""
     weight, inputs = layer(8, 16, tokens=1)
     methods, options = ["wanda", "sparsegpt"], SolverOptions(damping=0.0)
     wanda, swept = prune_layers(
@@ -60,7 +60,7 @@ def test_only_layers_that_failed_are_tried_again():
     assert swept.damping >= 1e-4
 
 
-def test_bad_groups_are_refused():
+def test_invalid_groups_raise_an_error():
     weight, inputs = layer(8, 16)
     with pytest.raises(ValueError, match="methods: expected one for each of at least one weight, got 1 for 2"):
         prune_layers([weight, weight], moments_of(inputs), methods=["wanda"], sparsity=Unstructured(0.5))
@@ -74,8 +74,8 @@ def test_bad_groups_are_refused():
 @pytest.mark.parametrize("damping", [1e-4, 0.01, 1.0])
 @pytest.mark.parametrize("sparsity", PATTERNS, ids=str)
 @pytest.mark.parametrize("refine", [0, 3])
-def test_the_error_is_that_of_the_weight_returned(sparsity, damping, dtype, refine):
-    """The sweep's own errors must add up to the error of its result, damping taken out, dead columns left out."""
+def test_reported_error_is_that_of_the_returned_weight(sparsity, damping, dtype, refine):
+    """The losses of the sweep sum to the error of its result, excluding damping and dead input channels."""
     weight, inputs = layer(40, 96, tokens=70, columnar=True)
     inputs[:, [5, 60]] = 0
     moments = moments_of(inputs, torch.promote_types(dtype, torch.float32))
@@ -86,7 +86,7 @@ def test_the_error_is_that_of_the_weight_returned(sparsity, damping, dtype, refi
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (6, 1), (1, 1)])
-def test_a_single_row_or_column_is_not_modified(shape):
+def test_single_row_or_column_is_not_modified_in_place(shape):
     weight, moments = torch.randn(shape), moments_of(torch.randn(30, shape[1]))
     before = weight.clone()
     prune_layer(weight, moments, sparsity=Unstructured(0.5))
@@ -95,7 +95,7 @@ def test_a_single_row_or_column_is_not_modified(shape):
 
 @pytest.mark.parametrize("count", [lambda n: n // 3, lambda _: 0, lambda n: n], ids=["third", "none", "all"])
 @pytest.mark.parametrize("width", [3, 8, 50])
-def test_kernels_expect_the_losses_that_torch_does(width, count):
+def test_kernels_compute_the_same_expected_losses_as_torch(width, count):
     scores = (torch.randn(50, 30).abs() * 8).round() / 8  # with ties
     for lost in (lost_by_threshold, lost_by_rank):
         torch.testing.assert_close(lost(scores, width, count).double(), lost(scores.double(), width, count))

@@ -1,4 +1,4 @@
-"""Structured pruning against a slow reference, which inverts everything anew for each group that goes."""
+"""Structured pruning against a slow reference that recomputes all inverses for each removed group."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def damped(of: GroupedLayer, damping: float) -> Tensor:
 
 
 def fitted(of: GroupedLayer, stay: list[int], hessian: Tensor) -> Tensor:
-    """The weights of the columns that stay, by least squares: min tr((W−V) H (W−V)ᵀ) over V that is zero elsewhere."""
+    """Fit the kept columns by least squares: min tr((W−V) H (W−V)ᵀ) over V that is zero elsewhere."""
     weight = torch.zeros_like(of.weight)
     weight[:, stay] = torch.linalg.solve(hessian[stay][:, stay], (of.weight @ hessian)[:, stay].T).T
     return weight
 
 
 def slow(layers: list[GroupedLayer], count: int, saliency: str, damping: float = 0.01) -> list[int]:
-    """The groups that go, one at a time."""
+    """Return the removed groups in order of removal."""
     gone: list[int] = []
     for _ in range(count):
         fused = {group: 0.0 for group in range(len(layers[0].columns)) if group not in gone}
@@ -70,12 +70,12 @@ def test_groups_and_compensation_equal_the_slow_reference(saliency, consumers):
         assert error == pytest.approx(float(expected))
 
 
-def test_neurons_one_at_a_time_equal_the_slow_reference():
+def test_removing_neurons_one_at_a_time_equals_the_slow_reference():
     of = grouped(6, 12, 1)
     assert prune_groups([of], 7).order == slow([of], 7, "diagonal")
 
 
-def test_several_at_once_go_by_the_same_scores():
+def test_removing_several_groups_at_once_uses_the_initial_scores():
     of = grouped(6, 12, 1)
     together = prune_groups([of], 3, at_once=3).order
     hessian = damped(of, 0.01)
@@ -83,7 +83,7 @@ def test_several_at_once_go_by_the_same_scores():
     assert together == losses.argsort()[:3].tolist()
 
 
-def test_the_exact_saliency_of_the_first_is_what_removing_it_costs():
+def test_exact_saliency_equals_the_cost_of_removing_a_group():
     of = grouped(6, 8, 3)
     hessian = damped(of, 0.01)
     first = prune_groups([of], 1, saliency="exact")
@@ -95,7 +95,7 @@ def test_the_exact_saliency_of_the_first_is_what_removing_it_costs():
     assert first.order == [min(range(8), key=costs.__getitem__)]
 
 
-def test_none_to_remove_returns_the_weights_as_they_are():
+def test_removing_no_group_returns_the_weights_unchanged():
     of = grouped(5, 4, 2)
     found = prune_groups([of], 0)
     assert torch.equal(found.weights[0], of.weight)
@@ -103,7 +103,7 @@ def test_none_to_remove_returns_the_weights_as_they_are():
     assert found.order == []
 
 
-def test_columns_gone_before_and_columns_in_no_group():
+def test_previously_removed_and_ungrouped_columns():
     weight, inputs = layer(6, 12, dtype=DOUBLE)
     gone = torch.tensor([1, 4])
     weight[:, gone] = 0
@@ -115,7 +115,7 @@ def test_columns_gone_before_and_columns_in_no_group():
     assert not found.weights[0][:, gone].any()
 
 
-def test_wanda_and_magnitude_remove_by_their_own_norms_and_update_nothing():
+def test_wanda_and_magnitude_rank_by_norm_and_update_no_weights():
     weight, inputs = layer(5, 12, dtype=DOUBLE)
     inputs[:, :6] *= torch.linspace(0.1, 3, 6)
     columns, moments = torch.arange(12).view(6, 2), moments_of(inputs, DOUBLE)
@@ -132,13 +132,13 @@ def test_wanda_and_magnitude_remove_by_their_own_norms_and_update_nothing():
         assert found.damping == 0
 
 
-def test_compensation_makes_the_error_less():
+def test_compensation_reduces_the_error():
     of = grouped(16, 10, 2)
     scores = {m: prune_groups([of], 5, method=m).errors[0] for m in ("magnitude", "sparsegpt")}
     assert scores["sparsegpt"] < 0.8 * scores["magnitude"]
 
 
-def test_dead_columns_and_raised_damping():
+def test_dead_input_channels_and_increased_damping():
     weight, inputs = layer(4, 8, dtype=DOUBLE)
     inputs[:, 2:4] = 0
     of = GroupedLayer(weight, moments_of(inputs, DOUBLE), torch.arange(8).view(4, 2))
@@ -147,27 +147,27 @@ def test_dead_columns_and_raised_damping():
     assert prune_groups([few], 2, damping=0).damping > 0
 
 
-def test_counts_are_to_the_nearest_and_one_group_stays():
+def test_counts_round_to_nearest_and_keep_at_least_one_group():
     assert Structured(0.15).count(38) == 6
     assert Structured(0.99).count(4) == 3
     assert Structured(0).count(9) == 0
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"count": 4}, "count: expected 0 to 3"),
         ({"method": "dsnot"}, "method: expected one of sparsegpt, wanda, magnitude"),
         ({"damping": -1.0}, "damping: expected a finite number"),
     ],
 )
-def test_bad_arguments_are_told(change, told):
+def test_invalid_arguments_raise_an_error(change, message):
     of = grouped(3, 4, 2)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         prune_groups([of], **({"count": 1} | change))
 
 
-def test_bad_layers_are_told():
+def test_invalid_layers_raise_an_error():
     of = grouped(3, 4, 2)
     twice = GroupedLayer(of.weight, of.moments, torch.tensor([[0, 1], [1, 2]]))
     with pytest.raises(ValueError, match="columns: expected 2 groups that share no column"):
@@ -182,7 +182,7 @@ def test_bad_layers_are_told():
         prune_groups([], 1)
 
 
-def test_a_hessian_that_cannot_be_inverted_is_told():
+def test_indefinite_hessian_raises_an_error():
     of = grouped(3, 4, 2)
     of.moments.gram.copy_(1e9 * (torch.eye(8, dtype=DOUBLE).flip(0)) + torch.eye(8, dtype=DOUBLE))
     with pytest.raises(NotPositiveDefiniteError, match="8 columns"):

@@ -1,4 +1,4 @@
-"""Streaming moments: no dependence on order, batches, or precision of the inputs beyond rounding."""
+"""Streaming moments do not depend on token order, batching or input precision, except for rounding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from rose_exp.engine import InputMoments
 
 
-def test_statistics_are_those_of_all_tokens():
+def test_statistics_equal_those_of_all_tokens():
     inputs = torch.randn(50, 7, dtype=torch.float64) + 1
     moments = InputMoments(7, dtype=torch.float64)
     moments.update(inputs)
@@ -19,7 +19,7 @@ def test_statistics_are_those_of_all_tokens():
     assert moments.tokens == 50
 
 
-def test_split_and_order_do_not_matter():
+def test_moments_do_not_depend_on_split_or_order():
     inputs = torch.randn(6, 8, 5, dtype=torch.float64)
     whole, parts, merged = (InputMoments(5, dtype=torch.float64) for _ in range(3))
     whole.update(inputs)
@@ -35,7 +35,7 @@ def test_split_and_order_do_not_matter():
         torch.testing.assert_close(moments.sum, whole.sum)
 
 
-def test_weights_count_tokens_more_or_less():
+def test_weighting_tokens_equals_repeating_them():
     inputs = torch.randn(2, 10, 5, dtype=torch.float64)
     weighted, repeated = InputMoments(5, dtype=torch.float64), InputMoments(5, dtype=torch.float64)
     weighted.update(inputs[0], weight=3)
@@ -53,13 +53,13 @@ def test_half_precision_inputs_are_multiplied_in_float32():
     torch.testing.assert_close(moments.hessian(), 2 * inputs.float().T @ inputs.float() / 64)
 
 
-def test_nothing_seen_is_zero():
+def test_moments_without_tokens_are_zero():
     moments = InputMoments(3)
     assert not moments.hessian().any()
     assert not moments.variance().any()
 
 
-def test_bad_inputs_are_refused():
+def test_invalid_inputs_raise_an_error():
     moments = InputMoments(4)
     with pytest.raises(ValueError, match=r"inputs: expected shape \(\.\.\., 4\), got \(2, 3\)"):
         moments.update(torch.ones(2, 3))

@@ -1,4 +1,4 @@
-"""Products of which a half is left out, against the whole ones."""
+"""Symmetric and triangular products against full matrix products."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SIZES = [1, 7, 192, 193, 500, 1000]
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_a_gram_matrix_from_its_upper_half(n):
+def test_gram_matrix_from_its_upper_triangle(n):
     first, second = torch.randn(3, n, dtype=torch.float64), torch.randn(5, n, dtype=torch.float64)
     gram = torch.zeros(n, n, dtype=torch.float64)
     add_gram(gram, first)
     mirror(gram)
-    add_gram(gram, second, weight=0.5)  # after a mirror: what is below the diagonal must not be counted again
+    add_gram(gram, second, weight=0.5)  # after mirroring, entries below the diagonal must not be counted twice
     mirror(gram)
     torch.testing.assert_close(gram, first.T @ first + 0.5 * second.T @ second)
 
 
-def test_reading_the_moments_does_not_change_them():
+def test_reading_moments_does_not_change_them():
     inputs = torch.randn(4, 9, 300, dtype=torch.float64)
     read, unread = (InputMoments(300, dtype=torch.float64) for _ in range(2))
     for sample in inputs:
@@ -36,7 +36,7 @@ def test_reading_the_moments_does_not_change_them():
     torch.testing.assert_close(unread.gram, read.gram + other.gram)
 
 
-def test_precisions_are_as_good_as_they_say():
+def test_precisions_have_the_expected_accuracy():
     inputs = torch.randn(2000, 256) + 0.5
     exact = inputs.double().T @ inputs.double()
     deviation = {}
@@ -52,7 +52,7 @@ def test_precisions_are_as_good_as_they_say():
         InputMoments(4, precision="half")
 
 
-def test_tf32_is_never_left_switched_on(monkeypatch):
+def test_tf32_flag_is_restored(monkeypatch):
     seen = []
 
     def blocks(*_):
@@ -63,7 +63,7 @@ def test_tf32_is_never_left_switched_on(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         add_gram(torch.zeros(4, 4), torch.ones(2, 4))
-        assert torch.backends.cuda.matmul.allow_tf32  # as the process had it
+        assert torch.backends.cuda.matmul.allow_tf32  # restored
         torch.backends.cuda.matmul.allow_tf32 = False
         add_gram(torch.zeros(4, 4), torch.ones(2, 4), precision="tf32")
         assert not torch.backends.cuda.matmul.allow_tf32

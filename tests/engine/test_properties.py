@@ -1,4 +1,4 @@
-"""What holds for every layer: shapes, types, patterns, orders and degenerate inputs are drawn at random."""
+"""Property-based tests with random shapes, dtypes, patterns, orderings and degenerate inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ORDERS = (None, Ordering.rose(), Ordering("ascending", "none", None, "obs"), Ord
 
 @st.composite
 def layers(draw):
-    """A weight, the inputs of its layer, a pattern, an order and a block size."""
+    """Draw a weight, the inputs of its layer, a pattern, an ordering and a block size."""
     rows, columns = draw(st.integers(1, 12)), draw(st.integers(1, 40))
     tokens = draw(st.integers(1, 60))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -54,18 +54,18 @@ def prune(method, case, **options):
     weight, inputs, sparsity, ordering, block_size = case
     dtype = torch.promote_types(weight.dtype, torch.float32)
     ordering = ordering if method == "sparsegpt" else None
-    given_ = {"method": method, "sparsity": sparsity, "ordering": ordering, "block_size": block_size} | options
-    return prune_layer(weight, moments_of(inputs, dtype), **given_)
+    arguments = {"method": method, "sparsity": sparsity, "ordering": ordering, "block_size": block_size} | options
+    return prune_layer(weight, moments_of(inputs, dtype), **arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @PROFILE
 @given(case=layers())
-def test_counts_are_exact_and_what_is_pruned_is_zero(method, case):
+def test_counts_are_exact_and_pruned_weights_are_zero(method, case):
     weight, _, sparsity, _, block_size = case
     before = weight.clone()
     result = prune(method, case)
-    assert torch.equal(weight, before)  # not modified
+    assert torch.equal(weight, before)  # not modified in place
     assert (result.weight.shape, result.weight.dtype) == (weight.shape, weight.dtype)
     assert torch.isfinite(result.weight).all()
     assert not result.weight[result.mask].any()
@@ -76,7 +76,7 @@ def test_counts_are_exact_and_what_is_pruned_is_zero(method, case):
         assert (grouped == sparsity.pruned).all()
     elif method == "magnitude":
         assert int(result.mask.sum()) == int(weight.numel() * sparsity.ratio)
-    elif method == "sparsegpt":  # block by block, in the order of pruning
+    elif method == "sparsegpt":  # block by block, in pruning order
         in_order = result.mask[:, result.order]
         counts = [int(in_order[:, i : i + block_size].sum()) for i in range(0, columns, block_size)]
         widths = sorted(min(block_size, columns - i) for i in range(0, columns, block_size))
@@ -84,13 +84,13 @@ def test_counts_are_exact_and_what_is_pruned_is_zero(method, case):
     else:
         assert (result.mask.sum(1) == int(columns * sparsity.ratio)).all()
     if method != "sparsegpt":
-        assert torch.equal(result.weight[~result.mask], weight[~result.mask])  # nothing is updated
+        assert torch.equal(result.weight[~result.mask], weight[~result.mask])  # kept weights are not updated
 
 
 @PROFILE
 @given(case=layers())
-def test_least_squares_on_a_mask_never_does_worse_than_dropping_it(case):
-    """The sweep alone can, since it does not go back to a column that it has left: in 13 of 4000 draws, by 1.67 at the most."""
+def test_refined_error_is_at_most_that_of_masking_alone(case):
+    """Without refinement, the sweep can be worse because it never revisits a column: in 13 of 4000 draws, by at most 1.67."""
     weight, inputs, *rest = case
     weight = weight.double()
     result = prune("sparsegpt", (weight, inputs, *rest), refine=8)
@@ -104,9 +104,9 @@ def test_least_squares_on_a_mask_never_does_worse_than_dropping_it(case):
 @pytest.mark.parametrize("method", METHODS)
 @PROFILE
 @given(case=layers(), seed=st.integers(0, 1000))
-def test_rows_do_not_know_each_other_but_by_their_scores(method, case, seed):
+def test_permuting_the_rows_permutes_the_result(method, case, seed):
     weight, *rest = case
-    assume(bool((rest[0] != 0).any(0).all()))  # inputs that never fired tie, and ties are broken by position
+    assume(bool((rest[0] != 0).any(0).all()))  # dead input channels tie, and ties are broken by position
     weight = (weight.double() + 1e-3 * torch.rand(weight.shape, dtype=torch.float64)).clone()  # no ties
     shuffled = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))
     one, other = prune(method, (weight, *rest)), prune(method, (weight[shuffled], *rest))
@@ -116,7 +116,7 @@ def test_rows_do_not_know_each_other_but_by_their_scores(method, case, seed):
 
 @PROFILE
 @given(case=layers(), pieces=st.integers(1, 9))
-def test_the_split_into_batches_does_not_matter(case, pieces):
+def test_moments_do_not_depend_on_the_split_into_batches(case, pieces):
     _, inputs, *_ = case
     one, other = moments_of(inputs, torch.float64), moments_of(inputs, torch.float64, pieces)
     assert (one.tokens, one.weight) == (other.tokens, other.weight)
@@ -131,4 +131,4 @@ def test_backends_agree(case):
     case = (weight.float(), *rest)
     one, other = (prune("sparsegpt", case, backend=backend) for backend in ("torch", "numba"))
     assert int(one.mask.sum()) == int(other.mask.sum())
-    assert abs(one.error - other.error) <= 1e-3 + 0.02 * one.error  # near-equal scores may fall either way
+    assert abs(one.error - other.error) <= 1e-3 + 0.02 * one.error  # near-equal scores may be selected differently

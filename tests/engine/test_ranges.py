@@ -1,4 +1,4 @@
-"""Weights and inputs of any size: a result with the right numbers, or a clear refusal."""
+"""Weights and inputs of any magnitude give correct results or a clear error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ REFUSED = (ValueError, NotPositiveDefiniteError)
 
 
 def check(case, seed: int) -> bool:
-    """Whether a layer is pruned. If it is, every number is checked against float64."""
+    """Return whether the layer is pruned; if so, check all numbers against float64."""
     method, sparsity, refine, of_weight, of_inputs, dtype, of_moments = case
     torch.manual_seed(seed)
     weight, inputs = layer(8, 24)
@@ -71,20 +71,20 @@ def check(case, seed: int) -> bool:
     return True
 
 
-def test_every_size_gives_the_right_numbers_or_a_refusal():
+def test_every_magnitude_gives_correct_results_or_an_error():
     drawn = random.Random(0).sample(MATRIX, 300)
     solved = [check(case, seed) for seed, case in enumerate(drawn)]
     assert 100 < sum(solved) < 300
 
 
 @pytest.mark.slow
-def test_every_size_with_every_option():
+def test_every_magnitude_with_every_option():
     for seed, case in enumerate(MATRIX):
         if seed % 8 == 0:
             check(case, seed)
 
 
-def test_columns_of_very_different_sizes():
+def test_columns_of_very_different_magnitudes():
     solved = 0
     for seed in range(150):
         draw = random.Random(seed)
@@ -110,8 +110,8 @@ def test_columns_of_very_different_sizes():
 
 @pytest.mark.parametrize("exponent", [-100, -40, 40, 90])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_the_scale_of_a_weight_changes_no_bit(method, exponent):
-    """Float32 squares of these weights leave its range."""
+def test_scaling_the_weight_gives_bitwise_equal_results(method, exponent):
+    """The squares of these weights exceed the range of float32."""
     weight, inputs = layer(16, 40, columnar=True)
     inputs[:, 3] = 0
     method = DSnoT(update_threshold=0) if method == "dsnot" else method
@@ -126,7 +126,7 @@ def test_the_scale_of_a_weight_changes_no_bit(method, exponent):
         assert found.error > 0
 
 
-def test_the_threshold_of_dsnot_is_that_of_the_weight_as_it_is():
+def test_dsnot_threshold_applies_to_the_unscaled_weight():
     weight, inputs = layer(16, 40)
     inputs = inputs + torch.randn(40)
     options = {"sparsity": Unstructured(0.5)}
@@ -141,7 +141,7 @@ def test_the_threshold_of_dsnot_is_that_of_the_weight_as_it_is():
     assert not torch.equal(plain.mask, start)
 
 
-def test_weights_that_a_method_leaves_alone_keep_every_bit():
+def test_kept_weights_are_bitwise_equal_without_updates():
     weight, inputs = layer(8, 24)
     weight[0, 0], weight[1, 1] = 2.0**-30, 2.0**100
     weight[2] *= 2.0**-140  # subnormal numbers
@@ -149,10 +149,10 @@ def test_weights_that_a_method_leaves_alone_keep_every_bit():
     assert torch.equal(result.weight, weight.masked_fill(result.mask, 0))
 
 
-def test_errors_below_the_rounding_of_float32_are_computed_in_float64():
+def test_errors_below_float32_rounding_are_computed_in_float64():
     torch.manual_seed(1)
     weight, inputs = layer(8, 24)
-    inputs[:, ::2] *= 1e-5  # what is pruned loses next to nothing
+    inputs[:, ::2] *= 1e-5  # pruning these columns costs almost nothing
     weight[:, ::2] *= 1e-5
     moments = moments_of(inputs)
     for method in ("wanda", "sparsegpt"):
@@ -181,7 +181,7 @@ def test_errors_below_the_rounding_of_float32_are_computed_in_float64():
     ],
 )
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_inputs_beyond_the_range_are_refused(method, size, dtype, message):
+def test_out_of_range_inputs_raise_an_error(method, size, dtype, message):
     weight, inputs = layer(8, 24)
     moments = moments_of(inputs.double() * size, dtype)
     for of_weight in (weight, weight * 1e-9):
@@ -189,7 +189,7 @@ def test_inputs_beyond_the_range_are_refused(method, size, dtype, message):
             prune_layer(of_weight, moments, method=method, sparsity=Unstructured(0.5))
 
 
-def test_columns_whose_squares_are_rounded_to_zero_are_refused_unless_they_are_negligible():
+def test_columns_whose_squares_underflow_raise_unless_negligible():
     weight, inputs = layer(8, 24)
     inputs[:, 4] *= 1e-25
     result = prune_layer(weight, moments_of(inputs), sparsity=Unstructured(0.5))
@@ -202,7 +202,7 @@ def test_columns_whose_squares_are_rounded_to_zero_are_refused_unless_they_are_n
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e30])
-def test_targets_of_any_size(size):
+def test_regression_targets_of_any_magnitude(size):
     weight, inputs = layer(8, 24)
     dense = inputs + 0.1 * torch.randn_like(inputs)
     moments, cross_moments = moments_of(inputs), CrossMoments(24)
@@ -217,7 +217,7 @@ def test_targets_of_any_size(size):
     assert plain.error != plain.target_error
 
 
-def test_a_target_that_is_not_finite_is_refused(monkeypatch):
+def test_non_finite_regression_target_raises_an_error(monkeypatch):
     weight, inputs = layer(4, 8)
     cross_moments = CrossMoments(8)
     cross_moments.update(inputs, 2 * inputs)
@@ -230,7 +230,7 @@ def test_a_target_that_is_not_finite_is_refused(monkeypatch):
 
 @dataclass(frozen=True)
 class Fails(Method):
-    """Fails in linear algebra below a damping."""
+    """A method whose linear algebra fails below a given damping."""
 
     below: float
 
@@ -241,7 +241,7 @@ class Fails(Method):
         return Solution(layer.weight.masked_fill(mask, 0), mask, damped=True)
 
 
-def test_a_method_that_fails_in_linear_algebra_is_tried_at_a_higher_damping():
+def test_linear_algebra_failure_is_retried_with_more_damping():
     weight, inputs = layer(8, 24)
     options = {"methods": [Fails(0.5), "sparsegpt"], "sparsity": Unstructured(0.5)}
     first, second = prune_layers([weight, weight], moments_of(inputs), **options)
@@ -256,7 +256,7 @@ def test_a_method_that_fails_in_linear_algebra_is_tried_at_a_higher_damping():
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
-def test_low_rank_parts_of_any_size(shape, size):
+def test_low_rank_parts_of_any_magnitude(shape, size):
     matrix = torch.randn(shape)
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     expected = (left[:, :3] * values[:3]) @ right[:3]
@@ -265,7 +265,7 @@ def test_low_rank_parts_of_any_size(shape, size):
 
 
 @pytest.mark.parametrize("method", METHODS_OF_GROUPS)
-def test_groups_of_any_size(method):
+def test_structured_pruning_at_any_magnitude(method):
     torch.manual_seed(0)
     weight, inputs = layer(8, 24)
     columns = torch.arange(24).view(6, 4)
@@ -285,7 +285,7 @@ def test_groups_of_any_size(method):
         prune_groups([GroupedLayer(weight, moments_of(inputs * 1e-30), columns)], 2, method=method)
 
 
-def test_groups_that_fail_in_linear_algebra_are_refused(monkeypatch):
+def test_linear_algebra_failure_in_structured_pruning_raises_an_error(monkeypatch):
     weight, inputs = layer(8, 24)
 
     def fails(*_):
@@ -297,7 +297,7 @@ def test_groups_that_fail_in_linear_algebra_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("exponent", [-90, 90])
-def test_a_study_of_any_size(exponent):
+def test_layer_study_at_any_magnitude(exponent):
     weight, inputs = layer(8, 24, columnar=True)
     plain = study_layer(weight, moments_of(inputs), Unstructured(0.5), 8)
     found = study_layer(weight * 2.0**exponent, moments_of(inputs), Unstructured(0.5), 8)
@@ -308,7 +308,7 @@ def test_a_study_of_any_size(exponent):
         study_layer(weight, moments_of(inputs * 1e-30), Unstructured(0.5), 8)
 
 
-def test_relative_errors_are_never_a_clamped_nan():
+def test_relative_error_never_clamps_nan():
     weight, inputs = layer(8, 24)
     hessian = moments_of(inputs).hessian()
     pruned = weight.masked_fill(weight.abs() < 0.5, 0)
@@ -322,7 +322,7 @@ def test_relative_errors_are_never_a_clamped_nan():
             relative_error(weight, pruned * bad, hessian)
 
 
-def test_expected_losses_that_do_not_fit_are_refused():
+def test_out_of_range_losses_raise_an_error():
     weight, inputs = layer(8, 24)
     mean_square, power = inputs.square().mean(dim=0), (inputs @ weight.T).square().sum(dim=1).mean()
     assert int(loss_histogram(weight, mean_square, power).sum()) == weight.numel()

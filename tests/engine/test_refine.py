@@ -1,4 +1,4 @@
-"""Least squares on a fixed mask."""
+"""Refinement of pruned layers by least squares and mask iterations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cases import layer, moments_of
 
 
 def solve_exactly(weight, mask, hessian):
-    """Row by row: V_K = W H_{·K} H_{KK}⁻¹."""
+    """Solve row by row: V_K = W H_{·K} H_{KK}⁻¹."""
     solved = torch.zeros_like(weight)
     for row, gone in enumerate(mask):
         kept = ~gone
@@ -21,7 +21,7 @@ def solve_exactly(weight, mask, hessian):
 
 
 @pytest.mark.parametrize("sparsity", [Unstructured(0.6), SemiStructured(2, 4)], ids=str)
-def test_many_steps_reach_the_least_squares_solution(sparsity):
+def test_many_steps_converge_to_the_least_squares_solution(sparsity):
     weight, inputs = layer(10, 32, dtype=torch.float64)
     moments = moments_of(inputs, torch.float64)
     result = prune_layer(weight, moments, sparsity=sparsity, block_size=16, refine=60)
@@ -30,7 +30,7 @@ def test_many_steps_reach_the_least_squares_solution(sparsity):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "dsnot", "sparsegpt"])
-def test_every_step_lowers_the_error_and_keeps_the_mask(method):
+def test_every_step_reduces_the_error_and_keeps_the_mask(method):
     weight, inputs = layer(20, 48)
     inputs[:, 7] = 0
     moments = moments_of(inputs)
@@ -47,7 +47,7 @@ def test_every_step_lowers_the_error_and_keeps_the_mask(method):
 
 @pytest.mark.parametrize("sparsity", [Unstructured(0.7), SemiStructured(2, 4), SemiStructured(3, 8)], ids=str)
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_masks_chosen_again_are_far_better_and_keep_the_pattern(method, sparsity):
+def test_mask_iterations_reduce_the_error_and_keep_the_pattern(method, sparsity):
     torch.manual_seed(2)
     weight, inputs = layer(40, 64)
     inputs[:, 5] = 0
@@ -59,7 +59,7 @@ def test_masks_chosen_again_are_far_better_and_keep_the_pattern(method, sparsity
     assert again.mask_changes > 0
     assert again.unrefined_error == pytest.approx(prune_layer(weight, moments, **options).error, rel=1e-4)
     assert (again.weight[again.mask] == 0).all()
-    assert torch.equal(again.weight[:, 5], torch.where(again.mask[:, 5], 0, weight[:, 5]))  # it never fired
+    assert torch.equal(again.weight[:, 5], torch.where(again.mask[:, 5], 0, weight[:, 5]))  # dead input channel
     if isinstance(sparsity, SemiStructured):
         groups = again.mask.unflatten(1, (-1, sparsity.group)).sum(dim=2)
         assert (groups == sparsity.pruned).all()
@@ -67,19 +67,19 @@ def test_masks_chosen_again_are_far_better_and_keep_the_pattern(method, sparsity
         assert int(again.mask.sum()) == int(weight.numel() * 0.7)
 
 
-def test_a_mask_that_cannot_be_bettered_stays():
+def test_mask_iterations_never_increase_the_error():
     torch.manual_seed(4)
     weight, inputs = layer(16, 32)
     moments = moments_of(inputs)
-    hasty = Refine(0, mask_iterations=1, penalty=1e6)  # one step, from the pruned weights to themselves
+    hasty = Refine(0, mask_iterations=1, penalty=1e6)  # a single iteration that stays at the pruned weights
     result = prune_layer(weight, moments, sparsity=Unstructured(0.6), block_size=16, refine=hasty)
     plain = prune_layer(weight, moments, sparsity=Unstructured(0.6), block_size=16)
     assert result.error <= plain.error * 1.0001
 
 
-def test_damping_holds_the_weights_near_the_target():
+def test_damping_keeps_the_weights_close_to_the_target():
     torch.manual_seed(6)
-    weight, inputs = layer(16, 32, tokens=20)  # fewer tokens than columns: the undamped fit is free in some directions
+    weight, inputs = layer(16, 32, tokens=20)  # fewer tokens than columns: the undamped fit is underdetermined
     moments = moments_of(inputs)
     options = {"sparsity": Unstructured(0.5), "block_size": 16}
     free, held = (prune_layer(weight, moments, refine=Refine(40, damping=d), **options) for d in (0.0, 0.5))
@@ -96,14 +96,14 @@ def test_damping_holds_the_weights_near_the_target():
         ({"penalty": 0.0}, "penalty: expected a finite number above 0, got 0.0"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_invalid_options_raise_an_error_that_names_them(options, message):
     with pytest.raises(ValueError, match=message):
         Refine(**options)
 
 
 @pytest.mark.parametrize("sparsity", [Unstructured(0.0), Unstructured(0.5)], ids=str)
-def test_directions_are_conjugate(sparsity):
-    """After as many steps as a row keeps weights there is nothing left to do but for rounding, from wherever it starts."""
+def test_conjugate_gradient_needs_one_step_per_kept_weight(sparsity):
+    """With as many steps as kept weights per row, it converges up to rounding from any starting point."""
     torch.manual_seed(7)
     weight, inputs = layer(6, 12, dtype=torch.float64)
     hessian = moments_of(inputs, torch.float64).hessian()
@@ -116,8 +116,8 @@ def test_directions_are_conjugate(sparsity):
 
 
 @pytest.mark.parametrize("relaxation", [1.0, 1.6])
-def test_masks_chosen_again_are_those_of_relaxed_admm(relaxation):
-    """Written out: x minimises the loss and the distance to what is pruned, which is taken beyond x by the relaxation."""
+def test_mask_iterations_match_relaxed_admm(relaxation):
+    """In the reference, x minimizes the loss plus the distance to the pruned weights, and the relaxation extrapolates x."""
     torch.manual_seed(6)
     weight, inputs = layer(9, 24, dtype=torch.float64)
     moments = moments_of(inputs, torch.float64)
@@ -144,8 +144,8 @@ def test_masks_chosen_again_are_those_of_relaxed_admm(relaxation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_within_eight_roundings_of_their_output_are_left_alone(dtype):
-    """The norm of the residual is compared with that of H W; H is the identity, so that one step would end at the target."""
+def test_rows_within_eight_roundings_of_their_output_are_unchanged(dtype):
+    """The residual norm is compared with that of H W. H is the identity, so a single step would reach the target."""
     epsilon = torch.finfo(dtype).eps
     target = torch.zeros(4, 3, dtype=dtype)
     target[:, 1] = 1
@@ -158,17 +158,17 @@ def test_rows_within_eight_roundings_of_their_output_are_left_alone(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_whose_gradient_is_rounding_of_the_first_are_left_alone(dtype):
-    """The first step takes the residual to about ``closeness`` of what it was. A second one is taken only if that is more than
-    the square root of the rounding of the dtype."""
+def test_rows_stop_when_the_gradient_falls_to_rounding_of_the_first(dtype):
+    """The first step reduces the residual to about ``closeness`` times its initial norm. A second step follows only if that
+    exceeds the square root of the rounding of the dtype."""
     epsilon = torch.finfo(dtype).eps
-    for share, goes_on in ((0.5, False), (2.0, True)):
+    for share, takes_second_step in ((0.5, False), (2.0, True)):
         closeness = share * epsilon**0.5
         hessian = torch.tensor([[1, closeness], [closeness, 1]], dtype=dtype)
         target, start = torch.tensor([[1.0, 0.0]], dtype=dtype), torch.zeros(1, 2, dtype=dtype)
         mask = torch.zeros(1, 2, dtype=torch.bool)
         one, two = (conjugate_gradient(start, target, mask, hessian, steps) for steps in (1, 2))
-        left = ((target - one) @ hessian).norm() / (target @ hessian).norm()
-        assert left == pytest.approx(closeness, rel=1e-2)
-        assert left > 8 * epsilon  # which is not what stops it
-        assert torch.equal(one, two) != goes_on
+        remaining = ((target - one) @ hessian).norm() / (target @ hessian).norm()
+        assert remaining == pytest.approx(closeness, rel=1e-2)
+        assert remaining > 8 * epsilon  # so the limit of eight roundings does not apply
+        assert torch.equal(one, two) != takes_second_step

@@ -1,4 +1,4 @@
-"""The engine's SparseGPT and ROSE against the slow reference, in float64 where every mask bit must agree."""
+"""SparseGPT and ROSE against the slow reference in float64, where masks must be identical."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATTERNS = [
     (SemiStructured(4, 8), reference.Pattern(pruned=4, group=8)),
     (SemiStructured(1, 3), reference.Pattern(pruned=1, group=3)),
     (SemiStructured(3, 5), reference.Pattern(pruned=3, group=5)),
-    (SemiStructured(12, 40), reference.Pattern(pruned=12, group=40)),  # wider than a tile of the sweep
+    (SemiStructured(12, 40), reference.Pattern(pruned=12, group=40)),  # wider than one tile of the sweep
 ]
 
 
@@ -40,7 +40,7 @@ def test_sparsegpt_equals_the_reference(sparsity, pattern, columns):
 @pytest.mark.parametrize("columns", [7, 96, 100])
 @pytest.mark.parametrize(("sparsity", "pattern"), PATTERNS, ids=str)
 def test_rose_equals_the_reference_at_any_width(sparsity, pattern, columns):
-    """Widths that are no multiple of the block or of M put the narrow block anywhere in the order."""
+    """If the width is not a multiple of the block size or of M, the narrow block can be anywhere in the order."""
     weight, inputs = layer(9, columns, columnar=True, dtype=torch.float64)
     moments = moments_of(inputs, torch.float64)
     result = prune_layer(weight, moments, sparsity=sparsity, ordering=Ordering.rose(), block_size=32)
@@ -52,13 +52,13 @@ def test_rose_equals_the_reference_at_any_width(sparsity, pattern, columns):
     compare(weight, result, expected)
 
 
-def test_the_narrow_block_really_moves():
+def test_narrow_last_block_is_reordered():
     weight, inputs = layer(9, 100, columnar=True)
     result = prune_layer(weight, moments_of(inputs), sparsity=Unstructured(0.5), ordering=Ordering.rose(), block_size=32)
-    assert (result.order[:4] >= 96).all()  # the last block, 4 wide, loses most per column and goes first
+    assert (result.order[:4] >= 96).all()  # the last block has 4 columns, loses most per column and comes first
 
 
-def test_dead_columns_cost_nothing_and_keep_what_stays():
+def test_dead_input_channels_are_pruned_first_and_not_updated():
     weight, inputs = layer(16, 64, dtype=torch.float64)
     inputs[:, [3, 40]] = 0
     result = prune_layer(weight, moments_of(inputs, torch.float64), sparsity=Unstructured(0.5), block_size=32)
@@ -69,7 +69,7 @@ def test_dead_columns_cost_nothing_and_keep_what_stays():
     assert torch.equal(few.weight[:, [3, 40]][kept], weight[:, [3, 40]][kept])
 
 
-def test_compensation_beats_dropping_the_same_weights():
+def test_compensation_has_a_lower_error_than_masking_alone():
     weight, inputs = layer(64, 96)
     moments = moments_of(inputs)
     result = prune_layer(weight, moments, sparsity=Unstructured(0.6), block_size=32)
@@ -102,7 +102,7 @@ def test_every_ordering_sorts_by_its_losses(columns, blocks, score, threshold):
         assert not result.reordered
         return
     assert result.reordered == (columns != "none" or blocks != "none")
-    assert all(len(set((row // 8).tolist())) == 1 for row in order)  # membership of the blocks is kept
+    assert all(len(set((row // 8).tolist())) == 1 for row in order)  # columns stay in their block
     lost = torch.cat([s * reference.marked(s, 0.5, inclusive=True) for s in scores.split(8, dim=1)], dim=1).sum(dim=0)
     in_order = lost[order]
     for direction, values in [(columns, row) for row in in_order] + [(blocks, in_order.sum(dim=1))]:
@@ -116,7 +116,7 @@ def test_every_ordering_sorts_by_its_losses(columns, blocks, score, threshold):
 
 
 def test_permuting_the_columns_permutes_the_result():
-    """With one block and no ordering the columns' order matters; given back through an ordering by loss it does not."""
+    """The result depends on the order of the columns unless an ordering by loss restores it."""
     weight, inputs = layer(12, 32, columnar=True, dtype=torch.float64)
     permutation = torch.randperm(32)
     ordering = Ordering("descending", "descending", None, "wanda")

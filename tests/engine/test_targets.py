@@ -1,4 +1,4 @@
-"""What a layer is asked to be, against least squares on the tokens themselves."""
+"""Regression targets against least squares on the tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cases import layer, moments_of
 
 
 def drifted(rows=8, columns=12, tokens=200):
-    """W, x, δ and ε."""
+    """Return W, x, δ and ε."""
     torch.manual_seed(1)
     weight, inputs = layer(rows, columns, tokens=tokens, dtype=torch.float64)
     inputs = inputs.double()
@@ -27,7 +27,7 @@ def cross_moments_of(inputs, delta, missing=None):
 
 
 def ridge(inputs, outputs, damping):
-    """T that fits outputs ≈ T x, by least squares on tokens below which the damping stands as more of them."""
+    """Fit outputs ≈ T x by least squares on the tokens, with the damping appended as additional tokens."""
     n, columns = inputs.shape
     power = (damping * inputs.square().mean() * n) ** 0.5
     rows = torch.cat([inputs, power * torch.eye(columns, dtype=inputs.dtype)])
@@ -35,7 +35,7 @@ def ridge(inputs, outputs, damping):
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_the_move_is_the_least_squares_fit_of_what_is_missing(with_residual):
+def test_target_shift_is_the_ridge_fit_of_the_missing_output(with_residual):
     weight, inputs, delta, missing = drifted()
     cross_moments = cross_moments_of(inputs, delta, missing if with_residual else None)
     curvature = Curvature(moments_of(inputs, torch.float64), 0.01, torch.float64)
@@ -46,34 +46,36 @@ def test_the_move_is_the_least_squares_fit_of_what_is_missing(with_residual):
     torch.testing.assert_close(half, (weight + found) / 2)
 
 
-def test_hidden_states_that_hold_the_output_already():
+def test_subtract_own_output_corrects_the_residual():
     weight, inputs, delta, missing = drifted()
-    told = cross_moments_of(inputs, delta, missing)
+    expected = cross_moments_of(inputs, delta, missing)
     after = cross_moments_of(inputs, delta, missing + delta @ weight.T)
     after.subtract_own_output(weight)
-    torch.testing.assert_close(after.residual, told.residual)
+    torch.testing.assert_close(after.residual, expected.residual)
 
 
-def test_it_is_the_target_that_is_pruned():
+def test_the_regression_target_is_pruned():
     weight, inputs, delta, missing = drifted(24, 32, 600)
     moments, cross_moments, target = (
         moments_of(inputs, torch.float64),
         cross_moments_of(inputs, delta, missing),
         Target(0.7, 0.4),
     )
-    (asked,) = target.of([weight], Curvature(moments, 0.01, torch.float64), cross_moments)
+    (target_weight,) = target.of([weight], Curvature(moments, 0.01, torch.float64), cross_moments)
     options = {"sparsity": Unstructured(0.6), "block_size": 16, "refine": Refine(4, mask_iterations=5)}
     found = prune_layer(weight, moments, cross_moments=cross_moments, target=target, **options)
-    expected = prune_layer(asked, moments, **options)
+    expected = prune_layer(target_weight, moments, **options)
     torch.testing.assert_close(found.weight, expected.weight)
     assert found.target_error == pytest.approx(expected.error)
-    assert found.unrefined_error == pytest.approx(prune_layer(asked, moments, sparsity=Unstructured(0.6), block_size=16).error)
+    assert found.unrefined_error == pytest.approx(
+        prune_layer(target_weight, moments, sparsity=Unstructured(0.6), block_size=16).error
+    )
     gone = weight - found.weight
     hessian = moments.hessian()
     assert found.error == pytest.approx(float(((gone @ hessian) * gone).sum() / ((weight @ hessian) * weight).sum()))
 
 
-def test_mistakes_are_told():
+def test_invalid_arguments_raise_an_error():
     weight, inputs, delta, missing = drifted()
     moments, cross_moments = moments_of(inputs, torch.float64), cross_moments_of(inputs, delta, missing)
     with pytest.raises(ValueError, match="cross_moments: expected those of 12 columns for the target, got none"):
@@ -88,8 +90,8 @@ def test_mistakes_are_told():
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
-def test_a_target_whose_factor_fails_is_rejected(method):
-    """A failed Cholesky factor holds finite values, and magnitude pruning has no factor of its own that would fail, too."""
+def test_regression_target_with_a_failed_factor_raises_an_error(method):
+    """A failed Cholesky factor holds finite values, and magnitude pruning computes no factor that could fail as well."""
     weight, inputs, delta, _ = drifted()
     moments, cross_moments = moments_of(inputs, torch.float64), cross_moments_of(inputs, delta)
     moments.gram[0, 1] = moments.gram[1, 0] = 5 * moments.gram.diagonal().max()  # not positive semidefinite
@@ -102,8 +104,8 @@ def test_a_target_whose_factor_fails_is_rejected(method):
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_what_is_known_of_inputs_follows_their_columns(with_residual):
-    """Moments and cross_moments in another order are those of inputs in that order; all of it is what targets hang on."""
+def test_permuted_moments_equal_moments_of_permuted_inputs(with_residual):
+    """Covers all moments and cross moments on which regression targets depend."""
     weight, inputs, delta, missing = drifted()
     order = torch.randperm(weight.shape[1])
     given = missing if with_residual else None
@@ -116,9 +118,9 @@ def test_what_is_known_of_inputs_follows_their_columns(with_residual):
     torch.testing.assert_close(moments.mean(), expected.mean())
     assert (moments.tokens, cross_moments.tokens) == (expected.tokens, len(inputs))
     options = {"sparsity": Unstructured(0.5), "target": Target(0.7, 0.6)}
-    there = prune_layer(
+    expected_result = prune_layer(
         weight[:, order], expected, cross_moments=cross_moments_of(inputs[:, order], delta[:, order], given), **options
     )
     torch.testing.assert_close(
-        prune_layer(weight[:, order], moments, cross_moments=cross_moments, **options).weight, there.weight
+        prune_layer(weight[:, order], moments, cross_moments=cross_moments, **options).weight, expected_result.weight
     )

@@ -1,4 +1,4 @@
-"""Where hidden states are kept changes nothing but memory."""
+"""Where hidden states are stored affects memory only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..models.families import build, tokens
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_what_is_kept_comes_back(place, tmp_path):
+def test_hidden_states_can_be_written_and_read(place, tmp_path):
     hidden = Activations((5, 4, 3), torch.float32, place, "cpu", 2, tmp_path / "hidden")
     values = torch.randn(5, 4, 3)
     for piece in hidden.pieces:
@@ -27,7 +27,7 @@ def test_what_is_kept_comes_back(place, tmp_path):
     assert (tmp_path / "hidden").exists() == (place == "disk")
 
 
-def test_every_place_gives_the_same_model(tmp_path):
+def test_every_storage_gives_bitwise_equal_weights(tmp_path):
     found = {}
     for place in ("device", "host", "disk"):
         model = build("llama")
@@ -42,7 +42,7 @@ def test_every_place_gives_the_same_model(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_too_small_is_told(tmp_path):
+def test_insufficient_disk_space_raises_an_error(tmp_path):
     with pytest.raises(RoseExpError, match=r"pipeline.activations: expected 4000000.0 GB free for 1000000 windows"):
         Activations((10**6, 10**6, 1000), torch.float32, "disk", "cpu", 1, tmp_path / "hidden")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Layers that share what is pruned unequally: the survey against a whole dense model, and the walk that follows it."""
+"""Sparsity allocation in the pruning loop: the survey against a whole dense model, and pruning by its result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALLOCATIONS = [Allocation("losses", 0.15), Allocation("owl", 0.08, 2.0)]
 
 
 def reference(family, allocation, ratio, wanted):
-    """Shares from one run of the whole dense model."""
+    """Allocate sparsity from one run of the whole dense model."""
     model, seen = with_biases(build(family)), {}
     blocks = find_blocks(model)
     layers = {layer.name: layer for layer in all_linear_layers(blocks) if wanted(layer.name)}
@@ -57,7 +57,7 @@ def reference(family, allocation, ratio, wanted):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.rule)
-def test_layers_lose_what_the_whole_model_says(family, allocation):
+def test_layer_sparsities_match_a_survey_of_the_whole_model(family, allocation):
     model = with_biases(build(family))
     plan = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, block_size=1000, allocation=allocation, skip=["*.1.*"])
     reports = prune_model(model, tokens(), plan)
@@ -69,15 +69,15 @@ def test_layers_lose_what_the_whole_model_says(family, allocation):
             assert report.sparsity == pytest.approx(expected[report.name], abs=2e-3), report.name
         zeros += report.sparsity * report.rows * report.columns
         total += report.rows * report.columns
-    if family != "mixtral":  # of which some experts are starved, and stay dense
-        assert abs(zeros - total // 2) <= 1 + 1e-6 * total  # a histogram's rounding
+    if family != "mixtral":  # some of its experts are starved and stay dense
+        assert abs(zeros - total // 2) <= 1 + 1e-6 * total  # rounding of the histogram
     assert max(expected.values()) - min(expected.values()) > 0.05
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda allocation: allocation.rule)
-def test_layers_whose_output_is_zero_are_left_out(allocation):
+def test_layers_with_zero_output_are_excluded(allocation):
     layers = [LinearLayer(name, nn.Linear(8, 4)) for name in ("zero", "plain", "silent")]
-    layers[0].module.weight.data.zero_()  # its bias is no output of the weight
+    layers[0].module.weight.data.zero_()  # the bias does not count as output of the weight
     watch = BlockWatch([layers[:2], layers[2:]], "cpu")
     with ExitStack() as stack, torch.no_grad():
         watch.hooks(stack)
@@ -88,7 +88,7 @@ def test_layers_whose_output_is_zero_are_left_out(allocation):
     assert set(allocation.shares([found], 0.5)) == {"plain"}
 
 
-def test_a_layer_whose_losses_do_not_fit_is_named():
+def test_out_of_range_losses_raise_an_error_that_names_the_layer():
     of = LinearLayer("block.q_proj", nn.Linear(8, 4, bias=False))
     of.module.weight.data.mul_(1e18)
     watch = BlockWatch([[of]], "cpu")
@@ -100,39 +100,39 @@ def test_a_layer_whose_losses_do_not_fit_is_named():
 
 
 @pytest.mark.parametrize("resume", ["activations", "recompute"])
-def test_a_run_that_is_cut_off_keeps_its_shares(tmp_path, resume, monkeypatch):
+def test_sparsity_allocation_is_restored_on_resume(tmp_path, resume, monkeypatch):
     expected = prune(tmp_path / "whole", resume, allocation=ALLOCATIONS[0])
     folder = tmp_path / "cut"
     with pytest.raises(Cut):
         prune(folder, resume, allocation=ALLOCATIONS[0], on_layer=cut_after(0))
     kept = json.loads((folder / "state.json").read_text())["progress"]["shares"]
     assert set(kept) == {report["name"] for report in expected[1]}
-    with monkeypatch.context() as patch:  # what is kept is not looked for again
+    with monkeypatch.context() as patch:  # a restored allocation is not surveyed again
         patch.setattr(AllocationSurvey, "_survey", None)
         assert_equal(prune(folder, resume, allocation=ALLOCATIONS[0]), expected)
 
 
-def test_on_disk_no_more_is_kept_than_two_streams_at_once(tmp_path, monkeypatch):
-    """Of hidden states: the survey's are gone when the dense ones are made."""
-    there = []
+def test_disk_holds_at_most_two_streams_of_hidden_states(tmp_path, monkeypatch):
+    """The hidden states of the survey are deleted before the dense ones are created."""
+    files_at_copy = []
     real = Activations.copy
 
     def copy(self, file=None):
-        there.append(sorted(path.name for path in file.parent.iterdir()))
+        files_at_copy.append(sorted(path.name for path in file.parent.iterdir()))
         return real(self, file)
 
     monkeypatch.setattr(Activations, "copy", copy)
     options = {"allocation": ALLOCATIONS[0], "target": Target(0.5, 0.5), "activations": "disk", "batch": 2}
     on_disk, in_memory = build("llama"), build("llama")
     prune_model(on_disk, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), **options), PruneContext(scratch=tmp_path))
-    assert there == [["hidden"], ["hidden"]]
+    assert files_at_copy == [["hidden"], ["hidden"]]
     prune_model(in_memory, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), **options | {"activations": "device"}))
     for name, value in in_memory.state_dict().items():
         assert torch.equal(on_disk.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("how", [{"allocation": ALLOCATIONS[0]}, {"sparsity": SemiStructured(2, 4), "permute": True}])
-def test_a_model_that_is_read_a_block_at_a_time_ends_the_same(tmp_path, how):
+def test_streaming_blocks_from_disk_gives_identical_results(tmp_path, how):
     plan = PruningPlan(**{"method": SparseGPT(), "sparsity": Unstructured(0.5), "batch": 2, "target": Target(0.5, 0.5)} | how)
     whole = build("qwen2")
     whole.save_pretrained(tmp_path / "model")
@@ -146,7 +146,7 @@ def test_a_model_that_is_read_a_block_at_a_time_ends_the_same(tmp_path, how):
             assert torch.equal(state.block(index)[name], value), name
 
 
-def test_targets_and_allocations_go_together():
+def test_regression_targets_can_be_combined_with_an_allocation():
     model = build("llama")
     options = {"allocation": ALLOCATIONS[0], "target": Target(0.5, 0.5), "refine": Refine(2, mask_iterations=3)}
     reports = prune_model(model, tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, **options))

@@ -1,4 +1,4 @@
-"""Damage to anything that a run resumes from: the result is that of an undisturbed run, with a warning, or a clear refusal."""
+"""Damaged state files give a warning and the result of an uninterrupted run, or a clear error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..runtime.test_signals import untimed as untimed_record
 from . import test_state
 from .test_state import FINGERPRINT, Cut, cut_after, plan, stopping_after, untimed
 
-FLIPS = 5  # of one bit, in every file
+FLIPS = 5  # single-bit flips per file
 Outcome = tuple[dict[str, torch.Tensor], list[dict]]
 
 
@@ -44,9 +44,10 @@ class Kind:
     """A kind of run.
 
     Attributes:
-        run: runs in a folder, to the end or until ``cut`` stops it.
-        cut: what stops it.
-        files: the names of the files that its state then consists of, besides ``state.json``.
+        run: prunes with a state in a folder, to the end or until ``cut`` interrupts it.
+        cut: options that interrupt it.
+        resume: value of ``pipeline.resume``.
+        files: names of the files of its state after the interruption, besides ``state.json``.
     """
 
     run: Callable[..., Outcome]
@@ -86,7 +87,7 @@ def of_diffusion(folder: Path, on_layer=None) -> Outcome:
 
 def cut_third_package() -> Callable:
     def cut(number, _report):
-        if number >= 20:  # of 40 layers in three packages: the second is kept
+        if number >= 20:  # 40 layers in three packages, of which two are saved
             raise Cut
 
     return cut
@@ -107,7 +108,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def stopped(request, tmp_path_factory) -> tuple[Kind, Path, Outcome]:
-    """A kind of run, the state of one that was stopped, and the outcome of one that was not."""
+    """Return a kind of run, the state of an interrupted run and the outcome of an uninterrupted one."""
     kind, folder = KINDS[request.param], tmp_path_factory.mktemp("run")
     expected = kind.run(folder / "whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +128,7 @@ def flip(file: Path, position: int) -> None:
 
 
 def damages(folder: Path) -> list[tuple[str, str, Callable[[Path], None]]]:
-    """What is done to a file of a state: its name, what it is, and how; all with fixed seeds."""
+    """Return damages to the files of a state as file name, description and function, with fixed seeds."""
     found = []
     for file in sorted(folder.iterdir()):
         name, size = file.name, file.stat().st_size
@@ -164,16 +165,16 @@ def assert_equal(found: Outcome, expected: Outcome) -> None:
 
 
 def opened(folder: Path, kind: Kind, name: str, caplog) -> RunState | None:
-    """The damaged state, None if it is refused; a warning or the refusal names the file."""
+    """Return the damaged state, or None if loading it fails; a warning or the error names the file."""
     caplog.clear()
-    found, refusal = None, ""
+    found, error_message = None, ""
     with caplog.at_level(logging.WARNING):
         try:
             found = RunState(folder, FINGERPRINT, kind.resume)
         except RoseExpError as error:
-            refusal = str(error)
-    assert any(name in message for message in (*caplog.messages, refusal))
-    assert found is not None or f"delete {folder} to begin anew" in refusal
+            error_message = str(error)
+    assert any(name in message for message in (*caplog.messages, error_message))
+    assert found is not None or f"delete {folder} to begin anew" in error_message
     return found
 
 
@@ -183,7 +184,7 @@ def damaged_copy(folder: Path, to: Path, damage: Callable[[Path], None]) -> Path
     return to
 
 
-def test_damage_is_noticed_and_the_result_is_the_same(stopped, tmp_path, caplog):
+def test_damage_is_detected_and_gives_identical_results(stopped, tmp_path, caplog):
     kind, folder, expected = stopped
     assert {file.name for file in folder.iterdir()} == {*kind.files, "state.json"}
     whole, seen = RunState(folder, FINGERPRINT, kind.resume), {}
@@ -197,13 +198,13 @@ def test_damage_is_noticed_and_the_result_is_the_same(stopped, tmp_path, caplog)
             assert name not in found.progress.files
         if found is not None:
             seen.setdefault(json.dumps(vars(found.progress)), (copy, name, what))
-    for copy, name, what in seen.values():  # what is left decides what happens, so that each is run once
+    for copy, name, what in seen.values():  # the outcome depends only on the restored progress, so each is run once
         print(name, what)
         assert_equal(kind.run(copy), expected)
 
 
 @pytest.mark.slow
-def test_damage_is_noticed_and_the_result_is_the_same_each_time(stopped, tmp_path, caplog):
+def test_every_damage_is_detected_and_gives_identical_results(stopped, tmp_path, caplog):
     kind, folder, expected = stopped
     for number, (name, what, damage) in enumerate(damages(folder)):
         copy = damaged_copy(folder, tmp_path / f"{number}", damage)
@@ -213,8 +214,8 @@ def test_damage_is_noticed_and_the_result_is_the_same_each_time(stopped, tmp_pat
         shutil.rmtree(copy)
 
 
-def test_what_is_kept_is_consistent(tmp_path, caplog):
-    """Reports, times and generators are those of the last block that is kept."""
+def test_restored_state_is_consistent(tmp_path, caplog):
+    """Reports, times and generators are those of the last restored block."""
     seconds = []
 
     def note(_step, report):
@@ -232,13 +233,13 @@ def test_what_is_kept_is_consistent(tmp_path, caplog):
     assert "1 whole blocks are kept" in caplog.text
     assert [report.name.split(".")[2] for report in found.reports] == ["0"] * 7
     assert found.progress.seconds == seconds[0]
-    assert found.progress.generators == whole.progress.generators  # nothing draws from torch's own
+    assert found.progress.generators == whole.progress.generators  # nothing draws from torch's global generator
     assert found.block(0) is not None
     assert found.block(1) is None
     assert found.part() == ([], {})
 
 
-def test_generators_that_are_drawn_from_are_kept_block_by_block(tmp_path):
+def test_generator_states_are_saved_after_each_block(tmp_path):
     kept, block, run = [], torch.nn.Linear(2, 2).requires_grad_(False), RunState(tmp_path, FINGERPRINT)
     for index in range(3):
         if index != 1:
@@ -255,7 +256,7 @@ def test_generators_that_are_drawn_from_are_kept_block_by_block(tmp_path):
         flip(tmp_path / f"block-{left - 1:05}.safetensors", 5)
 
 
-def test_a_file_that_is_damaged_while_the_run_goes_on_is_refused(tmp_path):
+def test_damage_during_the_run_raises_an_error(tmp_path):
     found = RunState(tmp_path, FINGERPRINT)
     found.commit(0, torch.nn.Linear(8, 8).requires_grad_(False), [], [], {})
     flip(tmp_path / BLOCKS[0], 8 * (tmp_path / BLOCKS[0]).stat().st_size - 3)
@@ -263,7 +264,7 @@ def test_a_file_that_is_damaged_while_the_run_goes_on_is_refused(tmp_path):
         found.block(0)
 
 
-def test_a_state_of_another_version_is_refused(tmp_path):
+def test_state_of_another_format_raises_an_error(tmp_path):
     RunState(tmp_path, FINGERPRINT).keep_shares({})
     file = tmp_path / "state.json"
     content = json.loads(file.read_text())
@@ -280,8 +281,8 @@ def test_a_state_of_another_version_is_refused(tmp_path):
         RunState(tmp_path, FINGERPRINT)
 
 
-class Together(Ranks):
-    """One of several ranks that are threads of this process."""
+class ThreadRank(Ranks):
+    """A rank that runs in a thread of this process."""
 
     def __init__(self, rank: int, answers: list, barrier: threading.Barrier):
         self.rank, self.size, self.answers, self.barrier = rank, len(answers), answers, barrier
@@ -304,13 +305,13 @@ class Together(Ranks):
         (None, [BLOCKS[0], "activations-00001.0.bin", "activations-00001.1.bin"]),
     ],
 )
-def test_all_ranks_keep_the_same(tmp_path, name, files):
+def test_all_ranks_restore_the_same_state(tmp_path, name, files):
     def on_ranks(act: Callable[[Ranks], Any]) -> list[Any]:
         answers, barrier, found = [None] * 2, threading.Barrier(2), [None] * 2
 
         def run(rank: int) -> None:
             try:
-                found[rank] = act(Together(rank, answers, barrier))
+                found[rank] = act(ThreadRank(rank, answers, barrier))
             except RoseExpError as error:
                 found[rank] = str(error)
 
@@ -340,13 +341,13 @@ def test_all_ranks_keep_the_same(tmp_path, name, files):
     assert found[0] == sorted(files) if files is not None else "state.json is damaged" in found[0]
     other = {0: FINGERPRINT, 1: FINGERPRINT | {"code": "b"}}
     if name != "state.json":
-        refused = on_ranks(lambda ranks: RunState(tmp_path, other[ranks.rank], ranks=ranks))
-        assert refused[0] == refused[1]
-        assert "code: a, now b" in refused[0]
+        errors = on_ranks(lambda ranks: RunState(tmp_path, other[ranks.rank], ranks=ranks))
+        assert errors[0] == errors[1]
+        assert "code: a, now b" in errors[0]
 
 
 @pytest.mark.slow
-def test_two_processes_end_as_if_nothing_was_damaged(tmp_path):
+def test_two_processes_give_identical_results_after_damage(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -357,7 +358,7 @@ def test_two_processes_end_as_if_nothing_was_damaged(tmp_path):
         def run(folder, on_layer=None):
             model, ranks, of_run = build("llama"), Ranks(), plan(target=Target(0.5, 0.5))
             kept = RunState(folder, FINGERPRINT, ranks=ranks)
-            reports = prune_model(model, tokens(), of_run, ranks=ranks, state=kept, on_layer=on_layer)
+            reports = prune_model(model, tokens(), of_run, PruneContext(ranks=ranks, state=kept, on_layer=on_layer))
             return {{name: value.clone() for name, value in model.state_dict().items()}}, untimed(reports)
 
         with process_group():
@@ -376,7 +377,7 @@ def test_two_processes_end_as_if_nothing_was_damaged(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_whole_run_ends_with_the_same_record(small, tmp_path, monkeypatch, caplog):
+def test_resuming_from_a_damaged_state_gives_the_same_record(small, tmp_path, monkeypatch, caplog):
     overrides = [*small, "calibration.samples=2", "evaluation.perplexity.local.windows=2", "figures.draw=false"]
     whole = rose_exp.run(overrides, tmp_path / "whole")
     real = RunState.commit
@@ -384,7 +385,7 @@ def test_a_whole_run_ends_with_the_same_record(small, tmp_path, monkeypatch, cap
     def commit(self, index, *others):
         real(self, index, *others)
         if index == 2:
-            raise Interrupted("told to stop")
+            raise Interrupted("stop requested")
 
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "commit", commit)

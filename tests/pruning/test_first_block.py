@@ -1,4 +1,4 @@
-"""Moments of the first block are shared by runs with the same inputs, bit for bit, and by no others."""
+"""Runs with the same inputs share the moments of the first block; results stay bitwise equal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..models.families import build, tokens
 from .test_loop import plan
 
 
-def test_only_the_same_key_finds_copies():
+def test_find_returns_copies_for_the_same_key_only():
     moments = InputMoments(4)
     moments.update(torch.randn(10, 4))
     kept = FirstBlock()
@@ -20,7 +20,7 @@ def test_only_the_same_key_finds_copies():
     assert seconds == 1.5
     assert torch.equal(found.gram, moments.gram)
     found.gram.zero_()
-    assert torch.equal(kept.find("a", "cpu")[0][0].gram, moments.gram)  # a run may do with its copy what it likes
+    assert torch.equal(kept.find("a", "cpu")[0][0].gram, moments.gram)  # a run may modify its copy
     assert kept.find("b", "cpu") is None
     assert kept.find(None, "cpu") is None
     kept.keep(None, [found], 0.0)
@@ -36,28 +36,28 @@ def weights_after(
     return [parameter.detach() for parameter in model.parameters()], seconds
 
 
-def test_a_run_with_shared_moments_equals_one_without():
+def test_shared_moments_give_bitwise_equal_weights():
     shared, windows = FirstBlock(), tokens()
     for ratio in (0.5, 0.7, 0.5):
         with_them, seconds = weights_after(shared, windows, ratio)
         without, _ = weights_after(None, windows, ratio)
         assert all(torch.equal(a, b) for a, b in zip(with_them, without, strict=True))
-    assert seconds.shared > 0  # told, so that times can be compared
+    assert seconds.shared > 0  # reported, so that times can be compared
 
 
-def test_the_pass_through_the_first_block_is_saved(monkeypatch):
+def test_shared_moments_skip_the_pass_through_the_first_block(monkeypatch):
     shared, updates = FirstBlock(), []
     real = InputMoments.update
     monkeypatch.setattr(InputMoments, "update", lambda self, *a: updates.append(1) or real(self, *a))
     weights_after(shared, tokens())
     first = len(updates)
     weights_after(shared, tokens())
-    assert len(updates) == first + first * 2 // 3  # two blocks of three
+    assert len(updates) == first + first * 2 // 3  # two of three blocks
     weights_after(shared, tokens(), key="another")
     assert len(updates) == 2 * first + first * 2 // 3
 
 
-def test_group_by_group_nothing_is_shared():
+def test_true_sequential_runs_do_not_share_moments():
     shared = FirstBlock()
     weights_after(shared, tokens(), true_sequential=True)
     assert shared.find("k", "cpu") is None

@@ -1,4 +1,4 @@
-"""The walk through a model: the right inputs for every layer, for every family."""
+"""The pruning loop: every layer of every model family gets the correct inputs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def plan(**options):
 
 
 def prune_slowly(model: nn.Module, windows: torch.Tensor, sequential: bool) -> None:
-    """The whole pipeline without walking: for each block (or each layer group of it) the *whole* model runs again, and the
-    moments are read off the layer itself."""
+    """Prune without the loop: for each block (or each layer group of it), run the *whole* model again and collect the moments
+    with hooks on the layers."""
     blocks = find_blocks(model)
     for groups in probe(model, blocks, windows).layers:
         names = [[name for group in groups for name in group]] if not sequential else groups
@@ -44,7 +44,7 @@ def prune_slowly(model: nn.Module, windows: torch.Tensor, sequential: bool) -> N
                 hook.remove()
             for name in stage:
                 if not moments[name].tokens:
-                    continue  # an expert that no token was routed to stays as it is
+                    continue  # an expert without tokens stays dense
                 result = prune_layer(
                     layers[name].weight,
                     moments[name],
@@ -57,23 +57,23 @@ def prune_slowly(model: nn.Module, windows: torch.Tensor, sequential: bool) -> N
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_walking_equals_running_the_whole_model_each_time(family, sequential):
-    walked, slow = build(family).double(), build(family).double()  # float64: no mask bit hangs on rounding
+def test_loop_equals_running_the_whole_model_for_each_block(family, sequential):
+    pruned, slow = build(family).double(), build(family).double()  # float64: masks do not depend on rounding
     windows = tokens()
-    reports = prune_model(walked, windows, plan(true_sequential=sequential))
+    reports = prune_model(pruned, windows, plan(true_sequential=sequential))
     prune_slowly(slow, windows, sequential)
-    layers = zip(all_linear_layers(find_blocks(walked)), all_linear_layers(find_blocks(slow)), strict=True)
+    layers = zip(all_linear_layers(find_blocks(pruned)), all_linear_layers(find_blocks(slow)), strict=True)
     for layer, expected in layers:
         torch.testing.assert_close(layer.weight, expected.weight, rtol=1e-6, atol=1e-8, msg=layer.name)
         assert torch.equal(layer.weight == 0, expected.weight == 0), layer.name
-    assert sorted(report.name for report in reports) == sorted(layer.name for layer in all_linear_layers(find_blocks(walked)))
+    assert sorted(report.name for report in reports) == sorted(layer.name for layer in all_linear_layers(find_blocks(pruned)))
     assert {report.tokens for report in reports if ".experts." not in report.name} == {windows.numel()}
     assert all(0.49 <= report.sparsity <= 0.5 for report in reports if not report.fallback)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captured_calls_reproduce_the_model(family):
-    """Blocks run by themselves, with what was captured, end where the model's own forward pass does."""
+    """Running the blocks with their captured arguments gives the hidden states of the model's forward pass."""
     model, windows = build(family), tokens(2)
     blocks = find_blocks(model)
     hidden, calls = trace(model, blocks, windows, probe(model, blocks, windows))
@@ -95,7 +95,7 @@ def test_layers_with_the_same_input_share_their_moments(family):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_prunes_a_model_and_embeddings_stay(method):
+def test_every_method_prunes_the_linear_layers_only(method):
     model = build("llama")
     before = copy.deepcopy(model.state_dict())
     reports = {report.name: report for report in prune_model(model, tokens(), plan(method=METHODS[method](), ordering=None))}
@@ -103,13 +103,13 @@ def test_every_method_prunes_a_model_and_embeddings_stay(method):
         if "_proj" in name:
             report = reports[name.removesuffix(".weight")]
             zeros = float((value == 0).float().mean())
-            assert 0.45 <= report.sparsity <= (0.56 if report.rank else 0.5), name  # a rank is a whole number
+            assert 0.45 <= report.sparsity <= (0.56 if report.rank else 0.5), name  # ranks are integers
             assert zeros == (0 if report.rank else pytest.approx(report.sparsity)), name
         else:
             assert torch.equal(value, before[name]), name
 
 
-def test_batches_do_not_change_the_result():
+def test_batch_size_does_not_change_the_masks():
     masks = []
     for batch in (1, 2, 5):
         model = build("llama")
@@ -119,7 +119,7 @@ def test_batches_do_not_change_the_result():
         assert all(torch.equal(a, b) for a, b in zip(masks[0], other, strict=True))
 
 
-def test_layers_are_chosen_by_pattern_and_have_their_own_options():
+def test_layers_and_their_methods_are_selected_by_pattern():
     model = build("llama")
     reports = prune_model(model, tokens(), plan(layers=["*.self_attn.*"], skip=["*.1.*"]))
     assert {report.name for report in reports} == {f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 2) for name in "qkvo"}
@@ -147,7 +147,7 @@ def test_layers_are_chosen_by_pattern_and_have_their_own_options():
         ),
     ],
 )
-def test_plans_that_do_not_fit_the_model_are_refused_before_any_work(options, message):
+def test_plans_that_do_not_match_the_model_raise_before_pruning(options, message):
     model = build("llama")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RoseExpError, match=message):
@@ -156,7 +156,7 @@ def test_plans_that_do_not_fit_the_model_are_refused_before_any_work(options, me
 
 
 class _Skipping(nn.Module):
-    """A model whose second block is fed with more than the first one's output."""
+    """A model whose second block receives more than the output of the first."""
 
     def __init__(self):
         super().__init__()
@@ -168,7 +168,7 @@ class _Skipping(nn.Module):
         return self.layers[1](self.layers[0](hidden) + hidden)
 
 
-def test_a_model_that_is_no_chain_is_refused():
+def test_non_sequential_model_raises_an_error():
     with pytest.raises(RoseExpError, match="layers.1: expected the output of the previous block as input"):
         prune_model(_Skipping(), torch.zeros(1, 4, dtype=torch.int64), plan())
 
@@ -186,7 +186,7 @@ def _matches_a_layer(model) -> bool:
     return any(fnmatchcase(layer.name, "*.experts") for layer in all_linear_layers(find_blocks(model)))
 
 
-def test_a_model_that_breaks_down_is_refused_by_block():
+def test_nan_weights_raise_an_error_that_names_the_block():
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan

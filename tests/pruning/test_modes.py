@@ -1,5 +1,5 @@
-"""One matrix: a result is the same, bit for bit, at every batch size, from memory and from disk, whole and by blocks, resumed
-and undisturbed, for every kind of method."""
+"""Results of every kind of method are bitwise equal for all batch sizes, from memory or disk, as a whole or block by block,
+resumed or uninterrupted."""
 
 from __future__ import annotations
 
@@ -56,14 +56,15 @@ WINDOWS = 5
 
 @dataclass(frozen=True)
 class Mode:
-    """How the same work is done.
+    """How a run is executed.
 
     Attributes:
-        batch: windows at once.
+        batch: windows per batch.
         weights: ``memory`` or ``disk``.
         by_blocks: measure perplexity block by block.
-        activations: where hidden states are kept.
-        cut: stop after so many blocks, and resume; None: undisturbed.
+        activations: where hidden states are stored.
+        cut: number of blocks after which the run is interrupted and resumed; None: uninterrupted.
+        resume: value of ``pipeline.resume``.
     """
 
     batch: int = 2
@@ -86,11 +87,11 @@ MODES = [
 
 
 class Cut(Exception):
-    """Stands for anything that ends a process."""
+    """Simulates the end of the process."""
 
 
 def outcome(folder: Path, settings: ModelSettings, options: dict, mode: Mode) -> tuple[list[dict], str, float]:
-    """Layer reports without times, a hash of the pruned weights, and the perplexity."""
+    """Return layer reports without times, a hash of the pruned weights and the perplexity."""
     plan = PruningPlan(**({"block_size": 16, "batch": mode.batch, "activations": mode.activations} | options))
     if mode.cut is not None:
         with pytest.raises(Cut):
@@ -154,7 +155,7 @@ ALL = [
 
 
 @pytest.mark.parametrize(("family", "name"), ALL)
-def test_every_mode_gives_the_same_result(family, name, tmp_path):
+def test_every_mode_gives_identical_results(family, name, tmp_path):
     settings = saved(tmp_path / "model", family)
     expected = outcome(tmp_path / "base", settings, PLANS[name], BASE)
     for number, mode in enumerate(MODES):
@@ -162,8 +163,8 @@ def test_every_mode_gives_the_same_result(family, name, tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_by_blocks_and_as_a_whole_every_family_is_the_same(family, tmp_path):
-    """Also where blocks get more than hidden states: embeddings of their own, or keys and values of earlier blocks."""
+def test_perplexity_by_blocks_equals_that_of_the_whole_model(family, tmp_path):
+    """Includes blocks with inputs besides hidden states: per-layer embeddings, or keys and values of earlier blocks."""
     model, windows = build(family), tokens(WINDOWS)
     whole = [perplexity(model, windows, batch).value for batch in (1, 2, WINDOWS)]
     for batch in (1, 3):
@@ -173,8 +174,8 @@ def test_by_blocks_and_as_a_whole_every_family_is_the_same(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_moments_of_every_family_are_those_of_the_whole_model(family, monkeypatch):
-    """With nothing pruned, the inputs of every layer are those that the model itself gives it."""
+def test_moments_equal_those_of_the_whole_model(family, monkeypatch):
+    """With nothing pruned, every layer gets the inputs of the model's forward pass."""
     windows, whole, found = tokens(WINDOWS), {}, {}
     model = build(family)
     layers = all_linear_layers(find_blocks(model))
@@ -204,7 +205,7 @@ def test_moments_of_every_family_are_those_of_the_whole_model(family, monkeypatc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("columns", [24, 200, 300])
-def test_sums_do_not_depend_on_how_tokens_arrive(columns, dtype):
+def test_sums_do_not_depend_on_the_split_into_batches(columns, dtype):
     x, dense = torch.randn(2, 7, 411, columns, dtype=dtype).unbind()
     missing = torch.randn(7, 411, 8, dtype=dtype)
     found = []
@@ -229,8 +230,8 @@ def test_sums_do_not_depend_on_how_tokens_arrive(columns, dtype):
     torch.testing.assert_close(first.gram.double(), exact.T @ exact, rtol=1e-6, atol=1e-3)
 
 
-def test_several_processes_agree_to_the_last_digits_of_float32():
-    """Each sums its share of the windows; together they are near enough that float32 tells them apart in its last digit."""
+def test_merged_moments_equal_whole_moments_up_to_float32_rounding():
+    """Each process sums its share of the windows; the merged Hessian differs only in the last digits of float32."""
     x = torch.randn(16, 300, 48)
     whole = InputMoments(48)
     whole.update(x)
@@ -244,13 +245,13 @@ def test_several_processes_agree_to_the_last_digits_of_float32():
     assert ((h - other).abs() <= 2 * torch.finfo(torch.float32).eps * scale).all()
 
 
-def test_only_a_gpu_runs_several_windows_at_once():
+def test_only_gpus_run_several_windows_at_once():
     assert batch_size(8, "cpu") == 1
     assert batch_size(8, torch.device("cuda", 1)) == 8
 
 
-class _Looking(torch.nn.Module):
-    """A decoder, or what looks like one, that does something that blocks should not do."""
+class _Irregular(torch.nn.Module):
+    """A decoder-like model that cannot be run block by block."""
 
     def __init__(self, what: str):
         super().__init__()
@@ -291,16 +292,16 @@ class _Block(torch.nn.Module):
         ("mean", "expected a causal decoder"),
     ],
 )
-def test_what_cannot_be_run_block_by_block_is_refused(what, message):
-    model = _Looking(what)
+def test_models_that_cannot_run_block_by_block_raise_an_error(what, message):
+    model = _Irregular(what)
     with pytest.raises(RoseExpError, match=message):
         probe(model, find_blocks(model), tokens())
-    plain = _Looking("nothing")
+    plain = _Irregular("nothing")
     probe(plain, find_blocks(plain), tokens())
 
 
 @pytest.mark.parametrize("name", ["BertConfig", "RobertaConfig", "ElectraConfig"])
-def test_encoders_have_no_perplexity(name):
+def test_encoders_raise_an_error(name):
     import transformers
 
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -313,5 +314,5 @@ def test_encoders_have_no_perplexity(name):
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_every_family_is_a_decoder(family):
+def test_every_family_is_a_causal_decoder(family):
     check_decoder(build(family), tokens())

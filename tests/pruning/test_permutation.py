@@ -1,4 +1,4 @@
-"""Input channels in another order: which layers have them, that the model stays the model, and that less is lost."""
+"""Channel permutation: it is applied where possible, preserves the outputs of the model and reduces the error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rose_exp.runtime.signals import Interrupted
 from ..models.families import build, tokens, with_biases
 from .test_state import FINGERPRINT, assert_equal, stopping_after, untimed
 
-FREE = {  # layers whose input channels are free, of each family the layers that make them
+FREE = {  # layers whose input channels can be permuted, with the layers that produce them
     "llama": {"self_attn.o_proj": ["v_proj"], "mlp.down_proj": ["gate_proj", "up_proj"]},
     "qwen2": {"self_attn.o_proj": ["v_proj"], "mlp.down_proj": ["gate_proj", "up_proj"]},
     "qwen3": {"self_attn.o_proj": ["v_proj"], "mlp.down_proj": ["gate_proj", "up_proj"]},
@@ -35,26 +35,26 @@ FREE = {  # layers whose input channels are free, of each family the layers that
     "gpt2": {"mlp.c_proj": ["c_fc"]},  # queries, keys and values are one layer
     "phi": {"self_attn.dense": ["v_proj"], "mlp.fc2": ["fc1"]},
     "gpt_neox": {"mlp.dense_4h_to_h": ["dense_h_to_4h"]},
-    "mixtral": {"self_attn.o_proj": ["v_proj"]},  # experts are left alone
+    "mixtral": {"self_attn.o_proj": ["v_proj"]},  # experts are not permuted
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", sorted(FREE))
-def test_layers_with_free_channels_are_found(family, dtype):
+def test_layers_with_permutable_channels_are_found(family, dtype):
     model = build(family).to(dtype)
     blocks = find_blocks(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = probe(model, blocks, tokens(), channels=True).channels
     for index, of_block in enumerate(found):
         name = blocks.block_name(index)
-        told = {c.layer.removeprefix(f"{name}."): [maker.split(".")[-1] for maker in c.makers] for c in of_block}
-        assert told == FREE[family]
+        makers = {c.layer.removeprefix(f"{name}."): [maker.split(".")[-1] for maker in c.makers] for c in of_block}
+        assert makers == FREE[family]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 class Odd(torch.nn.Module):
-    """A block of which only a part can be put in another order: two layers see what ``up`` makes, or a norm stands between."""
+    """A block whose channels may not be permutable: a second layer reads the output of ``up``, or a norm lies in between."""
 
     def __init__(self, second_consumer: bool, norm: bool):
         super().__init__()
@@ -62,7 +62,7 @@ class Odd(torch.nn.Module):
         self.up, self.down, self.other = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8), torch.nn.Linear(12, 8)
         self.norm = torch.nn.RMSNorm(12) if norm else torch.nn.Identity()
         if norm:
-            self.norm.weight.data += 0.01 * torch.randn(12)  # nearly, but not, the same for all channels
+            self.norm.weight.data += 0.01 * torch.randn(12)  # almost, but not exactly, equal for all channels
         self.second_consumer = second_consumer
 
     def forward(self, hidden):
@@ -75,7 +75,7 @@ class Odd(torch.nn.Module):
 @pytest.mark.parametrize(
     ("odd", "expected"), [((False, False), ["b.down"]), ((True, False), []), ((False, True), [])], ids=["plain", "two", "norm"]
 )
-def test_what_else_sees_the_channels_holds_them(odd, expected, dtype):
+def test_other_consumers_of_the_channels_prevent_permutation(odd, expected, dtype):
     block = Odd(*odd).to(dtype)
     found = channels.find_channels(block, block, "b", torch.randn(2, 5, 8, dtype=dtype))
     assert [of_layer.layer for of_layer in found if of_layer.makers == ("b.up",)] == expected
@@ -86,10 +86,10 @@ def shuffled(scores, _sparsity):
 
 
 @pytest.mark.parametrize("family", sorted(FREE))
-def test_the_model_answers_as_before(family, monkeypatch):
-    """With nothing pruned, and every free channel in some other place."""
+def test_permutation_preserves_the_outputs_of_the_model(family, monkeypatch):
+    """Nothing is pruned, and all permutable channels are shuffled."""
     monkeypatch.setattr(channels, "channel_order", shuffled)
-    dtype = torch.float32 if family == "mixtral" else torch.float64  # whose experts are multiplied in single precision only
+    dtype = torch.float32 if family == "mixtral" else torch.float64  # its experts only run in float32
     model, dense = (with_biases(build(family).to(dtype)) for _ in range(2))
     reports = prune_model(model, tokens(), PruningPlan(Magnitude(), SemiStructured(0, 1), batch=2, permute=True))
     names = [find_blocks(model).block_name(index) for index in range(3)]
@@ -105,13 +105,13 @@ def test_the_model_answers_as_before(family, monkeypatch):
 
 
 @pytest.mark.parametrize("target", [None, Target(0.6, 0.0)])
-def test_a_layer_is_pruned_as_one_with_its_inputs_in_that_order(target):
-    """The last of the second block, whose inputs have drifted; from what whole models feed it with."""
+def test_permuted_layer_is_pruned_with_permuted_inputs(target):
+    """Checks the last layer of the second block, whose inputs have drifted, against inputs from whole models."""
     model, dense, fed = (build("llama").double() for _ in range(3))
-    pattern, skip = SemiStructured(2, 4), ["*.gate_proj", "*.up_proj"]  # so that the order can be read off them
+    pattern, skip = SemiStructured(2, 4), ["*.gate_proj", "*.up_proj"]  # dense layers reveal the order
     plan = PruningPlan(SparseGPT(), pattern, batch=2, permute=True, skip=skip, target=target)
     reports = {report.name: report for report in prune_model(model, tokens(), plan)}
-    fed.model.layers[0] = model.model.layers[0]  # calibration sees a block as it was, after the first as it is
+    fed.model.layers[0] = model.model.layers[0]  # calibration runs the dense second block after the pruned first block
     inputs = []
     for each in (fed, dense):
         each.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].flatten(0, 1)))
@@ -135,7 +135,7 @@ def test_a_layer_is_pruned_as_one_with_its_inputs_in_that_order(target):
     assert report.error == pytest.approx(lost.item(), rel=1e-6)
 
 
-def test_heads_are_put_in_order_each_by_what_all_its_copies_keep():
+def test_kv_heads_are_permuted_by_the_scores_of_all_their_query_heads():
     model, dense = build("llama"), build("llama")
     reports = prune_model(
         model, tokens(), PruningPlan(Magnitude(), SemiStructured(2, 4), batch=2, permute=True, skip=["*.v_proj"])
@@ -147,7 +147,7 @@ def test_heads_are_put_in_order_each_by_what_all_its_copies_keep():
         dense(input_ids=tokens(), use_cache=False)
     worth = before.o_proj.weight.square() * seen[0].square().mean(dim=0)
     rows = []
-    for head in range(2):  # of keys and values, each of eight channels, for two heads of queries
+    for head in range(2):  # of keys and values, with eight channels each, shared by two query heads
         scores = torch.cat([worth[:, start : start + 8] for start in (16 * head, 16 * head + 8)])
         rows.append(8 * head + channels.channel_order(scores.detach(), SemiStructured(2, 4)))
     assert torch.equal(first.v_proj.weight, before.v_proj.weight[torch.cat(rows)])
@@ -155,7 +155,7 @@ def test_heads_are_put_in_order_each_by_what_all_its_copies_keep():
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_less_is_lost_and_the_pattern_holds(sequential):
+def test_permutation_reduces_the_error_and_keeps_the_pattern(sequential):
     options = {"batch": 2, "true_sequential": sequential}
     lost = {}
     for permute in (False, True):
@@ -170,13 +170,13 @@ def test_less_is_lost_and_the_pattern_holds(sequential):
     assert sum(lost[True][name] for name in first) < 0.95 * sum(lost[False][name] for name in first)
 
 
-def test_heads_that_share_a_group_keep_their_order():
-    """Heads of eight channels, groups of twelve; the MLP's 52 channels are four whole groups and a rest."""
+def test_heads_that_share_a_group_are_not_permuted():
+    """Heads have eight channels and groups twelve; the 52 channels of the MLP form four groups and a remainder."""
     reports = prune_model(build("llama"), tokens(), PruningPlan(Magnitude(), SemiStructured(6, 12), batch=2, permute=True))
     assert {report.name.split(".")[-1] for report in reports if report.permuted} == {"down_proj"}
 
 
-def test_an_unstructured_pattern_has_no_use_for_it():
+def test_unstructured_sparsity_permutes_no_channels():
     reports = prune_model(build("llama"), tokens(), PruningPlan(Magnitude(), Unstructured(0.5), batch=2, permute=True))
     assert not any(report.permuted for report in reports)
 
@@ -184,8 +184,8 @@ def test_an_unstructured_pattern_has_no_use_for_it():
 @pytest.mark.parametrize("skip", [(), ("*.v_proj", "*.up_proj")])
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_a_run_that_is_told_to_stop_goes_on(tmp_path, family, sequential, skip, monkeypatch):
-    """After any group of layers: those that make a layer's inputs are where it is, biases and dense ones, too."""
+def test_resuming_with_permutation_gives_identical_weights(tmp_path, family, sequential, skip, monkeypatch):
+    """Interrupts after each group of layers; permuted biases and dense layers are restored as well."""
 
     def prune(folder):
         model = with_biases(build(family))

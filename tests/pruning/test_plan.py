@@ -1,4 +1,4 @@
-"""Solving layers by a plan: every part of it reaches the engine."""
+"""Plans pass all of their options to the engine, and reports warn of unmet requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPTIONS = {
 }
 
 
-def made() -> tuple[list[LinearLayer], InputMoments]:
+def make_layers() -> tuple[list[LinearLayer], InputMoments]:
     torch.manual_seed(5)
     weight, inputs = layer(6, 16, columnar=True)
     layers = [LinearLayer(f"block.{name}", nn.Linear(16, 6, bias=False)) for name in ("q_proj", "k_proj")]
@@ -50,7 +50,7 @@ def made() -> tuple[list[LinearLayer], InputMoments]:
 
 
 def solved(**options) -> list[torch.Tensor]:
-    layers, moments = made()
+    layers, moments = make_layers()
     by_magnitude = options.pop("by_magnitude", False)
     results = PruningPlan(SparseGPT(), Unstructured(0.5), **options).solve(layers, moments, by_magnitude=by_magnitude)
     for of, result in zip(layers, results, strict=True):
@@ -59,39 +59,39 @@ def solved(**options) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_is_the_engines(name):
-    layers, moments = made()
+def test_every_option_is_passed_to_the_engine(name):
+    layers, moments = make_layers()
     option = {name: OPTIONS[name]}
     weights, options = [of.weight for of in layers], SolverOptions(**option)
     expected = prune_layers(weights, moments, methods=[SparseGPT()] * 2, sparsity=Unstructured(0.5), options=options)
     found = solved(**option)
     for weight, result in zip(found, expected, strict=True):
         assert torch.equal(weight, result.weight)
-    if name != "backend":  # which decides nothing but near-equals
+    if name != "backend":  # the backend decides near-ties only
         assert not torch.equal(found[0], solved()[0])
 
 
-def test_layers_have_their_own_method_and_share():
-    layers, moments = made()
+def test_layers_can_have_their_own_method_and_sparsity():
+    layers, moments = make_layers()
     plan = PruningPlan(SparseGPT(), Unstructured(0.5), methods={"*.k_proj": Wanda()}, shares={"block.q_proj": 0.25})
     plan.solve(layers, moments)
     assert [int((of.weight == 0).sum()) for of in layers] == [24, 48]
-    untouched = made()[0][1].weight
+    untouched = make_layers()[0][1].weight
     kept = layers[1].weight != 0
-    assert torch.equal(layers[1].weight[kept], untouched[kept])  # Wanda updates nothing
-    by_magnitude, dense = solved(by_magnitude=True)[0], made()[0][0].weight
+    assert torch.equal(layers[1].weight[kept], untouched[kept])  # Wanda does not update weights
+    by_magnitude, dense = solved(by_magnitude=True)[0], make_layers()[0][0].weight
     assert dense[by_magnitude == 0].abs().max() <= dense[by_magnitude != 0].abs().min()
 
 
-def test_what_cannot_be_solved_is_named():
-    layers, moments = made()
+def test_solver_errors_name_the_layers():
+    layers, moments = make_layers()
     layers[1].module.weight.data[0, 0] = float("nan")
     with pytest.raises(RoseExpError, match=r"block\.q_proj, block\.k_proj: weight: expected finite numbers"):
         PruningPlan(SparseGPT(), Unstructured(0.5)).solve(layers, moments)
 
 
 def differs(report: LayerReport, block_size: int = 128) -> str | None:
-    """The detail of a warning that the sparsity differs from the requested one."""
+    """Return the detail of the warning that the sparsity differs from the requested one."""
     found = [event for event in events(report, 0.01, block_size) if event["kind"] == "sparsity_differs"]
     assert all(event["layer"] == report.name for event in found)
     return found[0]["detail"] if found else None
@@ -107,7 +107,7 @@ def report_on(method: str, sparsity, rows: int, columns: int, block_size: int = 
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_exact_counts_are_no_difference(method):
+def test_exact_counts_give_no_warning(method):
     patterns = [Unstructured(ratio) for ratio in (0.0, 0.3, 0.5, 0.7, 0.99, 1.0)]
     patterns += [] if method == "oats" else [SemiStructured(*of) for of in ((2, 4), (4, 8), (1, 4), (3, 4), (0, 4), (4, 4))]
     shapes = ((48, 172, 128), (64, 67, 16)) if method == "oats" else ((16, 172, 128), (24, 67, 16), (9, 64, 128))
@@ -131,7 +131,7 @@ def test_exact_counts_are_no_difference(method):
         (SemiStructured(5, 100), 35, 1 / 35),
     ],
 )
-def test_patterns_that_do_not_fit_a_layer_are_warned_of(method, sparsity, columns, reached):
+def test_patterns_that_do_not_fit_a_layer_give_a_warning(method, sparsity, columns, reached):
     report = report_on(method, sparsity, 8, columns)
     assert differs(report).startswith(f"requested {sparsity.ratio:.4g}, reached ")
     if method != "oats":
@@ -139,19 +139,19 @@ def test_patterns_that_do_not_fit_a_layer_are_warned_of(method, sparsity, column
         assert differs(report) == f"requested {sparsity.ratio:.4g}, reached {reached:.4g}"
 
 
-def test_shares_that_round_to_nothing_are_warned_of():
+def test_sparsity_that_rounds_to_zero_gives_a_warning():
     assert differs(report_on("wanda", Unstructured(0.01), 8, 64)) == "requested 0.01, reached 0"
     assert differs(report_on("magnitude", Unstructured(0.01), 8, 64)) is None
 
 
-def test_more_zeros_than_requested_are_warned_of():
+def test_more_zeros_than_requested_give_a_warning():
     weight = torch.randn(16, 64)
     weight[:, :48] = 0
     assert differs(report_on("wanda", Unstructured(0.5), 16, 64, weight=weight)) == "requested 0.5, reached 0.75"
     assert differs(report_on("wanda", Unstructured(0.75), 16, 64, weight=weight)) is None
 
 
-def test_a_low_rank_part_on_top_of_groups_is_warned_of():
+def test_low_rank_part_with_semi_structured_sparsity_gives_a_warning():
     report = report_on("oats", SemiStructured(2, 4), 64, 64)
     assert report.rank > 0
     assert differs(report) == f"requested 0.5, reached {report.sparsity:.4g}; a matrix of rank {report.rank} is added"
@@ -163,7 +163,7 @@ def test_a_low_rank_part_on_top_of_groups_is_warned_of():
     ("ratio", "groups", "removed", "warned"),
     [(0.5, 4, 2, False), (0.4, 4, 2, False), (0.3, 4, 1, False), (0.1, 4, 0, True), (0.9, 2, 1, True), (0.5, 4, 1, True)],
 )
-def test_groups_are_rounded_to_the_nearest(ratio, groups, removed, warned):
+def test_group_counts_round_to_nearest_without_a_warning(ratio, groups, removed, warned):
     assert (removed == Structured(ratio).count(groups)) or warned
     facts = {"name": "layer", "rows": 8, "columns": 32, "tokens": 99, "error": 0.1, "relative_range": 0.0, "reordered": False}
     report = LayerReport(
@@ -181,7 +181,7 @@ def test_groups_are_rounded_to_the_nearest(ratio, groups, removed, warned):
         ("llama", {"sparsity": Structured(0.5), "ordering": None}),
     ],
 )
-def test_models_are_pruned_as_requested(family, options):
+def test_pruned_models_have_the_requested_sparsity(family, options):
     plan = {"method": SparseGPT(), "sparsity": Unstructured(0.5), "batch": 2, "block_size": 16} | options
     model = build(family)
     reports = prune_model(model, tokens(), PruningPlan(**plan))
@@ -192,7 +192,7 @@ def test_models_are_pruned_as_requested(family, options):
 
 
 @pytest.mark.parametrize("starved", ["dense", "magnitude"])
-def test_starved_experts_are_warned_of_once(starved):
+def test_starved_experts_give_a_single_warning(starved):
     plan = {"sparsity": Unstructured(0.5), "batch": 2, "expert_tokens": 10**6, "starved_experts": starved}
     reports = prune_model(build("mixtral"), tokens(), PruningPlan(Magnitude(), **plan))
     experts = [report for report in reports if report.fallback]
@@ -201,8 +201,8 @@ def test_starved_experts_are_warned_of_once(starved):
         assert [event["kind"] for event in events(report, 0.01)] == ["starved_expert"]
 
 
-def test_counts_of_layers_take_what_storing_them_saves():
-    layers, moments = made()
+def test_saved_counts_include_the_storage_of_low_rank_parts():
+    layers, moments = make_layers()
     plan = PruningPlan(SparseGPT(), Unstructured(0.5), methods={"*.k_proj": METHODS["oats"](iterations=2)})
     results = plan.solve(layers, moments)
     names, saved = [of.name for of in layers], saved_numbers(results)
@@ -218,8 +218,8 @@ def test_counts_of_layers_take_what_storing_them_saves():
 
 @pytest.mark.parametrize(
     ("pattern", "warned"), [("2:128", 5), ("1:128", 35), ("4:8", 0)]
-)  # its layers are 64 and, of each block one, 172 wide
-def test_a_run_records_layers_whose_sparsity_differs(small, tmp_path, pattern, warned, caplog):
+)  # layers have 64 columns, except for one per block with 172
+def test_run_record_lists_layers_whose_sparsity_differs(small, tmp_path, pattern, warned, caplog):
     few = ["calibration.samples=1", "evaluation=none", "method=wanda", "figures.draw=false"]
     small = [override for override in small if not override.startswith("evaluation")]
     record = rose_exp.run([*small, *few, f"sparsity.pattern={pattern}", "sparsity.ratio=null"], tmp_path)

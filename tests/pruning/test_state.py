@@ -1,4 +1,4 @@
-"""A run that is cut off, at any moment, goes on from its last whole block and ends as if it had not been."""
+"""A run interrupted at any time resumes from its last complete block and gives identical results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan(**options) -> PruningPlan:
 
 
 def prune(folder: Path, resume: str = "activations", family: str = "llama", on_layer=None, **options):
-    """The model after pruning with a state in ``folder``, and its reports without times."""
+    """Prune with a state in ``folder``; return the weights and the reports without times."""
     model = build(family)
     state = RunState(folder, FINGERPRINT, resume)
     reports = prune_model(model, tokens(), plan(**options), PruneContext(state=state, seconds=PassSeconds(), on_layer=on_layer))
@@ -54,7 +54,7 @@ def assert_equal(found, expected) -> None:
 
 
 class Cut(Exception):
-    """Stands for anything that ends a process."""
+    """Simulates the end of the process."""
 
 
 def cut_after(number: int):
@@ -67,20 +67,20 @@ def cut_after(number: int):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("resume", ["activations", "recompute"])
-def test_a_run_goes_on_after_any_block(tmp_path, resume, family):
+def test_resuming_after_any_block_gives_identical_weights(tmp_path, resume, family):
     expected = prune(tmp_path / "whole", resume, family)
-    for after in (1, 2, 3):  # whole blocks
+    for after in (1, 2, 3):  # complete blocks
         folder = tmp_path / f"{after}"
         with pytest.raises(Cut):
-            prune(folder, resume, family, on_layer=cut_after(after - 1))  # told of a block when it is kept
+            prune(folder, resume, family, on_layer=cut_after(after - 1))  # called after the block is saved
         assert json.loads((folder / "state.json").read_text())["progress"]["blocks"] == after
-        told = []
-        assert_equal(prune(folder, resume, family, on_layer=lambda step, _, to=told: to.append(step)), expected)
-        assert told == list(range(len(expected[1])))  # trackers hear of every layer
+        steps = []
+        assert_equal(prune(folder, resume, family, on_layer=lambda step, _, to=steps: to.append(step)), expected)
+        assert steps == list(range(len(expected[1])))  # trackers receive every layer
 
 
 def stopping_after(number: int, monkeypatch) -> list[int]:
-    """From here on a signal comes while the ``number``-th group of layers is solved; what is answered has one entry a group."""
+    """Simulate a signal while the ``number``-th group of layers is solved; return a list with one entry per solved group."""
     solved, real = [], prune_layers
 
     def counted(*arguments, **options):
@@ -94,9 +94,9 @@ def stopping_after(number: int, monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("sequential", "groups"), [(False, (1, 2, 4, 7, 11)), (True, (2, 8))])
-def test_a_run_that_is_told_to_stop_keeps_the_layers_of_its_block(tmp_path, sequential, groups, monkeypatch):
+def test_interrupted_run_saves_the_solved_layers_of_its_block(tmp_path, sequential, groups, monkeypatch):
     expected = prune(tmp_path / "whole", true_sequential=sequential)
-    for stop_at in groups:  # of layers with the same input, four a block
+    for stop_at in groups:  # groups of layers with the same input, four per block
         folder = tmp_path / f"{stop_at}"
         solved = stopping_after(stop_at, monkeypatch)
         with pytest.raises(Interrupted):
@@ -107,7 +107,7 @@ def test_a_run_that_is_told_to_stop_keeps_the_layers_of_its_block(tmp_path, sequ
         assert len(solved) == 12  # no group was solved twice
 
 
-def test_a_state_of_something_else_is_refused_with_the_difference(tmp_path):
+def test_state_of_another_run_raises_an_error_with_the_differences(tmp_path):
     prune(tmp_path)
     RunState(tmp_path, FINGERPRINT)
     with pytest.raises(RoseExpError, match=r"3 blocks of a run that would end differently: code: a, now b; delete .* anew"):
@@ -116,13 +116,13 @@ def test_a_state_of_something_else_is_refused_with_the_difference(tmp_path):
         RunState(tmp_path, {"settings": {"seed": 1}, "code": "a"})
 
 
-def test_a_disk_that_refuses_leaves_the_last_good_state(tmp_path):
+def test_failed_write_keeps_the_last_valid_state(tmp_path):
     expected = prune(tmp_path / "whole")
     folder = tmp_path / "full"
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_up(_step, report):
-        if ".0." in report.name:  # the first block is kept: now no file may grow over a few bytes
+        if ".0." in report.name:  # the first block is saved: limit the size of all later files
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
 
     try:
@@ -130,32 +130,32 @@ def test_a_disk_that_refuses_leaves_the_last_good_state(tmp_path):
             prune(folder, on_layer=fill_up)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]  # nothing half-written
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]  # no partially written file
     assert_equal(prune(folder), expected)
 
 
 def _killed(folder: Path, delay: float | None, at_rename: int | None) -> None:
-    """In a process of its own: prune, and be killed after a time, or around a file's taking its place."""
+    """Prune in a child process that is killed after a delay, or before or after a file is renamed."""
     if at_rename is not None:
         seen, real = [], os.replace
 
         def replace(*arguments):
             seen.append(1)
             if at_rename % 2 and len(seen) == (at_rename + 1) // 2:
-                os.kill(os.getpid(), signal.SIGKILL)  # before it
+                os.kill(os.getpid(), signal.SIGKILL)  # before the rename
             real(*arguments)
             if not at_rename % 2 and len(seen) == at_rename // 2:
-                os.kill(os.getpid(), signal.SIGKILL)  # after it
+                os.kill(os.getpid(), signal.SIGKILL)  # after the rename
 
         os.replace = replace
     else:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not handled, it ends a process as SIGKILL does
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # without a handler, it ends the process like SIGKILL
         signal.setitimer(signal.ITIMER_REAL, delay)
     prune(folder)
 
 
 def in_child(folder: Path, delay: float | None = None, at_rename: int | None = None) -> bool:
-    """Whether the process came to its end. It is forked from one that has used no threads, which do not survive a fork."""
+    """Return whether the process finished. It is forked from a process without threads, which do not survive a fork."""
     child = PROCESSES.Process(target=_killed, args=(folder, delay, at_rename))
     child.start()
     child.join()
@@ -163,15 +163,15 @@ def in_child(folder: Path, delay: float | None = None, at_rename: int | None = N
     return child.exitcode == 0
 
 
-def test_killed_around_every_write(tmp_path):
+def test_run_killed_around_a_write_can_be_resumed(tmp_path):
     expected = prune(tmp_path / "whole")
-    for moment in (1, 2, 3, 4, 5, 6, 11, 16):  # before and after each of eight files takes its place in a whole run
+    for moment in (1, 2, 3, 4, 5, 6, 11, 16):  # before or after one of the eight renames of a complete run
         folder = tmp_path / f"{moment}"
         assert not in_child(folder, at_rename=moment), moment
         assert_equal(prune(folder), expected)
 
 
-def test_killed_at_many_random_moments(tmp_path):
+def test_run_killed_at_random_times_can_be_resumed(tmp_path):
     expected = prune(tmp_path / "warm")
     start = time.perf_counter()
     prune(tmp_path / "timed")
@@ -179,18 +179,18 @@ def test_killed_at_many_random_moments(tmp_path):
     generator, folder, kills = random.Random(0), tmp_path / "killed", 0
     for number in range(40):
         if in_child(folder, delay=generator.uniform(0.01, 1.0) * whole):
-            folder = tmp_path / f"killed-{number}"  # it came to its end: another run
+            folder = tmp_path / f"killed-{number}"  # it finished: start another run
             continue
         kills += 1
-        if kills % 5 == 0:  # what is there by now goes on to the right end
+        if kills % 5 == 0:  # the state so far can be resumed
             assert_equal(prune(folder), expected)
             folder = tmp_path / f"killed-{number}"
     assert kills >= 15
     assert_equal(prune(folder), expected)
 
 
-def test_blocks_on_disk_end_as_blocks_in_memory(tmp_path):
-    """Pruned a block at a time, cut off in between, and gone on with."""
+def test_blocks_on_disk_give_the_same_results_as_blocks_in_memory(tmp_path):
+    """Prunes one block at a time, is interrupted once and resumes."""
     build("llama").save_pretrained(tmp_path / "dense", max_shard_size="40KB")
     expected = prune(tmp_path / "whole")
     settings = ModelSettings(path=str(tmp_path / "dense"))
@@ -214,7 +214,7 @@ def test_blocks_on_disk_end_as_blocks_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])  # schedulers send the last three
-def test_every_signal_that_announces_the_end_is_handled(name):
+def test_termination_signals_are_handled(name):
     number = getattr(signal, name)
     default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
     before = signal.signal(number, default)
@@ -229,8 +229,8 @@ def test_every_signal_that_announces_the_end_is_handled(name):
         signal.signal(number, before)
 
 
-def test_a_signal_is_noted_and_a_second_one_of_a_person_is_not_waited_for():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+def test_first_signal_requests_a_stop_and_second_sigint_raises():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     try:
         with interruption.handle_signals():
             assert not interruption.stop_requested()
@@ -245,9 +245,9 @@ def test_a_signal_is_noted_and_a_second_one_of_a_person_is_not_waited_for():
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_handler_that_is_there_already_is_left():
+def test_existing_signal_handler_is_kept():
     def own(*_):
-        """As submitit's, which puts the job back in the queue."""
+        """Simulates the handler of submitit, which requeues the job."""
 
     before = signal.signal(signal.SIGUSR2, own)
     try:
@@ -258,7 +258,7 @@ def test_a_handler_that_is_there_already_is_left():
         signal.signal(signal.SIGUSR2, before)
 
 
-def test_numbers_that_overflow_stop_the_run_by_name():
+def test_overflow_raises_an_error_that_names_the_block():
     model = build("llama").half()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(3e4)
@@ -266,7 +266,7 @@ def test_numbers_that_overflow_stop_the_run_by_name():
         prune_model(model, tokens(), plan())
 
 
-def test_a_pruned_block_that_returns_infinity_stops_the_run(monkeypatch):
+def test_infinite_output_of_a_pruned_block_raises_an_error(monkeypatch):
     real, calls = BlockCall.run, []
 
     def run(self, block, hidden):

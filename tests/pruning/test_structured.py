@@ -1,4 +1,4 @@
-"""Removing heads and neurons by a plan: every option of it reaches the engine."""
+"""Structured pruning of heads and neurons by a plan that passes all of its options to the engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def moments_for(structure) -> dict[str, InputMoments]:
         ("neurons", "wanda", Structured(0.3), 0.01),
     ],
 )
-def test_what_the_plan_says_is_done(kind, method, sparsity, damping):
+def test_plan_options_are_passed_to_the_engine(kind, method, sparsity, damping):
     structure = structure_of(kind)
     (part,), moments = structure.consumers, moments_for(structure)
     layer = GroupedLayer(
@@ -63,8 +63,8 @@ def test_what_the_plan_says_is_done(kind, method, sparsity, damping):
     assert report.removed == int(expected.removed.sum()) == sparsity.count(structure.groups)
 
 
-def test_the_options_make_a_difference_here():
-    """Without which the test above would say nothing of them."""
+def test_options_change_the_removed_groups():
+    """Otherwise the test above would not detect that an option is ignored."""
     orders = {}
     for name, options in {"one": {"at_once": 1}, "many": {"at_once": 64}, "damped": {"at_once": 64, "damping": 0.5}}.items():
         structure = structure_of("neurons")
@@ -74,7 +74,7 @@ def test_the_options_make_a_difference_here():
     assert len(set(orders.values())) == 3
 
 
-def test_the_saliency_decides_which_head_goes():
+def test_saliency_determines_the_removed_head():
     heads = structure_of("heads")
     (part,) = heads.consumers
     for seed in range(20):
@@ -93,19 +93,19 @@ def test_the_saliency_decides_which_head_goes():
         assert own.masked().nonzero().flatten().tolist() == order
 
 
-def test_magnitude_counts_what_makes_a_neuron():
+def test_magnitude_includes_the_layers_that_produce_a_neuron():
     structure = structure_of("neurons")
     plain = copy.deepcopy(structure.consumers[0].layer.weight)
     with torch.no_grad():
-        structure.makers[0].layer.module.weight[5:] *= 100  # the first five are by far the least, whatever reads them
+        structure.makers[0].layer.module.weight[5:] *= 100  # the first five have the smallest norms despite larger consumers
         structure.consumers[0].layer.module.weight[:, :5] *= 3
     prune_structure(structure, moments_for(structure), PruningPlan(Magnitude(), Structured(5 / 52)))
     assert structure.masked().nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(structure.consumers[0].layer.weight[:, 5:], plain[:, 5:])
 
 
-def test_columns_that_have_gone_count_for_nothing():
-    """Flux reads heads and neurons with one layer: those that stay make up for the heads that went before."""
+def test_previously_removed_columns_are_ignored():
+    """In Flux, one layer reads heads and neurons: the kept columns compensate for previously removed heads."""
     structure = structure_of("neurons")
     (part,), moments = structure.consumers, moments_for(structure)
     half = part.places[26:]

@@ -1,4 +1,4 @@
-"""Targets in the walk: two models side by side, against whole models that are run for every block."""
+"""Regression targets in the pruning loop, against two whole models that are run for every block."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .test_state import Cut, assert_equal, cut_after, prune
 
 OPTIONS = {"block_size": 16, "refine": Refine(3, mask_iterations=4, damping=0.01)}
 TARGET = Target(0.6, 0.4)
-ADDING = {  # layers whose output is added to the hidden states as it is
+ADDING = {  # layers whose output is added directly to the hidden states
     "llama": ["self_attn.o_proj", "mlp.down_proj"],
     "gpt2": ["attn.c_proj", "mlp.c_proj"],
-    "phi": ["self_attn.dense", "mlp.fc2"],  # side by side
+    "phi": ["self_attn.dense", "mlp.fc2"],  # in parallel
     "gpt_neox": ["attention.dense", "mlp.dense_4h_to_h"],
-    "gemma2": [],  # which normalises both first
+    "gemma2": [],  # normalizes both outputs first
     "mixtral": ["self_attn.o_proj"],
 }
 
@@ -37,7 +37,7 @@ def test_layers_that_add_to_the_hidden_states_are_found(family, dtype):
 
 
 def watched(model, windows):
-    """Inputs of layers and what enters and leaves every block, from a run of the whole model."""
+    """Run the whole model and record the inputs and outputs of its layers and blocks."""
     blocks, seen, handles = find_blocks(model), {}, []
 
     def note(key):
@@ -60,33 +60,33 @@ def watched(model, windows):
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma2", "mixtral"])
-def test_walking_two_models_equals_running_both_each_time(family, sequential):
-    """Of a mixture of experts, attention alone: after it other layers add to the hidden states."""
-    walked, slow, dense = (build(family).double() for _ in range(3))
+def test_loop_with_two_models_equals_running_both_for_each_block(family, sequential):
+    """For a mixture of experts, only attention is pruned because other layers add to the hidden states after it."""
+    pruned, slow, dense = (build(family).double() for _ in range(3))
     windows = tokens()
     options = {"target": TARGET, "true_sequential": sequential, "skip": ["*.experts.*"] if family == "mixtral" else []}
     plan = PruningPlan(SparseGPT(), Unstructured(0.5), ordering=Ordering.rose(), batch=2, **options, **OPTIONS)
-    reports = prune_model(walked, windows, plan)
-    there = watched(dense, windows)
+    reports = prune_model(pruned, windows, plan)
+    dense_values = watched(dense, windows)
     layers = {layer.name: layer for layer in all_linear_layers(find_blocks(slow))}
     found = probe(slow, find_blocks(slow), windows, adding=True)
     for index, (groups, adding) in enumerate(zip(found.layers, found.adding, strict=True)):
-        last = groups[-1]  # after it there is nothing
+        last = groups[-1]  # of the block
         groups = [group for group in groups if plan.wants(group[0])]
         for stage in groups if sequential else [[name for group in groups for name in group]]:
-            here = watched(slow, windows)
+            values = watched(slow, windows)
             solved = {}
             for name in stage:
-                x, weight = here[name], layers[name].weight
+                x, weight = values[name], layers[name].weight
                 moments = InputMoments(x.shape[-1], dtype=torch.float64)
                 moments.update(x)
                 missing = None
-                if name in last and name in adding:  # what is missing after the block, but for what the layer itself misses
-                    missing = there[index, "out"] - here[index, "out"] - (there[name] - x) @ weight.T
+                if name in last and name in adding:  # residual after the block without the layer's own contribution
+                    missing = dense_values[index, "out"] - values[index, "out"] - (dense_values[name] - x) @ weight.T
                 elif name in adding:
-                    missing = there[index] - here[index]
+                    missing = dense_values[index] - values[index]
                 cross_moments = CrossMoments(x.shape[-1], None if missing is None else missing.shape[-1], dtype=torch.float64)
-                cross_moments.update(x, there[name], missing)
+                cross_moments.update(x, dense_values[name], missing)
                 options = {
                     "sparsity": Unstructured(0.5),
                     "ordering": Ordering.rose(),
@@ -96,13 +96,13 @@ def test_walking_two_models_equals_running_both_each_time(family, sequential):
                 solved[name] = prune_layer(weight, moments, **options, **OPTIONS).weight
             for name, weight in solved.items():
                 layers[name].set_weight(weight)
-    for layer in all_linear_layers(find_blocks(walked)):
+    for layer in all_linear_layers(find_blocks(pruned)):
         torch.testing.assert_close(layer.weight, layers[layer.name].weight, rtol=1e-5, atol=1e-7, msg=layer.name)
     assert any(report.error != report.target_error for report in reports)
     assert all(report.error == report.target_error for report in reports if ".0." in report.name and not sequential)
 
 
-def test_experts_are_asked_to_be_the_dense_layer():
+def test_experts_use_the_dense_regression_target():
     reports = prune_model(build("mixtral"), tokens(), PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, target=TARGET))
     moved = {report.name for report in reports if report.error != report.target_error}
     assert moved
@@ -112,7 +112,7 @@ def test_experts_are_asked_to_be_the_dense_layer():
     assert {r.target for r in reports if r.name.endswith("q_proj")} == {"asymmetric"}
 
 
-def test_a_layer_that_refining_would_spoil_stays_and_is_told_of():
+def test_harmful_refinement_is_rejected_and_reported():
     plan = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, refine=Refine(0, mask_iterations=1, penalty=1e-6))
     reports = prune_model(build("llama"), tokens(), plan)
     left = [report for report in reports if report.refinement_rejected]
@@ -123,10 +123,10 @@ def test_a_layer_that_refining_would_spoil_stays_and_is_told_of():
 
 
 @pytest.mark.parametrize("skipped", ["*.1.*", "*mlp*", "*.down_proj"])
-def test_the_dense_model_goes_on_where_nothing_is_pruned(skipped):
+def test_dense_hidden_states_advance_through_skipped_layers(skipped):
     plan = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2, target=TARGET, skip=[skipped])
-    walked = build("llama").double()
-    reports = prune_model(walked, tokens(), plan)
+    pruned = build("llama").double()
+    reports = prune_model(pruned, tokens(), plan)
     moved = {report.name for report in reports if report.error != report.target_error}
     assert any(name.startswith("model.layers.2.") for name in moved)
     assert all(0 <= report.target_error < 1 for report in reports)
@@ -134,7 +134,7 @@ def test_the_dense_model_goes_on_where_nothing_is_pruned(skipped):
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("resume", ["activations", "recompute"])
-def test_a_run_with_targets_goes_on_where_it_was_cut_off(tmp_path, resume, sequential):
+def test_resuming_with_regression_targets_gives_identical_weights(tmp_path, resume, sequential):
     options = {"target": TARGET, "refine": OPTIONS["refine"], "true_sequential": sequential}
     expected = prune(tmp_path / "whole", resume, **options)
     for after in (1, 2):

@@ -1,4 +1,4 @@
-"""Cases for the table of effects: another value of each setting, and what a report sees of a run."""
+"""Cases for the table of effects: an alternative value of each setting, and the view that a report has of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .effects_modes import ALTERNATIVES, LANGUAGE, MODES
 
 
 def leaves(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and types of all settings; the user's own name of a text is ``*``."""
+    """Yield names and fields of all settings; ``*`` stands for user-defined names of texts."""
     for name, field in fields_of(section).items():
         kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
         inner = [kind for kind in kinds if is_section(kind)]
@@ -48,7 +48,7 @@ def changed(config: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
 
 
 def at(config: Any, name: str) -> Any:
-    """The value of a setting; LookupError where the configuration has no such section."""
+    """Return the value of a setting; raise LookupError if the configuration has no such section."""
     for part in name.split("."):
         if not isinstance(config, dict) or part not in config:
             raise LookupError(name)
@@ -57,7 +57,7 @@ def at(config: Any, name: str) -> Any:
 
 
 def another(name: str, field: Any, value: Any) -> Any:
-    """A valid value of a leaf that differs from ``value``."""
+    """Return a valid value of a leaf that differs from ``value``."""
     if name in ALTERNATIVES:
         return next(other for other in ALTERNATIVES[name] if other != value)
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
@@ -81,7 +81,7 @@ def another(name: str, field: Any, value: Any) -> Any:
 
 
 def bases_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """A complete configuration of each mode; the files that it names are written to ``folder``."""
+    """Return a complete configuration of each mode and write the files that it names to ``folder``."""
     for name in ("one", "two", "model"):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(f'{{"name": "{name}"}}')
@@ -102,7 +102,7 @@ def bases_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def located(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration with the names of the made-up files as paths."""
+    """Return the configuration with the names of the test files replaced by their paths."""
     for name in ("model.path", "calibration.path", "evaluation.perplexity.local.path", "evaluation.images.path"):
         config = _located(config, name, folder)
     for name in ("zero_shot.include_path", "zero_shot.data_dir", "images.clip", "images.reference"):
@@ -119,7 +119,7 @@ def _located(config: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
 
 
 def content(path: str) -> str:
-    """What is at a path; of what is not there, its name."""
+    """Return the content of the files at a path, or the path if it does not exist."""
     place = Path(path)
     if not path or not place.exists():
         return path
@@ -127,7 +127,7 @@ def content(path: str) -> str:
 
 
 def text_of(source: dict[str, Any], prompts: bool) -> str:
-    """The fingerprint that a run records of a text: of its documents, or of its prompts."""
+    """Return the fingerprint that a run records for the documents or prompts of a text."""
     rows = (source["field"], source["rows"])
     if source["path"] is not None:
         plain = source["path"].endswith(".txt")
@@ -140,7 +140,7 @@ def text_of(source: dict[str, Any], prompts: bool) -> str:
 
 
 def recorded(config: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run with this configuration, as far as reports read it. Its protocol says what a run finds in files."""
+    """Return the parts of a run record that reports read; its protocol describes the content of the files."""
     diffusion, pruned = config["model"]["kind"] == "diffusion", config["method"]["name"] != "dense"
     model, evaluation, calibration = config["model"], config["evaluation"], config["calibration"]
     source = (model["built"] if diffusion else None) or model["path"] or model["embedded"] or ""
@@ -167,7 +167,7 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def metrics_of(config: dict[str, Any]) -> list[str]:
-    """The metrics that a run with this configuration measures."""
+    """Return the metrics that a run with this configuration measures."""
     pruned, evaluation = config["method"]["name"] != "dense", config["evaluation"]
     found = ["sparsity", *(["minutes.pruning"] if pruned else [])]
     if config["model"]["kind"] == "diffusion":
@@ -179,7 +179,7 @@ def metrics_of(config: dict[str, Any]) -> list[str]:
 
 
 def view(config: dict[str, Any]) -> dict[str, Any]:
-    """All that a report distinguishes runs by: conditions of each metric, sparsity included, row, column and seed."""
+    """Return all that distinguishes runs in a report: conditions of each metric including sparsity, row, column and seed."""
     record, pruned = recorded(config), config["method"]["name"] != "dense"
     found: dict[str, Any] = {metric: conditions(record, metric, "seed") for metric in metrics_of(config)}
     found |= {"row": variant(record), "column": column_of(record, SPARSITY) if pruned else None}
@@ -187,12 +187,12 @@ def view(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def cases(config: dict[str, Any], folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """For each leaf of a configuration its name, its name in ``MATTERS``, and the configuration with another valid value."""
+    """Yield for each leaf its name, its name in ``MATTERS``, and the configuration with another valid value."""
     for known, field in LEAVES.items():
         name = known.replace("*", "local")
         try:
             value = at(config, name)
-        except LookupError:  # of a section that this configuration lacks
+        except LookupError:  # the configuration lacks the section
             continue
         if known == "model.path" and value is None and config["model"]["kind"] == "language":
             yield name, known, located(changed(config, name, "two"), folder)
@@ -208,7 +208,7 @@ def _short(value: Any, folder: Path) -> Any:
 
 
 def moved(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration with copies of all files that it names, in ``folder``."""
+    """Copy all files that the configuration names to ``folder`` and return it with the new paths."""
     for known in LEAVES:
         name = known.replace("*", "local")
         try:

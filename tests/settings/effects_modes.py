@@ -1,4 +1,4 @@
-"""Modes of a run, and what each setting can change in them: written out by hand, not read from the table that it tests."""
+"""Modes of a run and what each setting can change in them, listed independently of the table under test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SPEED = {"windows": 1, "window": 64, "repeats": 3}
 HUB_TEXT = {"path": None, "embedded": None, "dataset": "a/b", "subset": "s", "data_files": "f", "revision": "r", "split": "t"}
 HUB = {"model.path": "owner/name"} | {f"evaluation.perplexity.local.{name}": value for name, value in HUB_TEXT.items()}
 
-# Modes of a run, as changes to a pruned language model with a local model and JSON texts, or to a pruned diffusion model.
+# Modes of a run, as changes to a pruned local language model with JSON texts or to a pruned diffusion model.
 EMBEDDED_MODEL = {"model.path": None, "model.embedded": "smollm2-135m"}
 EMBEDDED_TEXT = {"evaluation.perplexity.local.path": None, "evaluation.perplexity.local.embedded": "wiki"}
 OPTIONS = {
@@ -84,7 +84,7 @@ IMAGES = set(DIFFUSION) - {"no images", "dense no images"}
 SAMPLED = set(DIFFUSION) - {"dense no images"}
 NOWHERE: set[str] = set()
 
-# The modes in which each leaf can change a result. It is written out here, not read from the table that it tests.
+# The modes in which each leaf can change a result, listed independently of the table under test.
 MATTERS: dict[str, set[str]] = {
     "model.kind": set(MODES),
     "model.embedded": {"embedded", "dense embedded"},
@@ -187,7 +187,7 @@ NEVER += tuple(f"pipeline.{name}" for name in ("activations", "weights", "by_blo
 MOMENTS = ("model", "calibration", "seed", "engine.precision", "sparsity.heads", "sparsity.neurons")
 MOMENTS += tuple(f"pipeline.{name}" for name in ("layers", "skip", "true_sequential", "batch"))
 
-# Other values of the leaves that no type suggests. The first one that differs from the present value is taken.
+# Alternative values of leaves whose type does not suggest any. The first one that differs from the current value is used.
 ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "model.path": ("one", "two"),
     "model.embedded": ("smollm2-135m", None),
@@ -227,7 +227,7 @@ PLACES = ("path", "embedded", "dataset", "subset", "data_files", "revision", "sp
 
 
 def concerns(leaf: str, metric: str, dense: bool) -> bool:
-    """Whether a leaf can change a metric, if it can change anything."""
+    """Return whether a leaf that can change a result can change this metric."""
     kind, name = metric.split(".")[0], leaf.removeprefix("evaluation.")
     if name != leaf:
         if name == "images.metrics":

@@ -1,4 +1,4 @@
-"""The table of effects: complete, true, and the only one. Its cases are generated from the leaves of the settings."""
+"""The table of effects is complete, correct and used everywhere. Cases are generated from the leaves of the settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .effects_modes import (
     concerns,
 )
 
-OPTION_CLASSES = ("engine", "refine", "target", "allocation", "reorder")  # groups whose entries cover new options
+OPTION_CLASSES = ("engine", "refine", "target", "allocation", "reorder")  # groups whose entries also cover new options
 
 
 @pytest.fixture(scope="module")
@@ -48,30 +48,30 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bases(files) -> dict[str, dict[str, Any]]:
-    """A configuration of each mode."""
+    """Return a configuration of each mode."""
     return bases_in(files)
 
 
-def test_every_leaf_has_one_entry_and_every_entry_a_leaf():
+def test_every_leaf_has_one_entry_and_every_entry_has_a_leaf():
     for name in LEAVES:
         assert any(within(name, entry) for entry in EFFECTS), name
     for entry in EFFECTS:
         own = [name for name in LEAVES if within(name, entry)]
-        assert own, f"{entry} is no setting any more"
+        assert own, f"{entry} is not a setting"
         if entry in OPTION_CLASSES:
             continue
         assert all(effect_of(name) is EFFECTS[entry] for name in own), f"{entry} overlaps with another entry"
 
 
-def test_what_this_test_expects_is_complete():
+def test_expected_effects_cover_every_leaf():
     never = {name for name in LEAVES if any(within(name, entry) for entry in NEVER)}
     assert set(MATTERS) | never == set(LEAVES)
     assert not set(MATTERS) & never
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_run_id_changes_exactly_when_the_report_does(bases, files, mode):
-    """And a setting is a condition of the metrics that it can change, unless rows compare it or tables average over it."""
+def test_run_id_changes_exactly_when_the_report_changes(bases, files, mode):
+    """A setting is also a condition of each metric that it can change, unless rows compare it or tables average over it."""
     base = bases[mode]
     identity, seen = run_id(Settings(**base)), view(base)
     for name, known, other in cases(base, files):
@@ -79,7 +79,7 @@ def test_the_run_id_changes_exactly_when_the_report_does(bases, files, mode):
         found = view(other)
         assert (run_id(Settings(**other)) != identity) == matters, f"{name} and the run ID"
         assert (found != seen) == matters, f"{name} and the report"
-        if known in ("model.kind", "method.name", "sparsity.pattern"):  # which change what else counts
+        if known in ("model.kind", "method.name", "sparsity.pattern"):  # these change which other settings have an effect
             continue
         of_row = known == "seed" or any(within(known, row) for row in ROWS)
         for metric in set(metrics_of(base)) & set(metrics_of(other)):
@@ -87,7 +87,7 @@ def test_the_run_id_changes_exactly_when_the_report_does(bases, files, mode):
             assert (found[metric] != seen[metric]) == expected, f"{name} and {metric}"
 
 
-def test_rows_compare_what_is_expected():
+def test_rows_compare_the_expected_settings():
     roles = {name: effect_of(name).role for name in LEAVES}
     assert {name for name, role in roles.items() if role == "row"} == {
         name for name in LEAVES if any(within(name, row) for row in ROWS)
@@ -96,7 +96,7 @@ def test_rows_compare_what_is_expected():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_metric_has_the_settings_that_can_change_it(bases, mode):
+def test_effective_settings_of_a_metric_are_those_that_can_change_it(bases, mode):
     everything = effective(bases[mode])
     for metric in metrics_of(bases[mode]):
         expected = {name for name in everything if concerns(name.replace(".local.", ".*."), metric, mode in DENSE)}
@@ -104,13 +104,13 @@ def test_a_metric_has_the_settings_that_can_change_it(bases, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_sparsity_in_the_columns_is_no_condition(bases, mode):
+def test_sparsity_in_the_columns_is_not_a_condition(bases, mode):
     for metric in metrics_of(bases[mode]):
         found, expected = (conditions(recorded(bases[mode]), metric, columns) for columns in (SPARSITY, "seed"))
         assert found == {name: value for name, value in expected.items() if not within(name, SPARSITY)}
 
 
-def test_a_setting_without_an_entry_is_an_error(bases, monkeypatch):
+def test_setting_without_an_entry_raises_an_error(bases, monkeypatch):
     whole = changed(bases["n:m"], "evaluation.images", bases["images"]["evaluation"]["images"])
     effective(whole)
     for name in [name for name in EFFECTS if not any(within(name, group) for group in OPTION_CLASSES)]:
@@ -121,7 +121,7 @@ def test_a_setting_without_an_entry_is_an_error(bases, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_files_count_by_their_content(bases, mode, tmp_path):
+def test_moving_files_changes_neither_run_id_nor_report(bases, mode, tmp_path):
     elsewhere = moved(bases[mode], tmp_path)
     assert run_id(Settings(**elsewhere)) == run_id(Settings(**bases[mode]))
     assert view(elsewhere) == view(bases[mode])
@@ -130,11 +130,11 @@ def test_files_count_by_their_content(bases, mode, tmp_path):
 @pytest.mark.parametrize(
     "mode", ["unstructured", "embedded", "hub", "dense embedded", "images", "images of rows", "images of hub"]
 )
-def test_a_text_with_a_fingerprint_is_no_place(bases, mode):
-    """Neither in the run ID, as far as its content is known before the run, nor in reports."""
+def test_texts_with_a_fingerprint_are_not_identified_by_location(bases, mode):
+    """Applies to reports, and to run IDs where the content is known before the run."""
     groups = ("calibration", "evaluation.perplexity.local", "evaluation.images")
     places = {f"{group}.{name}" for group in groups for name in PLACES}
-    places |= {"model.embedded"} | (set() if "hub" in mode else {"model.path"})  # whose content is not known
+    places |= {"model.embedded"} | (set() if "hub" in mode else {"model.path"})  # content unknown
     for metric in metrics_of(bases[mode]):
         found = conditions(recorded(bases[mode]), metric, SPARSITY)
         assert not places & {name for name, value in found.items() if value is not None}
@@ -154,7 +154,7 @@ def test_rows_of_a_table_have_equal_conditions(bases, files, mode):
             assert conditions(recorded(other), metric, SPARSITY) == conditions(recorded(base), metric, SPARSITY), name
 
 
-def test_an_option_that_acts_in_some_columns_only_is_in_all_of_them(bases):
+def test_option_in_effect_in_some_columns_is_a_condition_of_all(bases):
     other = bases["images uniform"]
     found = [conditions(recorded(c), "images.distance", "diffusion.weighting") for c in (bases["images"], other)]
     assert found[0] == found[1]
@@ -163,19 +163,19 @@ def test_an_option_that_acts_in_some_columns_only_is_in_all_of_them(bases):
 
 
 @pytest.mark.parametrize("mode", sorted(PRUNED_LANGUAGE))
-def test_the_key_of_the_first_block_changes_with_its_moments_alone(bases, files, mode):
+def test_key_of_the_first_block_changes_only_with_its_moments(bases, files, mode):
     base = bases[mode]
     key = first_key(Settings(**base), {})
     for name, known, other in cases(base, files):
         if known == "model.kind":
             continue
         expected = mode in MATTERS.get(known, NOWHERE) and any(within(known, group) for group in MOMENTS)
-        expected |= known == "sparsity.pattern" and mode in STRUCTURED  # whose heads and neurons count no more
+        expected |= known == "sparsity.pattern" and mode in STRUCTURED  # heads and neurons no longer have an effect
         assert (first_key(Settings(**other), {}) != key) == expected, name
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_acts_is_what_settings_build(bases, mode):
+def test_options_in_effect_are_those_that_settings_build(bases, mode):
     settings, pruned = Settings(**bases[mode]), mode in PRUNED
     language = mode in LANGUAGE  # a diffusion model has neither allocation nor target
     built = {
@@ -184,15 +184,15 @@ def test_what_acts_is_what_settings_build(bases, mode):
         "target": language and bool(settings.target),
         "refinement": bool(settings.refine),
     }
-    assert acting(bases[mode]) == {name for name, there in built.items() if there and pruned}
+    assert acting(bases[mode]) == {name for name, is_built in built.items() if is_built and pruned}
     permuted = changed(bases[mode], "pipeline.permute", True)
     plan = pruning_plan(Settings(**permuted)) if pruned and mode in LANGUAGE else None
     assert ("permutation" in acting(permuted)) == bool(plan and plan.permutes)
 
 
 @pytest.mark.parametrize("mode", ["unstructured", "ordered", "n:m", "4:8", "wanda", "least squares", "masks"])
-def test_the_engine_agrees_that_an_option_does_not_act(bases, files, mode):
-    """A layer is solved bit for bit the same, whatever the options that do not act."""
+def test_options_without_effect_give_bitwise_equal_weights(bases, files, mode):
+    """The engine confirms which options have no effect."""
     base = bases[mode]
     expected = solved(base)
     tried = 0
@@ -216,8 +216,8 @@ def solved(config: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("width", [1, 8])
-def test_the_engine_agrees_which_options_remove_groups(method, width):
-    """A neuron is one column, a head several: heads go one by one."""
+def test_options_with_an_effect_on_structured_pruning(method, width):
+    """A neuron has one column, a head several; heads are removed one at a time."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 64, generator=generator)
     moments = InputMoments(64)
@@ -254,7 +254,7 @@ def test_the_engine_agrees_which_options_remove_groups(method, width):
     ],
 )
 def test_equal_settings_have_equal_effects(bases, name, first, second):
-    """Whatever they look like: as text, as whole numbers, in another order, or left to their defaults (``...``)."""
+    """Covers values as text or integers, in another order, or left at their defaults (``...``)."""
     base = changed(bases["ordered"], "evaluation.zero_shot.tasks", [])
     one, other = changed(base, name, first), changed(base, name, second)
     if second is ...:
@@ -273,20 +273,20 @@ def view_of(config: dict[str, Any]) -> list[Any]:
 @pytest.mark.parametrize(
     "command", ["", "method=rose_plus sparsity=2:4", "model=small-sd3 method=dsnot", "evaluation=[c4,zero_shot,speed]"]
 )
-def test_a_configuration_has_the_effects_of_its_settings(command):
-    """Records keep the configuration, run IDs come from the settings."""
+def test_configuration_and_its_settings_have_equal_effects(command):
+    """Records store the configuration, but run IDs are computed from the settings."""
     job = check_command(command.split()).jobs[0]
     assert effective(job.config) == effective(job.settings.model_dump(mode="json"))
     assert complete(job.config) == complete(job.settings.model_dump(mode="json"))
 
 
-def test_the_order_of_scores_does_not_count(bases):
+def test_order_of_image_metrics_has_no_effect(bases):
     orders = (["clip_score", "fid"], ["fid", "clip_score"])
     one, other = (effective(changed(bases["images scored"], "evaluation.images.metrics", order)) for order in orders)
     assert one == other
 
 
-def test_the_order_of_layer_options_counts(bases):
+def test_order_of_layer_options_has_an_effect(bases):
     options = {"*mlp*": {"a": 1}, "*down*": {"a": 2}}
     one, other = (
         changed(bases["unstructured"], "method.layer_options", dict(order))
@@ -302,7 +302,7 @@ def test_different_ratios_have_different_columns(bases):
     assert len({column_of(recorded(changed(bases["unstructured"], "sparsity.ratio", r)), SPARSITY) for r in ratios}) == 4
 
 
-def test_a_setting_that_only_a_record_knows_is_a_condition(bases):
+def test_unknown_setting_in_a_record_is_a_condition(bases):
     record = recorded(bases["unstructured"] | {"of_another_version": {"option": 1}, "hydra": {"job": {}}})
     found = conditions(record, "perplexity.local", SPARSITY)
     assert found["of_another_version.option"] == 1

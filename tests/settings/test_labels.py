@@ -1,4 +1,4 @@
-"""Labels are short names of what a configuration does; the report adds values where labels are equal."""
+"""Labels are short names of configurations; reports add values where labels are equal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rose_exp.settings.schema import Settings
         ("method=wanda refine=admm", "Wanda + ADMM"),
         ("method=wanda allocation=losses", "Wanda + losses"),
         ("method=sparsegpt sparsity=2:4 pipeline.permute=true", "SparseGPT + permuted"),
-        ("method=sparsegpt pipeline.permute=true", "SparseGPT"),  # has no effect without groups
+        ("method=sparsegpt pipeline.permute=true", "SparseGPT"),  # no effect on unstructured sparsity
         ("method=sparsegpt target=asymmetric", "SparseGPT + target"),
         ("model=small-sd3 method=sparsegpt", "OBS-Diff"),
         ("model=small-sd3 method=rose", "OBS-Diff in ROSE's order"),

@@ -1,4 +1,4 @@
-"""Every option has one type, one bound and one default, whether it is set in Python or on the command line."""
+"""Options have the same types, bounds and defaults in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rose_exp.settings.schema import Settings, read_settings
 from rose_exp.settings.section import fields_of, is_section
 
 OPTION_CLASSES = {"engine": EngineOptions, "reorder": Ordering, "refine": Refine, "target": Target, "allocation": Allocation}
-CHOSEN = {"model.embedded", "calibration.embedded", "sparsity.ratio"}  # values that the default configuration chooses
+CHOSEN = {"model.embedded", "calibration.embedded", "sparsity.ratio"}  # set by the default configuration
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -30,19 +30,19 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", OPTION_CLASSES)
-def test_the_defaults_of_an_option_class_are_those_of_the_configuration(name):
+def test_option_classes_and_configuration_have_equal_defaults(name):
     config = composed("method=rose")
     assert config[name] == dataclasses.asdict(OPTION_CLASSES[name]())
 
 
-def test_the_defaults_of_the_settings_are_those_of_the_configuration():
+def test_settings_and_configuration_have_equal_defaults():
     pairs = dict(pairs_of(Settings, composed(), ""))
     assert len(pairs) > 60
     assert {name for name, (configured, default) in pairs.items() if configured != default} == CHOSEN
 
 
 def pairs_of(section: type, values: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The configured value and the default of every setting that has a default."""
+    """Yield the configured value and the default of every setting that has a default."""
     for key, field in fields_of(section).items():
         default = field.get_default(call_default_factory=True)
         if is_section(field.annotation):
@@ -52,7 +52,7 @@ def pairs_of(section: type, values: dict[str, Any], prefix: str) -> Iterator[tup
 
 
 @pytest.mark.parametrize("name", OPTION_CLASSES)
-def test_an_unknown_option_is_refused_with_the_nearest_name(name):
+def test_unknown_option_raises_an_error_that_suggests_the_nearest_name(name):
     config = composed("method=sparsegpt")
     known = next(iter(config[name]))
     config[name][f"{known}s"] = 1
@@ -61,7 +61,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_name(name):
 
 
 def outside() -> list[tuple[str, str, float]]:
-    """A value outside each bound of each option of the engine."""
+    """Return a value outside each bound of each engine option."""
     found = []
     for group, options in OPTION_CLASSES.items():
         for name, field in fields_of(options).items():
@@ -90,12 +90,12 @@ def beyond(bound: Any) -> float:
     raise TypeError(bound)
 
 
-def test_bounds_are_found():
+def test_options_have_bounds():
     assert len(outside()) > 30
 
 
 @pytest.mark.parametrize(("group", "name", "value"), outside())
-def test_the_engine_and_the_settings_refuse_the_same_values(group, name, value):
+def test_engine_and_settings_reject_the_same_values(group, name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}"):
         OPTION_CLASSES[group](**{name: value})
     config = composed("method=sparsegpt")
@@ -105,6 +105,6 @@ def test_the_engine_and_the_settings_refuse_the_same_values(group, name, value):
 
 
 @pytest.mark.parametrize("name", OPTION_CLASSES)
-def test_a_new_option_of_the_engine_counts_without_an_entry_of_its_own(name):
+def test_new_engine_options_have_an_effect_without_an_entry(name):
     assert effect_of(f"{name}.new_option") is effect_of(name)
     assert effect_of(name).modes
