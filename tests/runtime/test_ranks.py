@@ -44,6 +44,7 @@ def test_two_ranks_prune_as_one_does(options, tmp_path):
         textwrap.dedent(f"""
         import sys; sys.path.insert(0, {str(REPOSITORY)!r})
         from tests.runtime.test_ranks import *
+        from rose_exp.pruning import PruneContext
         from rose_exp.runtime.ranks import process_group
         with process_group():
             ranks, model = Ranks(), build("llama").double()
