@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests, from nothing: makes .venv and runs pytest. Arguments go to pytest: bash scripts/test.sh -m 'not slow'
-# Two files of tests at a time, each with OMP_NUM_THREADS=1, unless WORKERS says another number; 0: one after the other, with all threads.
+# Creates .venv and runs the tests. Arguments are passed to pytest: bash scripts/test.sh -m 'not slow'
+# WORKERS: number of test files to run in parallel, each with OMP_NUM_THREADS=1 (default: 2); 0: run them sequentially with all threads.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh" dev
 workers="${WORKERS:-2}"
