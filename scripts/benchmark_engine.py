@@ -5,10 +5,10 @@
 
 For each shape (rows x columns of W) and pattern, prints the median milliseconds of repeated, interleaved runs:
 
-published   loop of the released SparseGPT, reimplemented in published.py: one step per column, ten small operations per step
-engine      prune_layer with SparseGPT, torch and fastest backend; includes measuring the layer's error
-rose        prune_layer with ROSE's order, automatic backend
-limit       Cholesky, inverse, Cholesky and one rows x columns^2 product in torch
+published   the loop of the released SparseGPT code, reimplemented in published.py: one step per column of ten small operations
+engine      prune_layer with SparseGPT, with the torch and the fastest backend; includes measuring the layer's error
+rose        prune_layer with ROSE's order and the automatic backend
+limit       Cholesky factorization, inverse, another factorization and one rows x columns^2 product in torch
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SMOLLM2, help="rows x columns, such as 4096x11008")
-    parser.add_argument("--ratio", type=float, default=0.7, help="sparsity of the unstructured runs")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--shapes", nargs="+", default=SMOLLM2, help="rows x columns of W (default: those of SmolLM2-135M)")
+    parser.add_argument("--ratio", type=float, default=0.7, help="sparsity of the unstructured runs (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="device to run on (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="number of timed runs (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="output file for the results")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     cases = [

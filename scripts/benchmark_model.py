@@ -4,11 +4,11 @@
     python scripts/benchmark_model.py --model llama2-7b --samples 128 --window 2048 --device cuda --json results.json
 
 ``llama2-7b`` and other shapes have random weights, which take as long to prune as trained ones, so nothing is downloaded.
-Tokens are random as well. All ways start from the same weights and alternate within one process.
+Tokens are random as well. All variants start from the same weights and alternate within one process.
 
 rose        prune_model with ROSE's order
 sparsegpt   prune_model without an order
-published   loop of the released ROSE, reimplemented in published.py
+published   the loop of the released ROSE code, reimplemented in published.py
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _result(total: float, forward: float, moments: float, solving: float) -> dic
 
 
 def measure(ways: dict[str, Callable[[nn.Module], dict]], model: nn.Module, device: str, repeats: int) -> dict[str, dict]:
-    """Return the medians of every way; the ways alternate and start from the same weights."""
+    """Return the medians of every variant; the variants alternate and start from the same weights."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     runs: dict[str, list[dict]] = {name: [] for name in ways}
     _warm_up(torch.device(device))
@@ -132,18 +132,18 @@ def table(results: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", choices=["smollm2-135m", *SHAPES])
+    parser.add_argument("--model", default="smollm2-135m", choices=["smollm2-135m", *SHAPES], help="default: %(default)s")
     parser.add_argument("--blocks", type=int, help="number of blocks to keep (default: all)")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--ratio", type=float, default=0.7)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float16", help="data type of the shapes with random weights")
-    parser.add_argument("--activations", default="device", choices=["device", "host", "disk"])
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--ways", nargs="+", default=["published", "rose", "sparsegpt"])
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--samples", type=int, default=32, help="number of calibration windows (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=1024, help="window length in tokens (default: %(default)s)")
+    parser.add_argument("--ratio", type=float, default=0.7, help="sparsity (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="batch size in windows (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="device to run on (default: %(default)s)")
+    parser.add_argument("--dtype", default="float16", help="dtype of the models with random weights (default: %(default)s)")
+    parser.add_argument("--activations", default="device", choices=["device", "host", "disk"], help="where to keep activations")
+    parser.add_argument("--repeats", type=int, default=1, help="number of runs of each variant (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", default=["published", "rose", "sparsegpt"], help="variants to run (default: all)")
+    parser.add_argument("--json", type=Path, help="output file for the results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = build(arguments.model, arguments.blocks, getattr(torch, arguments.dtype))

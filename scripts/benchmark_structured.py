@@ -53,9 +53,9 @@ def narrowed(blocks: int, ratio: float) -> SD3Transformer2DModel:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cpu", help="device to run on (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=8, help="number of blocks of the MMDiT (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="number of timed calls of each model (default: %(default)s)")
     options = parser.parse_args()
     device = torch.device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.float16

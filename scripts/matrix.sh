@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The tests with the oldest and the newest torch and transformers that pyproject.toml allows, each in an environment of its own
-# under .matrix/ (CUDA builds of torch take some 6 GB each): bash scripts/matrix.sh [oldest|newest …]. What follows -- goes to pytest.
+# Runs the tests with the oldest and the newest versions of torch and transformers that pyproject.toml allows, each in its own
+# environment in .matrix/ (about 6 GB each with CUDA builds of torch).
+# Usage: bash scripts/matrix.sh [oldest|newest …] [-- PYTEST ARGUMENTS]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 rows=()

@@ -1,6 +1,6 @@
-"""Reimplementation of the released loops of SparseGPT and ROSE, as the baseline of the benchmarks.
+"""Reimplementation of the loops of the released SparseGPT and ROSE code, as the baseline of the benchmarks.
 
-This is not a reference for results: masks follow the released rule, which prunes one more weight per block.
+This is not a reference for results: masks follow the released code, which prunes one more weight per block.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def rose(weight: Tensor, hessian: Tensor, squares: Tensor, sparsity: Unstructure
         threshold = torch.sort(part.flatten())[0][int(part.numel() * sparsity.ratio)]
         lost = part * (part <= threshold)
         order.append(start + torch.argsort(lost.sum(0), descending=True))
-        losses.append(lost.sum().item() / part.shape[1])  # per column, else a narrow last block looks columnar
+        losses.append(lost.sum().item() / part.shape[1])  # per column; otherwise, a narrow last block looks columnar
     if (max(losses) - min(losses)) / max(losses) <= THRESHOLD:
         return sparsegpt(weight, hessian, sparsity)
     permutation = torch.cat([order[i] for i in sorted(range(len(losses)), key=lambda i: -losses[i])])

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# One table or figure of the ROSE or the OBS-Diff paper, from nothing to a report: makes .venv, runs the sweep and gathers it.
+# Reproduces a table or figure of the ROSE or the OBS-Diff paper: creates .venv, runs the sweep and generates a report.
 #
 #   bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]
 #
 # STUDY: table2 … table7, fig1, fig4, fig5_block_size, fig5_samples, fig5_window, threshold, plus, plus_nm, plus_parts, plus_order,
-#   plus_allocation, plus_permute; each is conf/experiment/rose_STUDY.yaml. obsdiff_table1 … obsdiff_table10, obsdiff_rose; each is
-#   conf/experiment/STUDY.yaml.
-# --models: choices of conf/model in place of the paper's.
-# --seeds: of the calibration windows, the same for every method; the paper has one, 0.
-# --small: the same study on SmolLM2-135M with short texts: two cores and no hub. OATS takes most of the time; METHODS as in
-#   method=dense,sparsegpt,rose leave it out. Of diffusion models: the same study on small pipelines with random weights.
-# Cut off, it goes on where it was; what is finished is not run again. The report is in outputs/STUDY/report.
+#   plus_allocation, plus_permute (conf/experiment/rose_STUDY.yaml); obsdiff_table1 … obsdiff_table10, obsdiff_rose
+#   (conf/experiment/STUDY.yaml).
+# --models: choices of conf/model to use instead of the paper's models.
+# --seeds: seeds of the calibration windows, the same for every method; the paper uses only 0.
+# --small: run the study on SmolLM2-135M with short texts, or, for diffusion models, on small pipelines with random weights. Two
+#   cores suffice, and no hub is needed. OATS takes most of the time; method=dense,sparsegpt,rose omits it.
+# Repeat the command to resume an interrupted study; finished runs are reused. The report is in outputs/STUDY/report, or with
+# --small in outputs/STUDY-small/report.
 set -euo pipefail
 study="${1:?"usage: bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]"}"
 shift
@@ -30,8 +31,8 @@ folder="outputs/$study"
 small=false
 while [ $# -gt 0 ]; do
   case "$1" in
-    --models) settings+=("model=${2:?"--models: expected choices of conf/model"}"); shift 2 ;;
-    --seeds) settings+=("seed=${2:?"--seeds: expected numbers"}"); shift 2 ;;
+    --models) settings+=("model=${2:?"--models: expected choices of conf/model, got none"}"); shift 2 ;;
+    --seeds) settings+=("seed=${2:?"--seeds: expected numbers, got none"}"); shift 2 ;;
     --small) small=true; shift ;;
     *=*) settings+=("$1"); shift ;;
     *) echo "expected --models, --seeds, --small or SETTING=VALUE, got '$1'" >&2; exit 2 ;;
@@ -58,9 +59,9 @@ if $small && [ "$extra" = diffusion ]; then
     obsdiff_table1) own[0]="model=small-sd,small-sd3,small-flux" ;;
     obsdiff_table2) own+=('pipeline.layers=["transformer_blocks.[1-3].*"]') ;;
     obsdiff_table3) own[0]="model=small-sdxl" ;;
-    obsdiff_table4 | obsdiff_table9) own+=("pipeline.skip=[$ends]" "sparsity.ratio=0.15,0.25,0.5") ;; # 10 % of 4 heads are none
+    obsdiff_table4 | obsdiff_table9) own+=("pipeline.skip=[$ends]" "sparsity.ratio=0.15,0.25,0.5") ;; # 10 % of 4 heads rounds to none
     obsdiff_table5) own+=("pipeline.skip=[$ends]" "diffusion.height=64" "diffusion.width=64") ;;
-    obsdiff_rose) own+=("engine.block_size=8") ;; # so narrow a model has no blocks to reorder otherwise
+    obsdiff_rose) own+=("engine.block_size=8") ;; # with the default, such a narrow model has no blocks to reorder
     obsdiff_table10) own[0]="model=small-ddpm" ;;
   esac
   settings=("${own[@]}" "${settings[@]}")

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Starts and stops a real Slurm with one node, for tests.
+# Starts and stops a Slurm cluster with one node, for tests.
 #
-#   slurm_node.sh start FOLDER   prints "export NAME=VALUE" lines once the node is ready
-#   slurm_node.sh stop FOLDER    ends everything it started; harmless if nothing runs
+#   slurm_node.sh start FOLDER   print "export NAME=VALUE" lines once the node is ready
+#   slurm_node.sh stop FOLDER    stop everything that start has started; does nothing if nothing runs
 #
-# Everything it makes lies in FOLDER: settings, state, logs, the munge key and socket, pid files.
-# It has its own ports and its own munged, so it leaves a Slurm of the system alone.
-# Works as root, or as a normal user if the Debian packages slurm-wlm and munge are there.
+# All files are in FOLDER: configuration, state, logs, the munge key and socket, and PID files.
+# Uses its own ports and its own munged, so it does not affect a Slurm of the system.
+# Runs as root, or as a normal user if the Debian packages slurm-wlm and munge are installed.
 #
-# Exit status: 0 done, 1 failed, 2 wrong usage, 77 no Slurm here and it cannot be installed.
+# Exit status: 0 success, 1 failure, 2 wrong usage, 77 Slurm is missing and cannot be installed.
 set -euo pipefail
 
 PROGRAMS=(munged slurmctld slurmd sbatch srun scancel scontrol sinfo squeue)
-READY_S=30  # the longest wait for a daemon to answer, for the node to be idle, and for a first job
+READY_S=30  # timeout in seconds for a daemon's answer, for an idle node, and for the first job
 
 say() { printf 'slurm_node.sh: %s\n' "$*" >&2; }
 
@@ -25,8 +25,8 @@ missing_programs() {
   done
 }
 
-# Does this without starting the services that the packages bring: a policy-rc.d which answers 101
-# forbids that. A policy-rc.d that is already there stays as it is.
+# Installs the packages without starting their services, by a policy-rc.d with exit status 101. An
+# existing policy-rc.d is not changed.
 apt_install() (
   log=$1
   policy=/usr/sbin/policy-rc.d
@@ -38,7 +38,7 @@ apt_install() (
     printf '#!/bin/sh\nexit 101\n' >"$policy"
     chmod 755 "$policy"
   fi
-  # The package lists may be missing or old: only then fetch them, and try again.
+  # If the package lists are missing or outdated, update them and try again.
   "${apt[@]}" "${packages[@]}" >"$log" 2>&1 </dev/null ||
     { "${apt[@]}" update && "${apt[@]}" "${packages[@]}"; } >>"$log" 2>&1 </dev/null
 )
@@ -56,15 +56,15 @@ need_slurm() {
   else
     missing=$(missing_programs)
     [[ -n $missing ]] || return 0
-    why="the packages lack $missing"
+    why="the packages do not contain $missing"
   fi
-  say "no slurm-wlm, and it cannot be installed: $why"
+  say "slurm-wlm is missing and cannot be installed: $why"
   exit 77
 }
 
 # --- Settings -----------------------------------------------------------------------------------
 
-# A TCP port of 127.0.0.1 on which nobody listens, below the range that the kernel hands out.
+# Prints an unused TCP port of 127.0.0.1 below the kernel's ephemeral range.
 free_port() {
   local port
   for _ in {1..50}; do
@@ -88,9 +88,9 @@ write_conf() {
   ctld_port=$(free_port)
   slurmd_port=$(free_port "$ctld_port")
 
-  # config_overrides: believe the node line below rather than what slurmd measures.
-  # DefMemPerCPU: a job that asks for no memory would get all of it, and the next would wait.
-  # MinJobAge: squeue and scontrol go on to know a finished job for an hour.
+  # config_overrides: use the node line below instead of the values that slurmd measures.
+  # DefMemPerCPU: otherwise, a job that requests no memory gets all of it, and the next job waits.
+  # MinJobAge: squeue and scontrol show finished jobs for an hour.
   cat >"$SLURM_CONF" <<CONF
 ClusterName=test
 SlurmctldHost=$node(127.0.0.1)
@@ -129,16 +129,16 @@ CONF
 
 # --- Start --------------------------------------------------------------------------------------
 
-# The daemons go to the background by themselves. None of them may keep our stdout open, or whoever
-# reads it waits for ever.
+# Runs a daemon, which moves to the background by itself. It must not keep our stdout open, or a
+# process that reads it never returns.
 quietly() {
   "$@" >>"$FOLDER/log/out.log" 2>&1 </dev/null || {
-    say "failed, status $?: $1"
+    say "$1 failed with status $?"
     return 1
   }
 }
 
-# wait_for WHAT COMMAND...: tries the command until it succeeds, for READY_S seconds at most.
+# wait_for WHAT COMMAND...: repeats the command until it succeeds, for at most READY_S seconds.
 wait_for() {
   local what=$1 end=$((SECONDS + READY_S))
   shift
@@ -174,7 +174,7 @@ start() {
   local name
   for name in slurmctld slurmd munged; do
     if [[ -n $(running_pid "$name") ]]; then
-      say "$name already runs in $FOLDER: stop it first"
+      say "$name is already running in $FOLDER: stop it first"
       exit 1
     fi
   done
@@ -187,8 +187,8 @@ start() {
   write_conf
   (umask 077 && head -c 1024 /dev/urandom >"$FOLDER/munge/key")
 
-  # --force: munged dislikes some owners and modes of folders.
-  # -c: forget the jobs of an earlier start in this folder, which else would run again.
+  # --force: ignore owners and modes of folders that munged considers insecure.
+  # -c: discard the jobs of an earlier start in this folder, which would otherwise run again.
   quietly munged --force --key-file="$FOLDER/munge/key" --socket="$FOLDER/munge/socket" \
     --seed-file="$FOLDER/munge/seed" --pid-file="$FOLDER/munged.pid" \
     --log-file="$FOLDER/log/munged.log"
@@ -196,7 +196,7 @@ start() {
   wait_for "answer from slurmctld" timeout 5 scontrol ping
   quietly slurmd -c
   wait_for "idle node" node_is_idle
-  # The proof: one real job.
+  # Check that a job runs.
   quietly timeout -k 5 "$READY_S" srun --partition=debug --ntasks=1 --mem=1 --chdir=/ true
   wait_for "idle node after a first job" node_is_idle
 
@@ -206,8 +206,8 @@ start() {
 
 # --- Stop ---------------------------------------------------------------------------------------
 
-# The pid from a pid file, if that process still is the program which wrote it. A zombie, which
-# process 1 of a container may never collect, counts as ended.
+# Prints the PID in a PID file if that process is still the program that wrote it. Zombies, which
+# process 1 of a container may never reap, count as ended.
 running_pid() {
   local name=$1 pid
   pid=$(cat "$FOLDER/$name.pid" 2>/dev/null) || return 0
@@ -217,8 +217,8 @@ running_pid() {
   fi
 }
 
-# Kills what is left of jobs when slurmd has died before them: each slurmstepd which that slurmd
-# started (they keep its working folder), with all processes of its session.
+# Kills the remains of jobs if slurmd has died first: each slurmstepd that it started (recognized by
+# the working folder that they share), with all processes of its session.
 kill_orphans() {
   local process stat state session sessions=' '
   for process in /proc/[0-9]*; do
@@ -241,7 +241,7 @@ no_jobs() { [[ -z $(timeout 5 squeue --noheader) ]]; }
 
 stop() {
   local name pid
-  # Jobs outlive slurmd, so cancel them while it still can end them.
+  # Jobs outlive slurmd, so cancel them while slurmd can still stop them.
   if [[ -n $(running_pid slurmctld) && -n $(running_pid slurmd) ]]; then
     if ! no_jobs; then
       timeout 10 scancel --partition=debug >/dev/null 2>&1 || true
@@ -270,12 +270,12 @@ if [[ $# != 2 || ! $1 =~ ^(start|stop)$ ]]; then
 fi
 PATH=$PATH:/usr/sbin:/sbin
 FOLDER=$(realpath -m -- "$2")
-# slurm.conf has no quotes, and the path of a unix socket has 107 characters at most.
+# slurm.conf supports no quotes, and the path of a Unix socket has at most 107 characters.
 if [[ ! $FOLDER =~ ^[A-Za-z0-9/._+-]{1,70}$ ]]; then
-  say "FOLDER must be 70 plain characters at most: $FOLDER"
+  say "FOLDER: expected at most 70 letters, digits or any of / . _ + -, got $FOLDER"
   exit 2
 fi
-# Whatever a surrounding Slurm job has set would lead our commands astray.
+# Variables of a surrounding Slurm job would misdirect our commands.
 unset "${!SLURM_@}" "${!SRUN_@}"
 export SLURM_CONF=$FOLDER/slurm.conf
 "$1"
