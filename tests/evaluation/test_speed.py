@@ -39,7 +39,7 @@ def test_obstacle_names_the_unmet_requirement(sparsity, device, capability, dtyp
 
 def test_run_on_unsupported_hardware_reports_no_speed(small, tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("requires a CPU-only environment")
     local = [override for override in small if not override.startswith("evaluation")]
     done = rose_exp(
         *local, "sparsity=2:4", "evaluation=speed", "evaluation.speed.window=128", "hydra.run.dir=out", folder=tmp_path
