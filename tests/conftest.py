@@ -1,11 +1,11 @@
-"""What several tests share. Nothing here reaches a hub."""
+"""Shared fixtures. Tests run offline."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a hub call fails at once
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before transformers is imported: hub calls fail immediately
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of data that stands beside a checkout of the team; not part of the repository."""
+    """Data folder next to the checkout; not part of the repository."""
     if not SHARED.is_dir():
         pytest.skip("needs the folder ../shared beside the checkout, with golden cases and data")
     return SHARED
@@ -38,14 +38,14 @@ def small(shared) -> list[str]:
 
 
 def small_overrides(shared: Path) -> list[str]:
-    """For a run of seconds: a small trained model and local texts."""
+    """Overrides for a run of a few seconds with a small trained model and local texts."""
     data = shared / "data"
     return [
         "model=local",
         f"model.path={data}/models/stories260k-llama",
         "calibration=local",
         f"calibration.path={data}/text/wikitext2_raw_train_first1MB.jsonl",
-        "calibration.rows=300",  # tokenising all of both texts would take longer than the run
+        "calibration.rows=300",  # tokenizing the whole texts would dominate the run time
         "calibration.samples=4",
         "calibration.window=128",
         "evaluation=local",

@@ -1,7 +1,7 @@
-"""A slow reference, written from the formulas column by column, that shares nothing with the engine but its results.
+"""Slow reference implementation, written from the formulas column by column and independent of the engine.
 
-``inclusive=True`` follows the papers' released code, whose masks take every score up to the one at sorted index
-int(n·p); ``False`` takes exactly int(n·p), the earlier of equals first.
+``inclusive=True`` follows the released code of the papers, whose masks select every score up to the one at sorted index
+int(n·p); ``False`` selects exactly int(n·p) scores and breaks ties by position.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def marked(scores: Tensor, share: float, inclusive: bool) -> Tensor:
-    """Mask of a flat or two-dimensional set of scores, row by row."""
+    """Unstructured mask over all scores of a one- or two-dimensional tensor, in row-major order."""
     flat = scores.flatten().tolist()
     count = int(len(flat) * share)
     if inclusive:
@@ -35,7 +35,7 @@ def _from_indices(indices: list[int], length: int) -> list[bool]:
 
 
 def marked_in_groups(scores: Tensor, pruned: int, group: int) -> Tensor:
-    """N:M mask of (rows, columns): in each group of each row the smallest go."""
+    """N:M mask (rows, columns) of the smallest scores in each group of each row."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for row in range(scores.shape[0]):
         for start in range(0, scores.shape[1], group):
@@ -48,7 +48,7 @@ def marked_in_groups(scores: Tensor, pruned: int, group: int) -> Tensor:
 
 @dataclass
 class Pattern:
-    """Unstructured (``share``) or N:M (``pruned`` of ``group``)."""
+    """Unstructured (``share``) or N:M (``pruned`` of ``group``) sparsity."""
 
     share: float = 0.0
     pruned: int = 0
@@ -61,13 +61,13 @@ class Pattern:
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
-    """H = 2 X Xᵀ for one calibration sequence, inputs (tokens, columns)."""
-    scaled = math.sqrt(2) * inputs  # the released code scales before it multiplies
+    """H = 2 X Xᵀ for one calibration sequence with inputs (tokens, columns)."""
+    scaled = math.sqrt(2) * inputs  # the released code scales before multiplying
     return scaled.T @ scaled
 
 
 def rose_order(scores: Tensor, pattern: Pattern, block: int, threshold: float | None = 0.5, inclusive: bool = True):
-    """ROSE's order of columns from importance scores: (order, block widths in that order, relative range)."""
+    """Column order of ROSE from importance scores: (order, block widths in that order, relative range)."""
     width = pattern.group or block
     blocks = []
     for start in range(0, scores.shape[1], width):
@@ -96,10 +96,10 @@ def sparsegpt(
     widths: list[int] | None = None,
     inclusive: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT, one column after another: pruned weight and mask, (rows, columns) in natural order.
+    """SparseGPT column by column: pruned weight and mask, (rows, columns) in natural order.
 
-    The Hessian of the columns still to come is inverted by one step of Gaussian elimination a column, instead of taking
-    a Cholesky factor of the inverse: [H⁻¹]ⱼⱼ of what remains is the square of the factor's diagonal.
+    The inverse Hessian of the remaining columns is updated by one step of Gaussian elimination per column, instead of a
+    Cholesky factorization of the inverse: its [H⁻¹]ⱼⱼ is the square of the diagonal of the factor.
     """
     columns = weight.shape[1]
     order = torch.arange(columns) if order is None else order
@@ -120,7 +120,7 @@ def sparsegpt(
         mask[:, start:stop] = pattern.mask(w[:, start:stop] ** 2 / variances[start:stop], inclusive)
         for j in range(start, stop):
             lost = torch.where(mask[:, j], w[:, j], 0)
-            w -= torch.outer(lost / inverse[j, j], inverse[j])  # columns before j have none left to give: their row is 0
+            w -= torch.outer(lost / inverse[j, j], inverse[j])  # rows of columns before j are 0
             w[:, j] = torch.where(mask[:, j], 0, w[:, j])
             inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
             inverse[j] = 0
@@ -141,7 +141,7 @@ def _remaining_variances(inverse: Tensor) -> Tensor:
 
 
 def released_sweep(weight: Tensor, hessian: Tensor, pattern: Pattern, order: Tensor | None = None, block: int = 128):
-    """SparseGPT in float32 with the released code's arithmetic: the factor of the inverse, blocks, inclusive threshold."""
+    """SparseGPT in float32 with the arithmetic of the released code: Cholesky factor, blocks, inclusive threshold."""
     columns = weight.shape[1]
     order = torch.arange(columns) if order is None else order
     h, w = hessian[order][:, order].clone(), weight[:, order].clone()
@@ -184,14 +184,17 @@ def dsnot_row(
     group: int = 0,
     initial: list[float] | None = None,
 ) -> list[bool]:
-    """DSnoT on one row, after its authors' description: grow and prune one weight a cycle. Wanda scores choose the victim
-    of unstructured rows, the initial metric that of N:M groups, where an error that changes sign also ends the row."""
+    """DSnoT on one row as described in the paper: grow and prune one weight per cycle.
+
+    Wanda scores select the weight to prune in unstructured rows, and the initial metric in N:M groups, where a sign change of
+    the error also ends the row.
+    """
     mask = list(mask)
     effect = [w * m * tokens for w, m in zip(weight, mean, strict=True)]
     error = sum(e for e, gone in zip(effect, mask, strict=True) if gone)
     sign = math.copysign(1, error) if error else 0
     growable = sorted((j for j in range(len(mask)) if mask[j]), key=lambda j: (effect[j] / variance[j], j))
-    fresh = [j for j in range(len(mask)) if not mask[j]]  # kept from the start and not pruned since
+    fresh = [j for j in range(len(mask)) if not mask[j]]  # kept initially and not pruned since
     waiting: dict[bool, Callable[[int], bool]] = {True: lambda j: effect[j] < 0, False: lambda j: effect[j] > 0}
     for _ in range(cycles):
         if abs(error) <= threshold or not growable:

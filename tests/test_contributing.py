@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's examples: its files are made in a copy of the checkout, and its commands run there."""
+"""Examples of CONTRIBUTING.md: its files are created and its commands run in a copy of the checkout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the checkout with the example's files in it."""
+    """Copy of the checkout with the example files."""
     copy = tmp_path_factory.mktemp("checkout")
     for folder in ("rose_exp", "conf", "tests"):
         shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -38,7 +38,7 @@ def run(*command: str, checkout, folder) -> subprocess.CompletedProcess:
     )
 
 
-def test_there_is_an_example_of_each_kind():
+def test_examples_cover_every_kind_of_extension():
     folders = {name.rpartition("/")[0] for name in FILES}
     assert folders == {
         "rose_exp/engine/methods", "conf/method", "tests/engine", "rose_exp/engine/scores", "conf/reorder", "conf/model",
@@ -49,8 +49,8 @@ def test_there_is_an_example_of_each_kind():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_its_commands_run(command, checkout, small, shared, tmp_path):
-    """On the small model and texts where the command names no other; files are looked for in the shared data."""
+def test_example_commands_run(command, checkout, small, shared, tmp_path):
+    """Uses the small model and texts unless the command sets others; file paths are relative to the shared data."""
     program, *own = shlex.split(command)
     assert program == "rose-exp"
     groups = {override.partition("=")[0] for override in own}
@@ -65,6 +65,6 @@ def test_its_commands_run(command, checkout, small, shared, tmp_path):
         assert all(layer["reordered"] for layer in record["layers"] if layer["columns"] > 128)
 
 
-def test_its_test_passes(checkout):
+def test_example_test_passes(checkout):
     done = run("pytest", "-q", "tests/engine/test_random.py", checkout=checkout, folder=checkout)
     assert "1 passed" in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The layout of the package: what stands where, and which way imports go."""
+"""Layout of the package and direction of its imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from .conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "rose_exp"
-LAYERS = [  # a package imports from packages of lower layers only
+LAYERS = [  # a package imports only from lower layers
     {"engine"},
     {"runtime"},
     {"settings"},
@@ -34,7 +34,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path, lazy: bool = True) -> Iterator[str]:
-    """Full names of the modules that a module imports; not ``lazy``: only those that it imports when it is loaded."""
+    """Yield the full names of imported modules; with ``lazy=False``, only those imported at load time."""
     name = name_of(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -57,13 +57,13 @@ def imports(path: Path, lazy: bool = True) -> Iterator[str]:
 NAMES = {name_of(path) for path in MODULES}
 
 
-def test_the_package_has_packages_and_its_entry_points_alone():
+def test_top_level_contains_only_packages_and_entry_points():
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "api.py"}
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LEVEL) - {"api", "__init__", "__main__"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_down(path):
+def test_imports_follow_the_layers(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for target in imports(path):
         if target.startswith("rose_exp.") and target.split(".")[1] != own:
@@ -74,9 +74,9 @@ def test_imports_go_down(path):
             assert target.split(".")[0] in ENGINE_NEEDS | sys.stdlib_module_names, f"the engine imports {target}"
 
 
-def test_no_modules_import_each_other():
+def test_there_are_no_import_cycles():
     edges = {name_of(path): {t for t in imports(path, lazy=False) if t in NAMES} for path in MODULES}
-    for name in list(edges):  # importing a module loads the packages that it is in
+    for name in list(edges):  # importing a module also loads its parent packages
         for target in list(edges[name]):
             parents = [target.rpartition(".")[0]]
             while "." in parents[-1]:
@@ -102,8 +102,8 @@ def test_tests_mirror_the_package():
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("**/__init__.py")), ids=name_of)
-def test_no_export_has_the_name_of_a_module(path):
-    """Importing the module would replace the export, unless it comes from that module itself."""
+def test_no_export_shadows_a_module(path):
+    """Importing the module would replace the export unless the export comes from that module."""
     exported = {
         alias.asname or alias.name
         for node in ast.parse(path.read_text(encoding="utf-8")).body

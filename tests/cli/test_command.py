@@ -1,4 +1,4 @@
-"""Every configuration file composes, and mistakes are all told before anything runs."""
+"""Composition of configuration files and validation of overrides."""
 
 from __future__ import annotations
 
@@ -57,41 +57,41 @@ def problems_of(*arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_configuration_file_composes(group, choice, monkeypatch):
+def test_every_config_file_composes(group, choice, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     overrides = [f"{group}={choice}", *TO_BE_SET.get((group, choice), [])]
     settings_of(*overrides)
     text = (config_folder() / group / f"{choice}.yaml").read_text()
-    assert text.startswith("#"), "a configuration file opens with what it is"
+    assert text.startswith("#"), "a configuration file starts with a description"
 
 
-def test_the_groups_are_those_of_the_settings():
+def test_config_groups_match_the_settings():
     assert {group for group, _ in CHOICES} <= {*Settings.model_fields, "experiment", "debug"}
 
 
-def test_rose_is_sparsegpt_with_its_order():
+def test_rose_is_sparsegpt_with_reordering():
     rose = settings_of("method=rose")
     assert rose.method.name == "sparsegpt"
     assert rose.reorder == Ordering.rose()
     assert rose.label == "ROSE"
     assert settings_of("method=sparsegpt").label == "SparseGPT"
-    assert settings_of("method=rose", "reorder=none").label == "SparseGPT"  # the order decides, not the file's name
+    assert settings_of("method=rose", "reorder=none").label == "SparseGPT"  # follows the ordering, not the file
     assert settings_of().label == "ROSE"
 
 
-def test_patterns_build():
+def test_sparsity_patterns_are_parsed():
     assert settings_of().sparsity.parsed == Unstructured(0.5)
     assert settings_of("sparsity=2:4").sparsity.parsed == SemiStructured(2, 4)
     assert settings_of("sparsity.pattern=3:8", "sparsity.ratio=null").sparsity.parsed == SemiStructured(3, 8)
 
 
-def test_dsnot_leaves_the_mlp_as_its_authors_do():
+def test_dsnot_skips_the_mlp_by_default():
     method = settings_of("method=dsnot").method
     assert method.create().max_cycles == 50
     assert method.create(("*mlp*",)).max_cycles == 0
 
 
-def test_all_mistakes_are_told_together():
+def test_all_errors_are_reported_together():
     assert problems_of(
         "method=sparsgpt", "calibration.sample=3", "engine.damping=-1", "seed=x", "sparsity.pattern=5:4", "device"
     ) == [
@@ -141,7 +141,7 @@ def test_all_mistakes_are_told_together():
         ),
     ],
 )
-def test_each_mistake_is_named(argument, expected, monkeypatch):
+def test_invalid_override_raises_an_error_that_names_it(argument, expected, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     found = problems_of(*argument.split())
     assert len(found) == 1
@@ -164,16 +164,16 @@ def test_every_job_of_a_sweep_is_checked():
     "command",
     ["", "-m experiment=demo", "sparsity=4:8 method=wanda", "-m method=rose,sparsegpt seed=0,1,2", "evaluation=[wikitext2,c4]"],
 )
-def test_sound_commands_pass(command):
+def test_valid_commands_pass(command):
     check_command(command.split())
 
 
-def test_of_a_setting_given_twice_the_last_counts_as_for_hydra():
+def test_last_override_of_a_setting_wins():
     jobs = check_command(["-m", "seed=0,1", "method=wanda", "seed=2,3", "method=sparsegpt"]).jobs
     assert [(job.settings.seed, job.settings.method.name) for job in jobs] == [(2, "sparsegpt"), (3, "sparsegpt")]
 
 
-def test_a_search_by_several_processes_is_refused(monkeypatch, capsys):
+def test_search_under_torchrun_is_rejected(monkeypatch, capsys):
     from rose_exp.cli import app
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -184,7 +184,7 @@ def test_a_search_by_several_processes_is_refused(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("study", sorted(p.stem for p in config_folder().glob("experiment/rose_*.yaml")))
-def test_every_study_of_the_paper_can_be_had_small(study):
+def test_every_paper_experiment_supports_the_smoke_test_settings(study):
     command = ["-m", f"experiment={study}", "model=smollm2-135m", "calibration=embedded", "debug=smoke"]
     jobs = check_command(command).jobs
     assert {job.settings.model.embedded for job in jobs} == {"smollm2-135m"}
@@ -196,8 +196,8 @@ def test_every_study_of_the_paper_can_be_had_small(study):
     ("pattern", "rule"),
     [("unstructured", "owl"), ("2:4", "uniform")],
 )
-def test_rose_plus_suits_the_pattern(pattern, rule):
-    """In a process of its own, in which nothing else has been imported."""
+def test_rose_plus_selects_the_allocation_rule_by_pattern(pattern, rule):
+    """Runs in a new process without other imports."""
     code = (
         "from rose_exp.cli.command import check_command;"
         f"settings = check_command(['method=rose_plus', 'sparsity={pattern}']).jobs[0].settings;"
@@ -208,7 +208,7 @@ def test_rose_plus_suits_the_pattern(pattern, rule):
 
 
 def conf_with(folder: Path, ratio: float) -> Path:
-    """A copy of the configuration files in which unstructured sparsity has another ratio."""
+    """Copy the configuration files and change the ratio of unstructured sparsity."""
     copy = folder / "conf"
     shutil.copytree(config_folder(), copy)
     file = copy / "sparsity" / "unstructured.yaml"
@@ -220,8 +220,8 @@ def ratios_of(*arguments: str) -> list[float]:
     return [job.settings.sparsity.ratio for job in check_command(arguments).jobs]
 
 
-def test_configuration_files_elsewhere_are_those_of_the_run(tmp_path):
-    """Of each of Hydra's flags that say where they are."""
+def test_hydra_flags_select_other_config_files(tmp_path):
+    """Covers every Hydra flag that sets the location of the configuration files."""
     copy = conf_with(tmp_path, 0.9)
     (copy / "mine.yaml").write_text((copy / "config.yaml").read_text().replace("seed: 0", "seed: 7"))
     more = tmp_path / "more"
@@ -243,19 +243,19 @@ def test_configuration_files_elsewhere_are_those_of_the_run(tmp_path):
     [
         (["--config-name", "nothing"], "cannot read the configuration nothing: Cannot find primary config 'nothing'"),
         (["--config-path", "/nowhere"], "Primary config directory not found"),
-        (["--config-path", "relative"], "Primary config module 'rose_exp.cli.relative' not found"),  # as Hydra reads it
+        (["--config-path", "relative"], "Primary config module 'rose_exp.cli.relative' not found"),  # read as a module
         (["--config-dir", "/nowhere"], "--config-dir: expected a folder that exists, got '/nowhere'"),
         (["--experimental-rerun", "a.pickle"], "--experimental-rerun: not supported"),
     ],
 )
-def test_configuration_files_that_are_not_there_are_an_error(arguments, expected):
+def test_missing_config_files_raise_an_error(arguments, expected):
     (problem,) = problems_of(*arguments)
     assert expected in problem
 
 
 @pytest.mark.parametrize("flag", ["--config-path", "--config-dir", "hydra.searchpath"])
-def test_the_run_does_what_the_check_has_shown(flag, small, tmp_path):
-    """The command as a whole: its plan, and its record."""
+def test_run_uses_the_validated_config_files(flag, small, tmp_path):
+    """Covers the plan and the run record of the command."""
     copy = conf_with(tmp_path, 0.25)
     (copy / "experiment" / "mine.yaml").write_text("# @package _global_\nsparsity: {ratio: 0.25}\n")
     where = [f"{flag}=[file://{copy}]"] if flag == "hydra.searchpath" else [flag, str(copy)]
@@ -272,7 +272,7 @@ def test_the_run_does_what_the_check_has_shown(flag, small, tmp_path):
     assert record["metrics"]["sparsity"] == pytest.approx(0.25, abs=0.01)
 
 
-def test_a_mode_of_hydra_in_the_configuration_counts():
+def test_hydra_mode_override_selects_multirun():
     swept = check_command(["hydra.mode=MULTIRUN", "seed=0,1"])
     assert (len(swept.jobs), swept.sweep) == (2, Path("outputs"))
     assert swept.without_multirun() is None
@@ -291,7 +291,7 @@ def test_a_mode_of_hydra_in_the_configuration_counts():
         ["-m", "experiment=swept", "--config-dir"],
     ],
 )
-def test_several_choices_of_a_group_are_refused_wherever_they_are(arguments, tmp_path):
+def test_multiple_choices_of_a_group_are_rejected_everywhere(arguments, tmp_path):
     folder = tmp_path / "experiment"
     folder.mkdir()
     defaults = {
@@ -307,17 +307,17 @@ def test_several_choices_of_a_group_are_refused_wherever_they_are(arguments, tmp
     assert "-m method=wanda,rose runs one job per choice" in problems[0]
 
 
-def test_a_list_of_one_choice_is_refused_too():
+def test_list_with_a_single_choice_is_rejected():
     assert problems_of("method=[wanda]") == ["method: expected one choice, got the list [wanda]; give method=wanda"]
 
 
-def test_choices_that_build_on_others_of_their_group_are_no_list():
+def test_choices_that_extend_another_choice_are_accepted():
     for choice in ("rose_plus", "dsnot_sparsegpt"):
         check_command([f"method={choice}"])
     check_command(["evaluation=[wikitext2,c4]"])
 
 
-def test_a_forgotten_m_is_named(monkeypatch, capsys):
+def test_missing_multirun_flag_is_suggested(monkeypatch, capsys):
     from rose_exp.cli import app
 
     for argument, expected in {
@@ -333,8 +333,8 @@ def test_a_forgotten_m_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("multirun", [False, True])
-def test_a_job_that_was_not_checked_is_refused(multirun, small, tmp_path, monkeypatch, capsys):
-    """Whatever makes the run differ from its check; here the configuration changes in between."""
+def test_job_that_differs_from_the_validated_one_is_rejected(multirun, small, tmp_path, monkeypatch, capsys):
+    """Simulated by changing the configuration files between validation and execution."""
     from rose_exp.cli import app
 
     monkeypatch.chdir(tmp_path)
@@ -358,6 +358,6 @@ def test_a_job_that_was_not_checked_is_refused(multirun, small, tmp_path, monkey
         assert "2 not run, of 2 jobs" in capsys.readouterr().out
 
 
-def test_settings_of_hydra_can_be_part_of_the_configuration():
+def test_hydra_resolver_can_be_used_in_overrides():
     (job,) = check_command(["tracking=wandb", "tracking.name=${hydra:job.name}"]).jobs
     assert job.settings.tracking.name == "rose-exp"

@@ -1,4 +1,4 @@
-"""What the command shows before it runs anything: help, completion, and the smoke test's settings."""
+"""Help, shell completion, configuration display and smoke test settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .test_app import rose_exp
 SCRIPTS = os.path.dirname(sys.executable)
 
 
-def test_help_explains_every_group_and_every_choice():
+def test_help_describes_every_group_and_choice():
     text = help_text()
     for path in config_folder().glob("**/*.yaml"):
         group = str(path.parent.relative_to(config_folder()))
@@ -25,12 +25,12 @@ def test_help_explains_every_group_and_every_choice():
             continue
         assert f"\n{group}: {GROUPS[group]}\n" in text
         line = next(line for line in text.splitlines() if line.split()[:1] == [path.stem])
-        assert len(line.split()) > 3, line  # more than a name
+        assert len(line.split()) > 3, line  # has a description
     for setting in ("pipeline:", "seed: 0 #", "plan: false #", "rerun: false #"):
         assert setting in text
 
 
-def test_help_loads_no_heavy_library():
+def test_help_does_not_import_torch():
     code = (
         "import sys; sys.argv = ['', '--help']; from rose_exp.cli.entry import main; main(); assert 'torch' not in sys.modules"
     )
@@ -48,7 +48,7 @@ def test_help_loads_no_heavy_library():
         ("rose-exp experiment=rose_table", "experiment=rose_table3"),
     ],
 )
-def test_the_tab_key_completes(line, expected):
+def test_shell_completion(line, expected):
     environment = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line)), "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
     done = subprocess.run(
         [f"{SCRIPTS}/rose-exp", "-sc", "query=bash"], capture_output=True, text=True, env=environment, check=False
@@ -56,14 +56,14 @@ def test_the_tab_key_completes(line, expected):
     assert expected in done.stdout.split(), done.stderr
 
 
-def test_the_configuration_is_shown_and_nothing_is_made(tmp_path):
+def test_showing_the_config_writes_no_files(tmp_path):
     done = rose_exp("--cfg", "job", "method=wanda", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "name: wanda" in done.stdout
     assert os.listdir(tmp_path) == []
 
 
-def test_smoke_makes_any_run_small():
+def test_smoke_settings_shrink_any_run():
     from .test_command import settings_of
 
     settings = settings_of("experiment=rose_table3", "evaluation=[wikitext2,zero_shot]", "debug=smoke", "tracking=wandb")
@@ -75,7 +75,7 @@ def test_smoke_makes_any_run_small():
 
 
 @pytest.mark.parametrize("study", ["", "table9", "table2 --model x"])
-def test_reproduce_tells_what_it_expects(study):
+def test_reproduce_script_reports_invalid_arguments(study):
     script = REPOSITORY / "scripts" / "reproduce.sh"
     done = subprocess.run(["bash", str(script), *study.split()], capture_output=True, text=True, check=False)
     assert done.returncode != 0

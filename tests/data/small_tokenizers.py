@@ -1,4 +1,4 @@
-"""Small tokenizers, built here: one token per letter, and BOS as families of models have it."""
+"""Small tokenizers with one token per letter and configurable BOS behavior."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ BOS, EOS, UNKNOWN = 0, 1, 2
 
 
 def build_tokenizer(bos: str | None = "<bos>", adds_bos: bool = True) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of letters between spaces, 29 tokens in all.
+    """Return a tokenizer for space-separated letters with a vocabulary of 29 tokens.
 
     Args:
-        bos: spelling of its BOS token, with id 0; None: it has none.
-        adds_bos: whether it puts BOS at the start of each text, as the tokenizers of Llama and Gemma do.
+        bos: text of the BOS token, with ID 0; None for no BOS token.
+        adds_bos: whether to prepend BOS to each text, as the Llama and Gemma tokenizers do.
     """
     vocabulary = {bos or "<unused>": BOS, "<eos>": EOS, "<unk>": UNKNOWN}
     vocabulary |= {letter: i for i, letter in enumerate(ascii_lowercase, start=3)}
@@ -27,5 +27,5 @@ def build_tokenizer(bos: str | None = "<bos>", adds_bos: bool = True) -> PreTrai
 
 
 def letters(ids: list[int]) -> str:
-    """Return token ids as text: ``^`` for BOS."""
+    """Decode token IDs to text: ``^`` for BOS, ``$`` for EOS, ``?`` for unknown."""
     return "".join({BOS: "^", EOS: "$", UNKNOWN: "?"}.get(i) or ascii_lowercase[i - 3] for i in ids)

@@ -1,4 +1,4 @@
-"""Prompts for diffusion models."""
+"""Loading of prompts for diffusion models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load(**options):
     return load_prompts(PromptSettings(**({"samples": 2} | options)), "calibration")
 
 
-def test_the_embedded_sets_are_there_and_share_no_prompt():
+def test_embedded_prompt_sets_are_disjoint():
     sets = [prompts_file(name).read_text(encoding="utf-8").splitlines() for name in PROMPTS]
     assert [len(texts) for texts in sets] == [100, 32]
     assert len(set(sets[0]) | set(sets[1])) == 132
@@ -24,7 +24,7 @@ def test_the_embedded_sets_are_there_and_share_no_prompt():
         load(embedded=PROMPTS[1], samples=33)
 
 
-def test_lines_of_a_text_file(tmp_path):
+def test_prompts_from_lines_of_a_text_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n  a dog \na cow\n", encoding="utf-8")
     found = load(path=str(path))
@@ -33,7 +33,7 @@ def test_lines_of_a_text_file(tmp_path):
     assert found.protocol["sha256"] != load(path=str(path), samples=3).protocol["sha256"]
 
 
-def test_a_column_of_a_table(tmp_path):
+def test_prompts_from_a_table_column(tmp_path):
     bare, headed = tmp_path / "bare.tsv", tmp_path / "headed.tsv"
     bare.write_text('a "big" cat\thttp://x\na dog\thttp://y\n', encoding="utf-8")
     headed.write_text("Id\tPrompt\n1\ta hen\n2\ta pig\n", encoding="utf-8")
@@ -44,13 +44,13 @@ def test_a_column_of_a_table(tmp_path):
         load(path=str(tmp_path / "none.tsv"))
 
 
-def test_a_field_of_lines_of_json(tmp_path):
+def test_prompts_from_a_json_lines_field(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"caption": f"scene {i}"}) + "\n" for i in range(3)), encoding="utf-8")
     assert load(path=str(path), field="caption").texts == ["scene 0", "scene 1"]
 
 
-def test_the_sets_that_papers_use(shared):
+def test_prompt_sets_from_the_literature(shared):
     folder = shared / "data" / "prompts"
     captions = load(path=str(folder / "Validation_GCC-1.1.0-Validation.tsv"), samples=15000)
     assert len(captions.texts) == 15000

@@ -1,4 +1,4 @@
-"""Sources of texts: how a file is read follows from its suffix, in any case, and from its content."""
+"""Loading of texts: the format follows from the file suffix, case-insensitively, and from the content."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(path, **options):
 @pytest.mark.parametrize("content", JSON_CONTENTS)
 @pytest.mark.parametrize("suffix", JSON_SUFFIXES)
 @pytest.mark.parametrize("case", CASES)
-def test_json_rows(case, suffix, content, tmp_path):
+def test_json_formats_give_the_same_documents(case, suffix, content, tmp_path):
     path = tmp_path / f"rows{case(suffix)}"
     path.write_bytes(JSON_CONTENTS[content].encode())
     assert load(path, field="body") == DOCUMENTS
@@ -58,7 +58,7 @@ def test_json_rows(case, suffix, content, tmp_path):
 
 @pytest.mark.parametrize("suffix", PLAIN_SUFFIXES)
 @pytest.mark.parametrize("case", CASES)
-def test_plain_text(case, suffix, tmp_path):
+def test_plain_text_is_read_verbatim_and_json_content_is_rejected(case, suffix, tmp_path):
     path = tmp_path / f"text{case(suffix)}"
     assert text_format(path) == "text"
     for content in PLAIN_CONTENTS.values():
@@ -75,7 +75,7 @@ def test_plain_text(case, suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", sorted(UNSUPPORTED_SUFFIXES))
 @pytest.mark.parametrize("case", CASES)
-def test_unsupported_formats_are_refused_with_the_settings(case, suffix, tmp_path):
+def test_unsupported_formats_are_reported_by_settings_validation(case, suffix, tmp_path):
     path = tmp_path / f"rows.jsonl{case(suffix)}"
     path.write_text(JSON_CONTENTS["lines"])
     assert text_format(path) is None
@@ -87,7 +87,7 @@ def test_unsupported_formats_are_refused_with_the_settings(case, suffix, tmp_pat
 
 @pytest.mark.parametrize("suffix", TABLE_SUFFIXES)
 @pytest.mark.parametrize("case", CASES)
-def test_tables_hold_prompts_and_no_texts(case, suffix, tmp_path):
+def test_tables_are_accepted_for_prompts_only(case, suffix, tmp_path):
     path = tmp_path / f"table{case(suffix)}"
     path.write_text("\ufeffPrompt\tId\na cat\t1\na dog\t2\n", encoding="utf-8")
     assert load_prompts(PromptSettings(path=str(path), field="Prompt", samples=2), "c").texts == ["a cat", "a dog"]
@@ -96,13 +96,13 @@ def test_tables_hold_prompts_and_no_texts(case, suffix, tmp_path):
     assert problem.startswith("c.path: expected a supported format, which is plain text")
 
 
-def test_a_format_belongs_to_one_group():
+def test_suffix_groups_are_disjoint():
     groups = [set(JSON_SUFFIXES), set(TABLE_SUFFIXES), set(UNSUPPORTED_SUFFIXES)]
     assert sum(map(len, groups)) == len(set().union(*groups))
     assert all(suffix == suffix.lower() and suffix.startswith(".") for group in groups for suffix in group)
 
 
-def test_the_run_id_depends_on_the_format_and_not_on_the_spelling(tmp_path):
+def test_run_id_depends_on_the_format_and_not_on_suffix_case(tmp_path):
     def of(name: str) -> str:
         (tmp_path / name).write_text('{"text": "x"}')
         return identity("calibration=local", f"calibration.path={tmp_path / name}")
@@ -127,7 +127,7 @@ def test_the_run_id_depends_on_the_format_and_not_on_the_spelling(tmp_path):
         ("\xff\xfe".encode("latin-1"), "text", r"c\.path: cannot read .* as UTF-8 text"),
     ],
 )
-def test_invalid_files_are_refused(tmp_path, content, field, message):
+def test_invalid_files_raise_an_error(tmp_path, content, field, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RoseExpError, match=message):
@@ -140,7 +140,7 @@ def test_documents_are_joined_by_the_separator(tmp_path):
     assert load_text(TextSettings(path=str(path), rows=3, separator="|"), "c").joined == "row 0|row 1|row 2"
 
 
-def test_a_data_set_without_text_is_refused(monkeypatch):
+def test_dataset_rows_without_text_raise_an_error(monkeypatch):
     import datasets
 
     data = datasets.Dataset.from_dict({"text": ["a", None]})
@@ -151,10 +151,10 @@ def test_a_data_set_without_text_is_refused(monkeypatch):
     assert load_text(settings.model_copy(update={"rows": 1}), "c").documents == ["a"]
 
 
-def test_an_unreachable_hub_is_an_error():
+def test_unreachable_hub_raises_an_error():
     with pytest.raises(RoseExpError, match="c.dataset: cannot load 'allenai/c4' from the hub"):
         load_text(TextSettings(dataset="allenai/c4", split="train"), "c")
 
 
-def test_wikitext2_has_as_many_documents_as_in_the_papers(shared):
+def test_wikitext2_has_the_published_number_of_documents(shared):
     assert len(load(shared / "data/text/wikitext2_raw_test.jsonl")) == 4358

@@ -1,4 +1,4 @@
-"""Windows cut from texts, and where BOS stands in them."""
+"""Cutting and sampling of windows from texts, and placement of BOS."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn(text, tokenizer, length, bos, draw="windows", samples=40):
 
 
 def test_contiguous_windows_are_adjacent(llama):
-    """The tokens of a Llama are those of the papers' protocol: BOS once, at the start of the text."""
+    """Llama follows the published protocol: a single BOS, at the start of the text."""
     ids = llama(TEXT.joined).input_ids
     assert [i for i, token in enumerate(ids) if token == llama.bos_token_id] == [0]
     windows = contiguous_windows(TEXT, llama, 32, None, "here")
@@ -50,7 +50,7 @@ def test_contiguous_windows_are_adjacent(llama):
     assert torch.equal(contiguous_windows(TEXT, llama, 32, 3, "here").tokens, windows.tokens[:3])
 
 
-def test_drawn_windows_use_the_papers_generator(llama):
+def test_drawn_windows_follow_the_published_sampling(llama):
     ids = llama(TEXT.joined).input_ids
     windows = draw_windows(TEXT, llama, 20, 6, 0, "windows", "here").tokens
     generator = random.Random(0)
@@ -59,7 +59,7 @@ def test_drawn_windows_use_the_papers_generator(llama):
         assert window == ids[start : start + 20]
 
 
-def test_documents_are_drawn_until_one_is_long_enough(llama):
+def test_documents_are_resampled_until_one_is_long_enough(llama):
     windows = draw_windows(TEXT, llama, 100, 8, 0, "documents", "here").tokens
     generator = random.Random(0)
     for window in windows.tolist():
@@ -71,7 +71,7 @@ def test_documents_are_drawn_until_one_is_long_enough(llama):
         assert window == ids[start : start + 100]
 
 
-def test_contiguous_windows_in_each_mode():
+def test_contiguous_windows_in_each_bos_mode():
     assert cut(ALPHABET, WITH_BOS, 9, "tokenizer") == ["^abcdefgh", "ijklmnopq", "rstuvwxyz"]
     assert cut(ALPHABET, WITH_BOS, 9, "windows") == ["^abcdefgh", "^ijklmnop", "^qrstuvwx"]
     assert cut(ALPHABET, WITH_BOS, 9, "none") == ["abcdefghi", "jklmnopqr"]
@@ -85,7 +85,7 @@ def test_contiguous_windows_in_each_mode():
 
 @pytest.mark.parametrize("tokenizer", [WITH_BOS, SILENT])
 @pytest.mark.parametrize("draw", ["windows", "documents"])
-def test_drawn_windows_in_each_mode(draw, tokenizer):
+def test_drawn_windows_in_each_bos_mode(draw, tokenizer):
     sources = ["abcdefghijklmnopqrstuvwxyz"] if draw == "windows" else ["abcdef", "ghi", "jklmnopqrstuvwxyz"]
     for window in drawn(ALPHABET, tokenizer, 9, "windows", draw):
         assert window[0] == "^"
@@ -97,12 +97,12 @@ def test_drawn_windows_in_each_mode(draw, tokenizer):
     assert all(any(window in source for source in sources) for window in drawn(ALPHABET, tokenizer, 9, "none", draw))
 
 
-def test_the_modes_draw_the_same_places_from_texts_of_equal_length():
+def test_bos_modes_draw_the_same_positions():
     plain = drawn(ALPHABET, SILENT, 8, "none")
     assert [window[1:] for window in drawn(ALPHABET, SILENT, 9, "windows")] == plain
 
 
-def test_a_window_may_need_the_whole_text_but_one_token():
+def test_window_may_span_all_but_one_token_of_the_text():
     text = Text(["a b c d"], "test", " ")
     for draw in ("windows", "documents"):
         assert drawn(text, WITH_BOS, 4, "windows", draw, samples=1) == ["^abc"]
@@ -115,7 +115,7 @@ def test_a_window_may_need_the_whole_text_but_one_token():
 
 @pytest.mark.parametrize("tokenizer", [WITH_BOS, SILENT])
 def test_bos_is_never_doubled(tokenizer):
-    """The text itself spells BOS out, at its start and at that of each document."""
+    """The text already contains a literal BOS at the start of each document."""
     assert cut(SPELLED, tokenizer, 9, "windows") == cut(ALPHABET, tokenizer, 9, "windows")
     assert cut(SPELLED, tokenizer, 9, "tokenizer")[0] == "^abcdef^g"
     assert cut(SPELLED, tokenizer, 9, "none")[0] == "^abcdef^g"  # nothing is added
@@ -128,13 +128,13 @@ def test_bos_is_never_doubled(tokenizer):
 
 
 @pytest.mark.parametrize("bos", MODES)
-def test_empty_documents_are_passed_over(bos):
+def test_empty_documents_are_skipped(bos):
     text = Text(["", "a b c d e", ""], "test", " ")
     assert len(drawn(text, WITH_BOS, 4, bos, "documents")) == 40
 
 
 @pytest.mark.parametrize("bos", MODES)
-def test_the_protocol_depends_on_the_seed_and_on_bos(bos):
+def test_protocol_depends_on_the_seed_and_the_bos_mode(bos):
     def draw(seed, bos=bos):
         return draw_windows(ALPHABET, WITH_BOS, 9, 6, seed, "windows", "here", bos)
 
@@ -146,7 +146,7 @@ def test_the_protocol_depends_on_the_seed_and_on_bos(bos):
     assert len({draw(1, mode).protocol["tokens_sha256"] for mode in MODES}) == 3
 
 
-def test_short_texts_are_refused(llama):
+def test_short_texts_raise_an_error(llama):
     with pytest.raises(
         RoseExpError, match=r"here.window: expected a text of at least one window of 99999 tokens, got \d+ tokens"
     ):
@@ -161,6 +161,6 @@ def test_short_texts_are_refused(llama):
         draw_windows(TEXT, llama, 5000, 1, 0, "documents", "here")
 
 
-def test_the_tokenizers_are_as_described():
+def test_small_tokenizers_have_the_expected_bos():
     assert [t("a b").input_ids[0] == BOS for t in (WITH_BOS, SILENT, WITHOUT_BOS)] == [True, False, False]
     assert [t.bos_token_id for t in (WITH_BOS, SILENT, WITHOUT_BOS)] == [0, 0, None]

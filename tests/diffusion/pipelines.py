@@ -1,4 +1,4 @@
-"""Small pipelines, and how tests run them."""
+"""Small diffusion pipelines and helpers to run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pipeline is read completely or refused by the names of what is missing."""
+"""Loading of pipelines: incomplete pipelines raise an error that names the missing parts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def changed(pipelines, tmp_path):
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_what_is_saved_is_read(kind, pipelines):
+def test_saved_pipeline_loads_with_equal_weights(kind, pipelines):
     found, facts = load_pipeline(ModelSettings(kind="diffusion", path=str(pipelines / kind)))
     expected = small_pipeline(kind)
     for name, part in expected.components.items():
@@ -55,7 +55,7 @@ def test_what_is_saved_is_read(kind, pipelines):
 
 
 @pytest.mark.parametrize(("kind", "part"), CASES)
-def test_a_missing_tensor_is_named(kind, part, changed):
+def test_missing_tensors_are_named(kind, part, changed):
     names = sorted(load_file(next(iter(_files(changed, kind, part)))))
     for name in names[:: 1 + len(names) // 3]:
         with pytest.raises(RoseExpError, match=rf"{part} do not match its configuration: .* is missing") as error:
@@ -71,7 +71,7 @@ def _files(changed, kind, part):
 
 
 @pytest.mark.parametrize(("kind", "part"), CASES)
-def test_weights_that_are_not_finite_are_named(kind, part, changed):
+def test_non_finite_weights_are_named(kind, part, changed):
     def damage(found):
         name = next(name for name, value in found.items() if value.is_floating_point())
         found[name].view(-1)[0] = torch.nan
@@ -81,7 +81,7 @@ def test_weights_that_are_not_finite_are_named(kind, part, changed):
         load_pipeline(changed(kind, part, damage))
 
 
-def test_a_tensor_without_a_place_is_refused_in_the_denoiser_and_recorded_elsewhere(changed):
+def test_unused_tensors_raise_in_the_denoiser_and_are_recorded_elsewhere(changed):
     def more(found):
         return found | {"unknown.weight": torch.ones(3)}
 
@@ -91,7 +91,7 @@ def test_a_tensor_without_a_place_is_refused_in_the_denoiser_and_recorded_elsewh
     assert facts["unused_weights"] == ["vae: unknown.weight"]
 
 
-def test_a_missing_part_and_an_index_that_leads_elsewhere_are_named(changed, tmp_path):
+def test_missing_components_and_index_paths_outside_the_folder_are_named(changed, tmp_path):
     settings = changed("sd3", "vae", lambda found: found)
     folder = tmp_path / "sd3"
     shutil.move(folder / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "elsewhere.safetensors")

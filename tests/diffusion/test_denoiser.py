@@ -1,4 +1,4 @@
-"""What can be pruned in a denoiser, and in which order."""
+"""Units of a denoiser: which layers can be pruned and in which order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rose_exp.runtime.errors import RoseExpError
 from .pipelines import NAMES, sampler, units_of
 
 
-def test_units_of_joint_attention_are_the_papers():
+def test_units_of_joint_attention_match_the_paper():
     units = units_of("sd3")
     block = "transformer_blocks.1."
     expected = [
@@ -27,23 +27,23 @@ def test_units_of_joint_attention_are_the_papers():
     assert [set(unit.names) for unit in units[4:8]] == [{block + name for name in names} for names in expected]
 
 
-def test_layers_with_the_same_input_stand_in_one_group():
+def test_layers_with_a_shared_input_form_one_group():
     groups = {group for unit in units_of("sd3") for group in unit.groups}
     assert ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v") in groups
     keys = [name for unit in units_of("sd") for group in unit.groups for name in group if name.endswith("attn2.to_k")]
     (shared,) = [group for unit in units_of("sd") for group in unit.groups if keys[0] in group]
-    assert set(keys) <= set(shared)  # all blocks read the same text
+    assert set(keys) <= set(shared)  # all blocks attend to the same text
 
 
-def test_layers_that_see_the_time_step_alone_are_left_out():
+def test_layers_that_see_only_the_time_step_are_excluded():
     names = {name for unit in units_of("sd3") for name in unit.names}
     assert not any("norm" in name for name in names)
     assert not any("time" in name for unit in units_of("ddpm") for name in unit.names)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_unit_comes_after_what_it_hangs_on(name):
-    """Changing a layer moves no input of its own unit, or of one before."""
+def test_units_are_in_dependency_order(name):
+    """Changing a layer does not affect the inputs of its own unit or of any earlier unit."""
     of = sampler(name)
     units = units_of(name)
     places = {layer: index for index, unit in enumerate(units) for layer in unit.names}
@@ -77,7 +77,7 @@ def inputs_of(denoiser: nn.Module, call, names) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "options", [{}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2, "padding_mode": "circular"}]
 )
-def test_a_convolution_is_a_linear_layer_of_patches(options):
+def test_convolution_equals_a_linear_layer_on_patches(options):
     conv = nn.Conv2d(3, 5, 3, bias=False, **options).double()
     layer, inputs = ConvLayer("conv", conv), torch.randn(2, 3, 9, 8, dtype=torch.float64)
     expected = conv(inputs).flatten(2).transpose(1, 2)
@@ -86,7 +86,7 @@ def test_a_convolution_is_a_linear_layer_of_patches(options):
     assert not conv.weight.any()
 
 
-def test_convolutions_only_where_they_are_asked_for():
+def test_convolutions_are_included_only_on_request():
     of = sampler("ddpm")
     assert not any(isinstance(layer, ConvLayer) for layer in candidate_layers(of.denoiser, convolutions=False))
     convolutions = [x.name for x in candidate_layers(of.denoiser, convolutions=True) if isinstance(x, ConvLayer)]
@@ -94,7 +94,7 @@ def test_convolutions_only_where_they_are_asked_for():
     assert not {"conv_in", "conv_out"} & set(convolutions)
 
 
-def test_packages_are_runs_of_equal_length():
+def test_packages_are_contiguous_and_evenly_sized():
     units = [Unit(((f"layer{i}",),)) for i in range(10)]
     found = split_into_packages(units, 4)
     assert [len(package) for package in found] == [2, 3, 2, 3]
@@ -102,7 +102,7 @@ def test_packages_are_runs_of_equal_length():
     assert [len(package) for package in split_into_packages(units, 99)] == [1] * 10
 
 
-def test_a_denoiser_without_tokens_is_told():
+def test_denoiser_without_candidate_layers_raises_an_error():
     of = sampler("sd3")
     with pytest.raises(RoseExpError, match="no attention or feed-forward layer with tokens as input"), torch.no_grad():
         find_units(of.denoiser, of.first_call("a photograph"), [])

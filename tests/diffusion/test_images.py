@@ -1,4 +1,4 @@
-"""How far images are apart, and what scores them."""
+"""Image distances and scores."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .pipelines import NAMES, PROMPTS, STEPS, sampler
 
 
 def rendered(of, prompts, seeds):
-    """A rendering, with all images and latents beside it."""
+    """Render images; return the result together with all images and latents."""
     images, latents = [], []
     found = render(of, prompts, seeds, "images", lambda _number, x, y: (images.append(x), latents.append(y)))
     return found, torch.cat(images), torch.cat(latents)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rendering_has_every_image_and_what_each_step_left(name):
+def test_rendering_returns_every_image_and_the_latents_of_each_step(name):
     of = sampler(name)
     found, images, latents = rendered(of, PROMPTS, [1, 2, 3])
     assert images.shape == (3, 3, 32, 32)
@@ -35,7 +35,7 @@ def test_a_rendering_has_every_image_and_what_each_step_left(name):
     assert torch.equal(found.images, (images * 255).round().to(torch.uint8))
     assert latents.shape[:2] == (3, STEPS)
     assert found.milliseconds > 0
-    assert "step" not in vars(of.pipeline.scheduler)  # what watched it has gone
+    assert "step" not in vars(of.pipeline.scheduler)  # the hook is removed
     _, alone, alone_latents = rendered(of, PROMPTS[2:], [3])
     torch.testing.assert_close(alone[0], images[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(alone_latents[0], latents[2], rtol=1e-3, atol=1e-4)
@@ -43,14 +43,14 @@ def test_a_rendering_has_every_image_and_what_each_step_left(name):
     assert not torch.allclose(other[0], images[2], atol=1e-2)
 
 
-def test_noise_that_a_scheduler_adds_is_of_the_images_generators():
+def test_scheduler_noise_comes_from_the_generators_of_the_images():
     of = sampler("sd")
     of.pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(of.pipeline.scheduler.config)
     first, second = rendered(of, PROMPTS[:2], [1, 2]), rendered(of, PROMPTS[:2], [1, 2])
     assert torch.equal(first[2], second[2])
 
 
-def test_distances_are_what_their_formulas_say():
+def test_distances_match_their_formulas():
     first, second = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
     a, b = torch.randn(3, 5, 4, 8, 8), torch.randn(3, 5, 4, 8, 8)
     found, by_step = distances(first, second, a, b)
@@ -61,7 +61,7 @@ def test_distances_are_what_their_formulas_say():
     torch.testing.assert_close(found["latent_mse_all"], by_step.mean(dim=1))
 
 
-def test_batches_are_kept_and_compared_one_by_one(tmp_path):
+def test_batchwise_distances_match_distances_over_all_images(tmp_path):
     first, second = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
     a, b = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
     collected = Distances(tmp_path)
@@ -77,7 +77,7 @@ def test_batches_are_kept_and_compared_one_by_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_equal_images_are_not_apart_and_others_the_more_the_further():
+def test_distances_are_zero_for_equal_images_and_grow_with_noise():
     vae, images, latents = sampler("sd").pipeline.vae, torch.rand(2, 3, 32, 32), torch.zeros(2, 1, 4)
     near, far = (images + 0.02 * torch.randn_like(images)).clamp(0, 1), torch.rand(2, 3, 32, 32)
     same, small, large = (distances(images, x, latents, latents, vae)[0] for x in (images, near, far))
@@ -96,7 +96,7 @@ def test_equal_images_are_not_apart_and_others_the_more_the_further():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A small CLIP with random weights, saved."""
+    """Save a small CLIP model with random weights; return its folder."""
     tokenizer, folder = clip_tokenizer(), tmp_path_factory.mktemp("clip")
     own = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -112,7 +112,7 @@ def settings(**options) -> ImagesSettings:
     return ImagesSettings(embedded="evaluation_prompts", samples=4, **options)
 
 
-def test_the_clip_score_is_the_cosine_of_embeddings(clip):
+def test_clip_score_is_the_cosine_similarity_of_embeddings(clip):
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     score = load_scores(settings(metrics=["distance", "clip_score"], clip=str(clip)), torch.device("cpu"))["clip_score"]
     value, error = score(images, PROMPTS)
@@ -128,12 +128,12 @@ def test_the_clip_score_is_the_cosine_of_embeddings(clip):
     assert error == pytest.approx(float(expected.std() / math.sqrt(3)), abs=1e-4)
 
 
-def test_a_score_whose_weights_cannot_be_had_is_told(tmp_path):
+def test_score_without_weights_raises_an_error(tmp_path):
     with pytest.raises(RoseExpError, match=r"evaluation\.images\.metrics: clip_score is unavailable"):
         load_scores(settings(metrics=["clip_score"], clip=str(tmp_path)), torch.device("cpu"))
 
 
-def test_settings_of_images_name_what_is_missing():
+def test_invalid_image_settings_are_reported():
     (unknown,) = settings(metrics=["distanse"]).problems("evaluation.images")
     assert "did you mean 'distance'?" in unknown
     problems = settings(metrics=["fid", "image_reward"]).problems("evaluation.images")
@@ -141,7 +141,7 @@ def test_settings_of_images_name_what_is_missing():
     assert any("reference: expected a folder of real images" in problem for problem in problems)
 
 
-def test_the_contact_sheet_shows_both_models(tmp_path):
+def test_contact_sheet_shows_both_models(tmp_path):
     from PIL import Image
 
     dark, light = torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)

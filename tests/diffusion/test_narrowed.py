@@ -1,4 +1,4 @@
-"""Heads and neurons that leave a denoiser."""
+"""Structured pruning of denoisers: removal of heads and neurons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .pipelines import NAMES, STEPS, images, sampler, walk
 
 
 def again(pipeline, of: Sampler) -> Sampler:
-    """The same settings on another pipeline."""
+    """Return a sampler with the same settings for another pipeline."""
     options = of.options
     size = (options["height"], options["width"]) if "height" in options else None
     length = options.get("max_sequence_length")
@@ -28,7 +28,7 @@ def again(pipeline, of: Sampler) -> Sampler:
 def structured(name: str, ratio: float, **options):
     of = sampler(name)
     how = {key: options.pop(key) for key in ("heads", "neurons", "saliency") if key in options}
-    how |= {"neurons": False} if name == "ddpm" else {}  # it has none
+    how |= {"neurons": False} if name == "ddpm" else {}  # DDPM has no feed-forward neurons
     return walk(name, sparsity=Structured(ratio, **how), of=of, **options)
 
 
@@ -37,7 +37,7 @@ def structures_of(pruner) -> list:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_removing_what_is_masked_changes_no_image_and_the_saved_pipeline_loads(name, tmp_path):
+def test_removing_masked_structures_preserves_images_after_reloading(name, tmp_path):
     of = sampler(name)
     dense = images(of)
     size = sum(parameter.numel() for parameter in of.denoiser.parameters())
@@ -59,7 +59,7 @@ def test_removing_what_is_masked_changes_no_image_and_the_saved_pipeline_loads(n
     assert widths(again(loaded, of).denoiser) == widths(of.denoiser)
 
 
-def test_what_was_narrowed_once_can_be_narrowed_again(tmp_path):
+def test_narrowing_can_be_repeated(tmp_path):
     of = sampler("sd3")
     for _ in range(2):
         counts = {}
@@ -73,7 +73,7 @@ def test_what_was_narrowed_once_can_be_narrowed_again(tmp_path):
     torch.testing.assert_close(images(again(loaded, of)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_more_than_is_masked_cannot_be_removed():
+def test_removing_more_than_is_masked_raises_an_error():
     of = sampler("sd3")
     (first, *_) = find_structures(of.denoiser)
     with pytest.raises(ValueError, match="expected at least 2 masked heads, got 0"):
@@ -83,7 +83,7 @@ def test_more_than_is_masked_cannot_be_removed():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_walk_masks_as_many_groups_as_it_is_told(name):
+def test_pruning_masks_the_requested_number_of_groups(name):
     of = structured(name, 0.3)
     reports = of.run()
     assert {report.name for report in reports} == {p.layer.name for s in structures_of(of) for p in s.consumers}
@@ -92,7 +92,7 @@ def test_the_walk_masks_as_many_groups_as_it_is_told(name):
     assert all(report.groups > 0 and 0 <= report.error < 1 for report in reports)
 
 
-def test_joint_attention_loses_the_same_heads_on_both_sides():
+def test_joint_attention_loses_the_same_heads_in_both_streams():
     of = structured("sd3", 0.5, neurons=False)
     of.run()
     structure = structures_of(of)[0]
@@ -105,7 +105,7 @@ def test_joint_attention_loses_the_same_heads_on_both_sides():
     assert not any(s.masked().any() for s in find_structures(of.sampler.denoiser) if s.kind == "neurons")
 
 
-def test_nothing_removed_is_the_pipeline_as_it_was():
+def test_zero_ratio_leaves_the_weights_unchanged():
     of = structured("sd3", 0.0)
     before = {name: value.clone() for name, value in of.sampler.denoiser.state_dict().items()}
     of.run()
@@ -114,7 +114,7 @@ def test_nothing_removed_is_the_pipeline_as_it_was():
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd"])
-def test_compensation_keeps_images_nearer_than_magnitude(name):
+def test_compensation_preserves_images_better_than_magnitude(name):
     dense = images(sampler(name))
     distances = {}
     for method in (Magnitude(), SparseGPT()):
@@ -124,7 +124,7 @@ def test_compensation_keeps_images_nearer_than_magnitude(name):
     assert distances["SparseGPT"] < distances["Magnitude"]
 
 
-def test_an_attention_that_normalises_over_its_heads_is_refused():
+def test_attention_that_normalizes_over_all_heads_is_rejected():
     of = sampler("sd3")
     attention = of.denoiser.transformer_blocks[1].attn
     attention.norm_q = torch.nn.LayerNorm(attention.to_q.out_features)

@@ -1,4 +1,4 @@
-"""The walk through a denoiser, package by package."""
+"""Pruning of a denoiser package by package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def weights_of(of) -> dict[str, torch.Tensor]:
     return {name: layer.weight.clone() for name, layer in of.layers.items()}
 
 
-def test_moments_are_weighted_by_step_and_count_both_halves_of_guidance():
+def test_moments_are_weighted_by_step_and_cover_both_guidance_branches():
     of = walk("sd3")
     name = "transformer_blocks.1.attn.to_add_out"
     seen = []
@@ -33,7 +33,7 @@ def test_moments_are_weighted_by_step_and_count_both_halves_of_guidance():
     with torch.no_grad():
         (found,) = moments_of(of, [(name,)])
     hook.remove()
-    assert len(seen) == len(PROMPTS) * STEPS  # on a CPU one image at a time
+    assert len(seen) == len(PROMPTS) * STEPS  # the CPU runs one image at a time
     expected = InputMoments(found.columns)
     for call, inputs in enumerate(seen):
         expected.update(inputs, weight=StepWeighting().weights(STEPS)[call % STEPS])
@@ -44,7 +44,7 @@ def test_moments_are_weighted_by_step_and_count_both_halves_of_guidance():
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd"])
-def test_the_batch_changes_no_bit(name):
+def test_weights_and_images_are_bitwise_equal_for_every_batch_size(name):
     found = []
     for batch in (1, 2, 3):
         of = walk(name, count=2)
@@ -56,7 +56,7 @@ def test_the_batch_changes_no_bit(name):
         assert all(torch.equal(weight, found[0][0][name]) for name, weight in weights.items())
 
 
-def test_the_first_package_is_pruned_from_the_dense_models_moments():
+def test_first_package_uses_moments_of_the_dense_model():
     of = walk("sd3", count=3)
     group = of.packages[0][0].groups[0]
     dense = of.layers[group[1]].weight.clone()
@@ -68,7 +68,7 @@ def test_the_first_package_is_pruned_from_the_dense_models_moments():
     torch.testing.assert_close(of.layers[group[1]].weight, expected.weight)
 
 
-def test_later_packages_see_what_earlier_ones_have_become():
+def test_later_packages_use_moments_of_the_partially_pruned_model():
     of, blind = walk("sd3", count=2), walk("sd3", count=1)
     of.run()
     blind.run()
@@ -89,22 +89,22 @@ def test_every_layer_is_pruned_and_reported(name):
     assert len(of.facts) == 2
     for fact, package in zip(of.facts, of.packages, strict=True):
         columns = [of.layers[group[0]].columns for unit in package for group in unit.groups]
-        assert fact.moments_bytes == sum(8 * n * n for n in columns)  # one float64 sum for layers with the same input
+        assert fact.moments_bytes == sum(8 * n * n for n in columns)  # one float64 Gram matrix per shared input
         assert fact.calibrating > 0
 
 
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), DSnoT()])
-def test_baselines_prune(method):
+def test_baselines_only_mask_weights(method):
     of = walk("sd3", method=method)
     before = weights_of(of)
     of.run()
     for name, layer in of.layers.items():
         kept = layer.weight != 0
-        assert torch.equal(layer.weight[kept], before[name][kept])  # none of them updates a weight
+        assert torch.equal(layer.weight[kept], before[name][kept])  # these methods do not update weights
         assert kept.float().mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_groups_of_four_and_an_order():
+def test_semi_structured_sparsity_and_reordering():
     of = walk("sd3", sparsity=SemiStructured(2, 4), ordering=Ordering.rose())
     of.run()
     for layer in of.layers.values():
@@ -113,7 +113,7 @@ def test_groups_of_four_and_an_order():
     assert any(report.reordered for report in always.run())
 
 
-def test_batches_change_nothing_but_rounding():
+def test_moments_and_images_are_close_for_every_batch_size():
     one, three = walk("sd3", of=sampler("sd3", batch=1)), walk("sd3", of=sampler("sd3", batch=3))
     group = units_of("sd3")[5].groups
     with torch.no_grad():
@@ -123,14 +123,14 @@ def test_batches_change_nothing_but_rounding():
     torch.testing.assert_close(images(one.sampler), images(three.sampler), rtol=1e-4, atol=1e-4)
 
 
-def test_no_two_prompts_have_the_same_noise():
+def test_noise_seeds_are_unique_and_reproducible():
     seeds = noise_seeds(3, 200)
     assert len(set(seeds)) == 200
     assert noise_seeds(3, 50) == seeds[:50]
     assert noise_seeds(4, 50) != seeds[:50]
 
 
-def test_a_walk_that_is_stopped_goes_on(tmp_path, monkeypatch):
+def test_resuming_an_interrupted_run_gives_identical_weights(tmp_path, monkeypatch):
     whole = walk("sd3", count=3)
     whole.run()
     state = RunState(tmp_path / "state", {"code": "a"}, "recompute")
@@ -141,28 +141,28 @@ def test_a_walk_that_is_stopped_goes_on(tmp_path, monkeypatch):
 
     def check() -> None:
         if state.progress.blocks == 1 and next(checks) > 2:
-            raise Interrupted("told to stop")
+            raise Interrupted("stop")
         real()
 
     monkeypatch.setattr(interruption, "check", check)
     with pytest.raises(Interrupted):
         stopped.run()
     monkeypatch.setattr(interruption, "check", real)
-    told = []
+    reported = []
     again = walk(
         "sd3",
         count=3,
         state=RunState(tmp_path / "state", {"code": "a"}, "recompute"),
-        on_layer=lambda _number, report: told.append(report.name),
+        on_layer=lambda _number, report: reported.append(report.name),
     )
     reports = again.run()
     assert first <= {report.name for report in reports}
-    assert told == [report.name for report in whole.reports]
+    assert reported == [report.name for report in whole.reports]
     for name, layer in again.layers.items():
         torch.testing.assert_close(layer.weight, whole.layers[name].weight, rtol=0, atol=0)
 
 
-def test_a_layer_that_cannot_be_pruned_is_named():
+def test_layer_with_non_finite_weights_is_named():
     of = walk("sd3")
     name = units_of("sd3")[0].names[0]
     of.layers[name].module.weight.data[0, 0] = float("nan")

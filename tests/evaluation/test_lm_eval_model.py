@@ -1,4 +1,4 @@
-"""The token ids that lm-eval's requests become: one BOS at the start, or none."""
+"""Tokenization of lm-eval requests: at most one BOS, at the start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def requests(*arguments):
 
 
 def spied(model, bos, adds_bos=True, **attributes):
-    """Return lm-eval's model and the list of the rows that it runs, without padding on the right."""
+    """Return the lm-eval model and the list of input rows it receives, without right padding."""
     lm, seen = PrunedLM(model, build_tokenizer(adds_bos=adds_bos), 2, bos), []
     call = lm._model_call
 
@@ -49,7 +49,7 @@ def test_requests_start_with_one_bos(model, adds_bos):
     assert sorted(seen) == ["^abcd", "^abf", "^hij", "^qr"]
 
 
-def test_the_tokenizer_adds_bos_once(model):
+def test_tokenizer_mode_adds_bos_once(model):
     lm, seen = spied(model, "tokenizer")
     lm.loglikelihood(requests(*PAIRS[:2], PAIRS[3]))
     assert sorted(seen) == ["^abcd", "^abf", "^hij"]
@@ -58,14 +58,14 @@ def test_the_tokenizer_adds_bos_once(model):
     assert sorted(seen) == ["abcd", "hij"]
 
 
-def test_no_bos_is_added_with_none(model):
+def test_none_mode_adds_no_bos(model):
     lm, seen = spied(model, "none")
     lm.loglikelihood(requests(PAIRS[0], PAIRS[3]))
     assert sorted(seen) == ["abcd", "hij"]
 
 
 @pytest.mark.parametrize("bos", MODES)
-def test_a_request_without_context_is_conditioned_on_one_bos(model, bos):
+def test_empty_context_is_conditioned_on_one_bos(model, bos):
     lm, seen = spied(model, bos)
     lm.loglikelihood(requests(("", "a b c"), ("", "<bos> d e")))
     assert sorted(seen) == ["^ab", "^d"]
@@ -73,7 +73,7 @@ def test_a_request_without_context_is_conditioned_on_one_bos(model, bos):
 
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize("bos", MODES)
-def test_windows_of_a_whole_text(model, bos, adds_bos):
+def test_rolling_windows_in_each_bos_mode(model, bos, adds_bos):
     text = " ".join("abcdefghij")
     lm, seen = spied(model, bos, adds_bos, _max_length=4)
     (found, again) = lm.loglikelihood_rolling(requests((text,), (f"<bos> {text}",)), disable_tqdm=True)
@@ -82,7 +82,7 @@ def test_windows_of_a_whole_text(model, bos, adds_bos):
     assert found == pytest.approx(again)
 
 
-def test_the_score_of_a_whole_text_is_that_of_its_windows(model):
+def test_rolling_loglikelihood_is_the_sum_over_windows(model):
     text, lm = " ".join("abcdefghij"), spied(model, "windows", _max_length=4)[0]
     expected = 0.0
     for window in ("abcd", "efgh", "ij"):
@@ -94,7 +94,7 @@ def test_the_score_of_a_whole_text_is_that_of_its_windows(model):
     assert lm.loglikelihood_rolling(requests(("",), (text,))) == pytest.approx([0, expected], rel=1e-5)
 
 
-def test_a_long_context_is_cut_and_keeps_bos(model):
+def test_long_context_is_truncated_and_windows_mode_keeps_bos(model):
     assert PrunedLM(model, build_tokenizer(), 2, "windows").max_length == POSITIONS
     context = " ".join("abcdefghijkl")
     lm, seen = spied(model, "windows", _max_length=6)
@@ -106,7 +106,7 @@ def test_a_long_context_is_cut_and_keeps_bos(model):
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_batches_of_prompts_are_padded_on_the_left(model, adds_bos):
+def test_prompt_batches_are_left_padded(model, adds_bos):
     lm, _ = spied(model, "windows", adds_bos)
     lm.tokenizer.pad_token = "<eos>"
     ids, mask = lm.tok_batch_encode(["a b c", "<bos> d"])
@@ -117,7 +117,7 @@ def test_batches_of_prompts_are_padded_on_the_left(model, adds_bos):
 
 
 @pytest.mark.parametrize("bos", MODES)
-def test_generation_starts_from_the_same_tokens(model, bos):
+def test_generation_prompts_follow_the_bos_mode(model, bos):
     lm, _ = spied(model, bos)
     prompts = []
     lm._model_generate = lambda context, **_: prompts.extend(map(letters, context.tolist())) or torch.cat([context, context], 1)

@@ -1,4 +1,4 @@
-"""Perplexity, against its definition."""
+"""Perplexity compared with its definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rose_exp.runtime.ranks import Ranks
 from ..models.families import build, tokens
 
 
-def test_perplexity_is_that_of_the_definition():
+def test_perplexity_matches_its_definition():
     model, windows = build("llama").double(), tokens(5, 20)
     with torch.no_grad():
         logits = model(windows).logits
@@ -25,12 +25,12 @@ def test_perplexity_is_that_of_the_definition():
     assert perplexity(model, windows).value == pytest.approx(math.exp(total / 5), rel=1e-5)
 
 
-def test_the_batch_does_not_matter():
+def test_perplexity_is_independent_of_the_batch_size():
     model, windows = build("gemma3"), tokens(5, 20)
     assert perplexity(model, windows, batch=1).value == pytest.approx(perplexity(model, windows, batch=4).value, rel=1e-5)
 
 
-def test_the_standard_error_is_that_of_the_windows():
+def test_standard_error_is_computed_over_windows():
     model, windows = build("llama").double(), tokens(6, 20)
     found = perplexity(model, windows)
     means = torch.tensor([math.log(perplexity(model, window[None]).value) for window in windows])
@@ -38,14 +38,14 @@ def test_the_standard_error_is_that_of_the_windows():
     assert perplexity(model, windows[:1]).standard_error == 0
 
 
-def test_a_rank_without_a_window_does_nothing():
+def test_rank_without_windows_uses_the_gathered_values():
     ranks = Ranks()
     ranks.share = lambda windows: windows[:0]
     ranks.gather = lambda own: [[1.5], own]
     assert perplexity(build("llama"), tokens(1), ranks=ranks).value == pytest.approx(math.exp(1.5))
 
 
-def test_a_broken_model_is_told():
+def test_non_finite_predictions_raise_an_error():
     model = build("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan

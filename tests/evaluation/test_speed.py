@@ -1,4 +1,4 @@
-"""The speed of a pruned model is measured where the hardware makes use of its zeros, and nowhere else."""
+"""Speed evaluation: measured only on hardware that accelerates the sparsity pattern."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CUDA = torch.device("cuda")
         (SemiStructured(2, 4), "cuda", (9, 0), torch.bfloat16, None),
     ],
 )
-def test_where_it_can_be_measured(sparsity, device, capability, dtype, reason, monkeypatch):
+def test_obstacle_names_the_unmet_requirement(sparsity, device, capability, dtype, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     found = obstacle(sparsity, torch.device(device), dtype)
     if reason is None:
@@ -37,9 +37,9 @@ def test_where_it_can_be_measured(sparsity, device, capability, dtype, reason, m
         assert re.fullmatch(reason, found)
 
 
-def test_a_run_without_the_hardware_says_so_and_gives_no_number(small, tmp_path):
+def test_run_on_unsupported_hardware_reports_no_speed(small, tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("requires a CPU-only environment")
     local = [override for override in small if not override.startswith("evaluation")]
     done = rose_exp(
         *local, "sparsity=2:4", "evaluation=speed", "evaluation.speed.window=128", "hydra.run.dir=out", folder=tmp_path
@@ -53,7 +53,7 @@ def test_a_run_without_the_hardware_says_so_and_gives_no_number(small, tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sparse_products_are_those_of_the_zeros_stored():
+def test_sparse_matmul_matches_the_dense_masked_weights():
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from rose_exp.engine import SparseGPT

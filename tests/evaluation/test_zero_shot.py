@@ -1,4 +1,4 @@
-"""Zero-shot accuracy: lm-eval's own tasks on local rows, against a scoring written out here."""
+"""Zero-shot accuracy: stock lm-eval tasks on local rows, compared with a reference implementation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shared():
 
 
 def own_task(folder) -> str:
-    """Write a task of three questions; return its folder."""
+    """Write a task with three questions; return its folder."""
     (folder / "tasks").mkdir()
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"Once upon a {i}", "a": "time"}) + "\n" for i in range(3)))
@@ -59,7 +59,7 @@ def seven(stories, shared, tmp_path_factory):
 
 
 def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
-    """Score ``continuation`` after ``context``, tokenized together as lm-eval does, with the tokenizer's BOS."""
+    """Score ``continuation`` given ``context``, tokenized jointly as in lm-eval, with the BOS of the tokenizer."""
     before = tokenizer(context).input_ids
     both = tokenizer(context + continuation).input_ids
     assert both[0] == tokenizer.bos_token_id
@@ -69,7 +69,7 @@ def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "openbookqa"])
-def test_accuracies_are_those_of_a_scoring_by_hand(stories, shared, seven, task):
+def test_accuracies_match_the_reference_implementation(stories, shared, seven, task):
     rows = [json.loads(line) for line in local_file(shared / "data/zeroshot", task).path.open()][:QUESTIONS]
     right = 0
     for row in rows:
@@ -84,7 +84,7 @@ def test_accuracies_are_those_of_a_scoring_by_hand(stories, shared, seven, task)
     assert found.standard_errors[task] == pytest.approx(100 * math.sqrt(share * (1 - share) / (len(rows) - 1)), rel=1e-3)
 
 
-def test_all_seven_their_metrics_and_their_mean(seven):
+def test_seven_tasks_report_their_metrics_and_average(seven):
     found, folder = seven
     assert list(found.values) == [*AVERAGED, "average"]
     assert found.values["average"] == pytest.approx(sum(found.values[task] for task in AVERAGED) / 7)
@@ -92,17 +92,17 @@ def test_all_seven_their_metrics_and_their_mean(seven):
     assert metrics == {task: "acc" if task in ("winogrande", "boolq") else "acc_norm" for task in AVERAGED}
     assert {facts["questions"] for facts in found.protocol["tasks"].values()} == {QUESTIONS}
     assert {facts["few_shot"] for facts in found.protocol["tasks"].values()} == {0}
-    own = json.loads((folder / found.protocol["results"]).read_text())  # what lm-eval's tools read
+    own = json.loads((folder / found.protocol["results"]).read_text())  # the format that lm-eval tools read
     assert own["results"]["boolq"]["acc,none"] == pytest.approx(found.values["boolq"] / 100)
 
 
-def test_the_standard_error_of_the_mean(seven):
+def test_standard_error_of_the_average(seven):
     found = seven[0]
     expected = math.sqrt(sum(found.standard_errors[task] ** 2 for task in AVERAGED)) / 7
     assert found.standard_errors["average"] == pytest.approx(expected)
 
 
-def test_a_single_question_has_no_standard_error(stories, shared, tmp_path):
+def test_single_question_has_no_standard_error(stories, shared, tmp_path):
     wanted = ZeroShotSettings(tasks=list(AVERAGED), data_dir=str(shared / "data/zeroshot"), limit=1)
     with prepared(wanted) as tasks:
         found = measure(*stories, tasks, wanted, tmp_path)
@@ -110,14 +110,14 @@ def test_a_single_question_has_no_standard_error(stories, shared, tmp_path):
     assert found.standard_errors == {}
 
 
-def test_rows_of_another_schema_are_told_before_any_work(tmp_path):
+def test_rows_with_an_unexpected_schema_raise_before_evaluation(tmp_path):
     (tmp_path / "piqa_validation.jsonl").write_text('{"question": "?"}\n')
     wanted = ZeroShotSettings(tasks=["piqa"], data_dir=str(tmp_path))
     with pytest.raises(RoseExpError, match="cannot read the rows of piqa"), prepared(wanted):
         pass
 
 
-def test_no_average_of_fewer_than_the_seven():
+def test_no_average_unless_all_seven_tasks_are_present():
     results = {
         "results": {"boolq": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "other": {"f1,none": 0.25, "f1_stderr,none": "N/A"}},
         "n-samples": {},
@@ -130,8 +130,8 @@ def test_no_average_of_fewer_than_the_seven():
 
 
 @pytest.mark.parametrize("task", AVERAGED)
-def test_only_where_the_rows_come_from_is_changed(task, shared):
-    """Prompts, metrics and versions are those of the stock task."""
+def test_tasks_differ_from_stock_tasks_only_in_the_data_source(task, shared):
+    """Prompts, metrics and versions equal those of the stock task."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     stock = load_yaml(_stock_file(task))
@@ -151,13 +151,13 @@ def test_only_where_the_rows_come_from_is_changed(task, shared):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", AVERAGED)
-def test_the_wheel_holds_the_same_rows(task, shared, tmp_path):
+def test_wheel_contains_the_same_rows(task, shared, tmp_path):
     embedded = embedded_file(tmp_path, task)
     local = local_file(shared / "data/zeroshot", task)
     rows = [json.loads(line) for line in embedded.path.open()]
     expected = [json.loads(line) for line in local.path.open()]
     assert rows[: len(expected)] == expected
-    assert len(rows) == (10042 if task == "hellaswag" else len(expected))  # of which the folder has the first 1000
+    assert len(rows) == (10042 if task == "hellaswag" else len(expected))  # the folder holds the first 1000 of them
 
 
 def test_custom_tasks(stories, tmp_path):
@@ -166,8 +166,8 @@ def test_custom_tasks(stories, tmp_path):
     assert found.protocol["tasks"]["own"]["questions"] == 3
 
 
-def test_the_protocol_has_the_fingerprint_of_custom_tasks(tmp_path):
-    """Runs whose task files differ stand in no table together."""
+def test_protocol_fingerprint_covers_custom_task_files(tmp_path):
+    """Runs with different task files are never reported in the same table."""
     settings = ZeroShotSettings(tasks=["own"], include_path=own_task(tmp_path))
     with prepared(settings) as tasks:
         before = tasks.protocol["include_sha256"]
@@ -178,7 +178,7 @@ def test_the_protocol_has_the_fingerprint_of_custom_tasks(tmp_path):
 
 
 @pytest.mark.parametrize(("bos", "starts"), [("tokenizer", True), ("windows", True), ("none", False)])
-def test_requests_start_with_bos_as_the_settings_say(stories, bos, starts, tmp_path, monkeypatch):
+def test_requests_follow_the_bos_setting(stories, bos, starts, tmp_path, monkeypatch):
     from rose_exp.evaluation.lm_eval_model import PrunedLM
 
     contexts = []
@@ -205,13 +205,13 @@ def test_requests_start_with_bos_as_the_settings_say(stories, bos, starts, tmp_p
         ({"tasks": ["piqa"], "data": "hub"}, r"cannot read the rows of piqa: .*zero_shot.data=embedded"),
     ],
 )
-def test_tasks_that_cannot_be_had_are_told_before_any_work(settings, message, tmp_path, monkeypatch):
+def test_unavailable_tasks_raise_before_evaluation(settings, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RoseExpError, match=message), prepared(ZeroShotSettings(**settings)):
         pass
 
 
-def test_mistakes_in_the_settings():
+def test_invalid_settings_are_reported():
     assert ZeroShotSettings(tasks=["piqa", "piqa"], few_shot=2, include_path="/nowhere").problems("z") == [
         "z.include_path: expected a folder that exists, got '/nowhere'",
         "z.tasks: expected each task once, got piqa, piqa",

@@ -1,4 +1,4 @@
-"""Tiny models of every family, random weights, each built from its own configuration class."""
+"""Tiny models of every family with random weights, built from their configuration classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIGS = {
     "qwen3": ("Qwen3Config", WIDE_HEADS),
     "gemma2": ("Gemma2Config", LOCAL),
     "gemma3": ("Gemma3TextConfig", LOCAL | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    "gemma4": (  # blocks get embeddings of their own for the tokens, and the last ones the keys and values of earlier ones
+    "gemma4": (  # per-layer token embeddings; the last blocks reuse the keys and values of earlier ones
         "Gemma4TextConfig",
         LOCAL
         | {
@@ -53,15 +53,15 @@ MIXTURES = {
 CONFIGS |= MIXTURES
 CONFIGS = {family: config for family, config in CONFIGS.items() if hasattr(transformers, config[0])}  # older versions lack some
 
-SHARED_INPUTS = {  # the layers of the first block, those fed by the same tensor together, in the order of their calls
+SHARED_INPUTS = {  # layers of the first block in call order, grouped by shared input
     "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
     "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
-    "phi": [["q_proj", "k_proj", "v_proj", "fc1"], ["dense"], ["fc2"]],  # attention and MLP side by side
+    "phi": [["q_proj", "k_proj", "v_proj", "fc1"], ["dense"], ["fc2"]],  # attention and MLP run in parallel
 }
 
 
 def with_biases(model: nn.Module) -> nn.Module:
-    """The model, its biases drawn anew: fresh ones are zero, and would hide whoever forgets them."""
+    """Randomize all biases: freshly initialized ones are zero and would hide code that ignores them."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -78,7 +78,7 @@ def build(family: str, seed: int = 0) -> nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim > 1 and not any(part in parameter_name for part in ("embed", "wte", ".gate.")):
-            nn.init.normal_(parameter, std=0.25)  # large enough that every layer matters to the output
+            nn.init.normal_(parameter, std=0.25)  # large enough for every layer to affect the output
     return model
 
 

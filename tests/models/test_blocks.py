@@ -1,4 +1,4 @@
-"""Blocks and layers are found by structure."""
+"""Detection of blocks and linear layers from the structure of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCKS = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "gpt_neox": "g
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_blocks_of_every_family(family):
+def test_blocks_are_found_in_every_family(family):
     blocks = find_blocks(build(family))
     assert blocks.name == BLOCKS.get(family, "model.layers")
     assert len(blocks.blocks) == build(family).config.num_hidden_layers
@@ -25,7 +25,7 @@ def test_blocks_of_every_family(family):
     assert not any("lm_head" in name or "embed" in name for name in names)
 
 
-def test_conv1d_is_the_transpose_of_linear():
+def test_conv1d_weight_is_exposed_in_linear_layout():
     conv = Conv1D(5, 3)  # 3 inputs, 5 outputs
     layer = LinearLayer("c", conv)
     assert layer.weight.shape == (5, 3)
@@ -36,7 +36,7 @@ def test_conv1d_is_the_transpose_of_linear():
     assert torch.equal(conv.weight, new.T)
 
 
-def test_no_blocks_and_two_equal_lists_are_told():
+def test_missing_or_ambiguous_block_lists_raise_an_error():
     with pytest.raises(RoseExpError, match="Linear has no list of blocks"):
         find_blocks(nn.Linear(3, 3))
     two = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(3, 3)]), "b": nn.ModuleList([nn.Linear(3, 3)])})

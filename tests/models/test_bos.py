@@ -1,4 +1,4 @@
-"""Which models get a BOS token at the start of every window."""
+"""BOS modes: which models get a BOS token at the start of every window."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GEMMA = ("gemma2", "gemma3", "gemma4")
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_gemma_needs_bos_and_other_families_do_not(family):
+def test_only_gemma_needs_bos(family):
     name, arguments = CONFIGS[family]
     assert needs_bos(getattr(transformers, name)(**arguments)) == (family in GEMMA)
 
 
-def test_the_text_model_of_a_multimodal_model_counts():
+def test_multimodal_models_follow_their_text_model():
     assert needs_bos(transformers.Gemma3Config())
     assert needs_bos(transformers.PaliGemmaConfig())
     llava = transformers.LlavaConfig(text_config=transformers.Gemma2Config())
@@ -37,7 +37,7 @@ def saved(family, folder):
     return ModelSettings(path=str(folder))
 
 
-def test_auto_means_windows_for_gemma_and_the_tokenizer_for_llama(tmp_path):
+def test_auto_resolves_to_windows_for_gemma_and_tokenizer_for_llama(tmp_path):
     tokenizer = build_tokenizer()
     assert resolve_bos(saved("gemma3", tmp_path / "gemma3"), tokenizer) == "windows"
     assert resolve_bos(saved("llama", tmp_path / "llama"), tokenizer) == "tokenizer"
@@ -46,12 +46,12 @@ def test_auto_means_windows_for_gemma_and_the_tokenizer_for_llama(tmp_path):
 
 @pytest.mark.parametrize("bos", ["tokenizer", "windows", "none"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_setting_overrides_the_family(family, bos, tmp_path):
+def test_explicit_setting_overrides_the_family_default(family, bos, tmp_path):
     settings = saved(family, tmp_path).model_copy(update={"bos": bos})
     assert resolve_bos(settings, build_tokenizer()) == bos
 
 
-def test_windows_need_a_bos_token(tmp_path):
+def test_windows_mode_requires_a_bos_token(tmp_path):
     settings, without = saved("gemma3", tmp_path), build_tokenizer(bos=None)
     message = "model.bos: expected tokenizer or none, since the tokenizer has no BOS token, got "
     with pytest.raises(RoseExpError, match=f"{message}windows$"):
@@ -74,7 +74,7 @@ def overrides(family, folder, **tokenizer):
 
 
 @pytest.mark.parametrize(("family", "bos"), [("gemma3", "windows"), ("llama", "tokenizer")])
-def test_a_run_records_where_bos_stands(family, bos, tmp_path, monkeypatch):
+def test_bos_mode_is_recorded_and_changes_the_run_id(family, bos, tmp_path, monkeypatch):
     from rose_exp.runs import language as experiment
 
     seen = []
@@ -82,9 +82,9 @@ def test_a_run_records_where_bos_stands(family, bos, tmp_path, monkeypatch):
     monkeypatch.setattr(
         experiment, "prune_model", lambda model, tokens, *a, **k: seen.append(tokens) or prune_model(model, tokens, *a, **k)
     )
-    asked = ["evaluation=[local,zero_shot]", "evaluation.zero_shot.tasks=[own]", "evaluation.zero_shot.limit=2"]
-    asked += [f"evaluation.zero_shot.include_path={own_task(tmp_path)}"]
-    record = rose_exp.run([*overrides(family, tmp_path), *asked], tmp_path / "runs")
+    zero_shot = ["evaluation=[local,zero_shot]", "evaluation.zero_shot.tasks=[own]", "evaluation.zero_shot.limit=2"]
+    zero_shot += [f"evaluation.zero_shot.include_path={own_task(tmp_path)}"]
+    record = rose_exp.run([*overrides(family, tmp_path), *zero_shot], tmp_path / "runs")
     assert record["protocol"]["zero_shot"]["bos"] == bos
     assert record["config"]["model"]["bos"] == "auto"
     assert record["protocol"]["calibration"]["bos"] == record["protocol"]["evaluation"]["local"]["bos"] == bos
@@ -94,7 +94,7 @@ def test_a_run_records_where_bos_stands(family, bos, tmp_path, monkeypatch):
     assert other["metrics"]["perplexity.local"] != record["metrics"]["perplexity.local"]
 
 
-def test_a_run_without_the_bos_that_it_needs_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+def test_missing_bos_token_raises_before_the_model_is_loaded(tmp_path, monkeypatch):
     from rose_exp.runs import language as experiment
 
     monkeypatch.setattr(experiment, "load_model", lambda _: pytest.fail("the model is loaded"))

@@ -1,4 +1,4 @@
-"""Each expert of a stack is a layer of its own, with the moments of its own tokens."""
+"""Stacked experts: each expert is pruned as a separate layer with the moments of its own tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("family", sorted(MIXTURES))
-def test_experts_are_found_and_routers_are_not(family):
+def test_experts_are_found_and_routers_are_skipped(family):
     model = build(family)
     blocks = find_blocks(model)
     names = [layer.name for layer in linear_layers(blocks.blocks[0], blocks.block_name(0))]
@@ -37,9 +37,9 @@ def test_experts_are_found_and_routers_are_not(family):
 
 
 @pytest.mark.parametrize("family", sorted(MIXTURES))
-def test_running_experts_one_by_one_changes_nothing(family):
+def test_unstacked_experts_give_the_same_logits(family):
     model = build(family).double()
-    model.config._experts_implementation = "eager"  # the grouped products know no float64
+    model.config._experts_implementation = "eager"  # grouped matmul does not support float64
     with torch.no_grad():
         expected = model(tokens()).logits
         with unstacked_experts(model):
@@ -49,7 +49,7 @@ def test_running_experts_one_by_one_changes_nothing(family):
 
 @pytest.mark.parametrize("family", sorted(MIXTURES))
 @pytest.mark.parametrize("sparsity", [Unstructured(0.5), SemiStructured(2, 4)])
-def test_every_expert_is_pruned_to_the_count_and_routers_stay(family, sparsity):
+def test_every_expert_reaches_the_target_sparsity_and_routers_are_unchanged(family, sparsity):
     model = build(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     reports = prune_model(model, tokens(24), PruningPlan(method=Magnitude(), sparsity=sparsity, starved_experts="magnitude"))
@@ -67,11 +67,11 @@ def test_every_expert_is_pruned_to_the_count_and_routers_stay(family, sparsity):
     assert sum(r.tokens for r in of_experts if r.name.endswith("layers.0.mlp.experts.0.up_proj")) < tokens(24).numel()
     for block in range(3):
         seen = [r.tokens for r in of_experts if f".{block}.mlp" in r.name and r.name.endswith("down_proj")]
-        assert sum(seen) == tokens(24).numel() * top  # every token goes to so many
+        assert sum(seen) == tokens(24).numel() * top  # every token is routed to top-k experts
 
 
 def starved(model: nn.Module) -> None:
-    """No token is routed to expert 3 of the second block."""
+    """Starve expert 3 of the second block: the router never selects it."""
     router = model.model.layers[1].mlp.gate
     with torch.no_grad():
         router.weight[3] = 0
@@ -88,7 +88,7 @@ def _without(module: nn.Module, output: tuple, bias: float) -> tuple:
 
 
 @pytest.mark.parametrize(("policy", "zeros"), [("dense", 0.0), ("magnitude", 0.5)])
-def test_an_expert_that_saw_no_token_is_treated_as_the_settings_say(policy, zeros):
+def test_starved_experts_follow_the_configured_policy(policy, zeros):
     model = build("mixtral")
     starved(model)
     plan = PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.5), block_size=16, starved_experts=policy)
@@ -101,7 +101,7 @@ def test_an_expert_that_saw_no_token_is_treated_as_the_settings_say(policy, zero
     assert [r.name for r in reports.values() if r.fallback] == [n for n in reports if "layers.1.mlp.experts.3." in n]
 
 
-def test_a_starved_expert_can_stop_the_run():
+def test_starved_experts_raise_an_error_with_the_stop_policy():
     model = build("mixtral")
     starved(model)
     plan = PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.5), block_size=16, starved_experts="stop")
@@ -110,7 +110,7 @@ def test_a_starved_expert_can_stop_the_run():
 
 
 class _Listed(nn.Module):
-    """Experts in a list of modules, each called only where a token is routed to it."""
+    """Experts in a module list, each called only on the tokens routed to it."""
 
     def __init__(self, width: int = 16, experts: int = 8):
         super().__init__()
@@ -144,10 +144,10 @@ class _ListedModel(nn.Module):
         return hidden
 
 
-def test_experts_in_a_list_that_the_probe_does_not_reach_are_pruned_too():
+def test_listed_experts_that_the_probe_does_not_reach_are_pruned():
     model = _ListedModel()
     windows = torch.randint(0, 64, (16, 32))
-    windows[0, :8] = 5  # the probe sees one token, and so one expert
+    windows[0, :8] = 5  # the probe sees a single token and therefore a single expert
     gates = [layer.gate.weight.clone() for layer in model.layers]
     reports = prune_model(model, windows, PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.5), block_size=8))
     assert len(reports) == 2 * 8 * 3

@@ -1,4 +1,4 @@
-"""Heads and neurons of language models: found, masked, removed, saved and loaded."""
+"""Structured pruning of language models: finding, masking, removing, saving and loading heads and neurons."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def consumers(model) -> set[str]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral"])
-def test_removing_what_is_masked_changes_no_answer(family):
+def test_removing_masked_structures_preserves_the_logits(family):
     model = build(family)
     dense, sparsity = answers(model), Structured(0.5)
     for structure in all_structures(model):
@@ -49,7 +49,7 @@ def test_removing_what_is_masked_changes_no_answer(family):
     assert parameters["pruned"] == sum(p.numel() for p in model.parameters()) < parameters["dense"]
 
 
-def test_query_heads_that_share_a_key_go_together():
+def test_query_heads_with_a_shared_key_form_one_group():
     model = build("llama")
     attention = model.model.layers[0].self_attn
     heads = next(s for s in all_structures(model) if s.kind == "heads")
@@ -65,7 +65,7 @@ def test_query_heads_that_share_a_key_go_together():
 
 
 @pytest.mark.parametrize("method", [SparseGPT(), Magnitude()])
-def test_the_walk_prunes_what_heads_and_neurons_are_read_by(method):
+def test_pruning_masks_consumers_and_producers_of_heads_and_neurons(method):
     model, sparsity = build("llama"), Structured(0.5)
     reports = prune_model(model, tokens(), PruningPlan(method, sparsity, batch=2))
     assert {report.name.rpartition(".")[2] for report in reports} == {"o_proj", "down_proj"}
@@ -81,7 +81,7 @@ def test_the_walk_prunes_what_heads_and_neurons_are_read_by(method):
     }
 
 
-def test_the_second_block_sees_what_the_first_has_become():
+def test_second_block_is_pruned_with_outputs_of_the_pruned_first_block():
     model = build("llama")
     prune_model(model, tokens(), PruningPlan(SparseGPT(), Structured(0.5), batch=2))
     other = build("llama")
@@ -90,7 +90,7 @@ def test_the_second_block_sees_what_the_first_has_become():
     assert not torch.equal(model.model.get_parameter(second), other.model.get_parameter(second))
 
 
-def test_a_saved_model_has_its_new_widths(small, tmp_path):
+def test_saved_model_has_the_reduced_widths(small, tmp_path):
     overrides = [*small, "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.5", "save=true"]
     record = rose_exp.run(overrides, tmp_path)
     folder = tmp_path / record["run_id"] / "model"
@@ -105,28 +105,28 @@ def test_a_saved_model_has_its_new_widths(small, tmp_path):
     assert again["metrics"]["perplexity.local"] == pytest.approx(record["metrics"]["perplexity.local"], rel=1e-4)
 
 
-def test_widths_that_a_configuration_cannot_say_are_told_before_anything_is_pruned(small, tmp_path):
+def test_widths_the_configuration_cannot_express_raise_only_when_saving(small, tmp_path):
     overrides = [*small, "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.25"]
     with pytest.raises(RoseExpError, match="num_attention_heads 6"):
         rose_exp.run([*overrides, "save=true"], tmp_path)
-    record = rose_exp.run(overrides, tmp_path)  # measured all the same
+    record = rose_exp.run(overrides, tmp_path)  # evaluation works without saving
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
     assert record["layers"][0]["removed"] == 1
 
 
-def test_models_without_heads_or_neurons_that_are_known_are_refused_and_not_pruned_by_half():
-    for family, kinds, told in (
+def test_unsupported_layouts_and_too_small_ratios_are_rejected():
+    for family, kinds, message in (
         ("opt", {}, r"sparsity\.heads: expected a model with heads to prune in a known layout"),
         ("phi", {"heads": False}, r"sparsity\.neurons: expected a model with neurons to prune in a known layout"),
         ("mixtral", {}, r"sparsity\.neurons: expected a model with neurons to prune in a known layout"),
     ):
-        with pytest.raises(RoseExpError, match=told):
+        with pytest.raises(RoseExpError, match=message):
             prune_model(build(family), tokens(), PruningPlan(SparseGPT(), Structured(0.5, **kinds), batch=2))
     with pytest.raises(RoseExpError, match=r"sparsity\.ratio: expected a ratio that removes at least one of"):
         prune_model(build("llama"), tokens(), PruningPlan(SparseGPT(), Structured(0.01, neurons=False), batch=2))
 
 
-def test_heads_that_are_normalised_together_stay_and_neurons_go():
+def test_heads_normalized_together_are_rejected_and_neurons_are_pruned():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = Olmo2ForCausalLM(Olmo2Config(vocab_size=256, **sizes)).eval()
     with pytest.raises(RoseExpError, match="q_norm normalizes over all heads"):
@@ -136,7 +136,7 @@ def test_heads_that_are_normalised_together_stay_and_neurons_go():
     check_removable(model, find_blocks(model), plan.sparsity)
 
 
-def test_layers_that_were_not_pruned_stay_and_those_that_should_be_masked_must_be():
+def test_only_pruned_layers_are_narrowed_and_they_must_be_masked():
     model, sparsity = build("llama"), Structured(0.5)
     plan = PruningPlan(SparseGPT(), sparsity, batch=2, skip=["*.layers.0.*"])
     pruned = {report.name for report in prune_model(model, tokens(), plan)}
@@ -149,7 +149,7 @@ def test_layers_that_were_not_pruned_stay_and_those_that_should_be_masked_must_b
         remove_masked(build("llama"), find_blocks(build("llama")), sparsity, pruned, configure=False)
 
 
-def test_what_could_not_be_loaded_again_is_not_saved():
+def test_models_that_could_not_be_reloaded_are_not_saved():
     model = build("llama")
     check_removable(model, find_blocks(model), Structured(0.5))
     model.model.layers[1].mlp = torch.nn.Linear(4, 4)
@@ -157,7 +157,7 @@ def test_what_could_not_be_loaded_again_is_not_saved():
         check_removable(model, find_blocks(model), Structured(0.5))
 
 
-def test_runs_of_a_sweep_do_not_take_each_others_moments():
+def test_runs_of_a_sweep_do_not_share_moments_of_other_layers():
     shared, alone = FirstBlock(), build("llama")
     first = PruningPlan(SparseGPT(), Unstructured(0.5), batch=2)
     second = PruningPlan(SparseGPT(), Structured(0.5), batch=2)
@@ -173,7 +173,7 @@ def test_runs_of_a_sweep_do_not_take_each_others_moments():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["method=dsnot"], "method: expected one of sparsegpt, wanda, magnitude with structured sparsity, got dsnot"),
         (["method=rose"], "reorder: expected none with structured sparsity"),
@@ -187,13 +187,13 @@ def test_runs_of_a_sweep_do_not_take_each_others_moments():
         (["method=sparsegpt", "sparsity.heads=false", "sparsity.neurons=false"], "sparsity.heads: expected true"),
     ],
 )
-def test_what_does_not_go_with_it_is_told(overrides, told, tmp_path):
+def test_incompatible_options_raise_an_error_that_names_them(overrides, message, tmp_path):
     with pytest.raises(SettingsError) as caught:
         rose_exp.run(["sparsity=structured", *overrides], tmp_path)
-    assert any(told in problem for problem in caught.value.problems)
+    assert any(message in problem for problem in caught.value.problems)
 
 
-def test_a_walk_that_is_stopped_goes_on(tmp_path):
+def test_resuming_an_interrupted_run_gives_identical_weights(tmp_path):
     plan = PruningPlan(SparseGPT(), Structured(0.5), batch=2)
     whole = build("llama")
     prune_model(whole, tokens(), plan)

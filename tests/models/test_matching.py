@@ -1,4 +1,4 @@
-"""A checkpoint fills its model completely, in the same way from memory and from disk, or is refused by the names of tensors."""
+"""Matching of checkpoint tensors to model parameters: a partial match raises an error that names the tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAMILIES = ["llama", "gemma3", "gpt2", "opt", "qwen3_moe"]
 
 @pytest.fixture
 def saved(tmp_path):
-    """Save a small model of a family, with its tensors and configuration changed, and return its settings."""
+    """Save a small model with modified tensors and configuration; return its settings."""
 
     def save(family, tensors=lambda found: found, **config):
         folder = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
@@ -41,7 +41,7 @@ def saved(tmp_path):
 
 
 def refused(settings, message):
-    """Both ways to read a model end in the same error, before a block is read."""
+    """Check that eager and streamed loading raise the same error before any block is read."""
     for read in (load_model, open_model):
         with pytest.raises(RoseExpError, match=message) as error:
             read(settings)
@@ -60,13 +60,13 @@ def test_every_missing_tensor_is_named(family, saved, tmp_path):
     for name in names[:: 1 + len(names) // 12]:
         with pytest.raises(RoseExpError) as error:
             open_model(saved(family, without(name)))
-        told = str(error.value)
-        stacked = ".experts." in name  # one of several tensors that make one of the model
-        assert (name in told and "has no " in told) or (stacked and "experts" in told), told
+        message = str(error.value)
+        stacked = ".experts." in name  # stacked with others into one model tensor
+        assert (name in message and "has no " in message) or (stacked and "experts" in message), message
 
 
 @pytest.mark.parametrize("prefix", ["module.", "base_model.", "base_model.model.", "_orig_mod."])
-def test_a_prefix_that_transformers_does_not_know_is_refused(prefix, saved):
+def test_unknown_key_prefixes_are_rejected(prefix, saved):
     refused(saved("llama", lambda found: {prefix + name: value for name, value in found.items()}), "has no ")
 
 
@@ -83,12 +83,12 @@ def test_a_prefix_that_transformers_does_not_know_is_refused(prefix, saved):
         ("qwen3_moe", {"num_experts": 3, "num_local_experts": 3}, "experts"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_refused(family, config, message, saved):
+def test_mismatched_configuration_is_rejected(family, config, message, saved):
     refused(saved(family, **config), message)
 
 
-def test_experts_keep_their_numbers(saved):
-    """Experts 0, 2 and 3 of a file are not the three experts that a configuration speaks of."""
+def test_gaps_in_expert_indices_are_rejected(saved):
+    """Experts 0, 2 and 3 of a checkpoint do not match a configuration with three experts."""
     gap = saved(
         "qwen3_moe",
         lambda found: {
@@ -102,7 +102,7 @@ def test_experts_keep_their_numbers(saved):
     refused(gap, r"experts\.3\..* but not .*experts\.1\.")
 
 
-def test_tensors_without_a_place_are_refused_in_a_block_and_recorded_elsewhere(saved):
+def test_unused_tensors_raise_inside_blocks_and_warn_elsewhere(saved):
     bias = "model.layers.1.self_attn.q_proj.bias"
     refused(saved("llama", lambda f: f | {bias: torch.ones(32)}), re.escape(bias))
     refused(saved("llama", lambda f: f | {"layers.1.mlp.up_proj.weight": torch.ones(52, 36)}), "has both")
@@ -110,12 +110,12 @@ def test_tensors_without_a_place_are_refused_in_a_block_and_recorded_elsewhere(s
     assert [kind for kind, _ in loaded.warnings] == ["unused_weights"]
     assert "value_head.weight" in loaded.warnings[0][1]
     old = saved("llama", lambda f: f | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    assert not open_model(old)[0].warnings  # a buffer that older versions stored
+    assert not open_model(old)[0].warnings  # a buffer stored by older versions of transformers
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight"])
-def test_weights_that_are_not_finite_are_named(name, value, saved):
+def test_non_finite_weights_are_named(name, value, saved):
     def damage(found):
         found[name].view(-1)[-1] = value
         return found
@@ -129,17 +129,17 @@ def test_weights_that_are_not_finite_are_named(name, value, saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
-def test_quantized_tensors_are_refused(dtype, saved):
+def test_quantized_tensors_are_rejected(dtype, saved):
     name = "model.layers.1.mlp.up_proj.weight"
     refused(saved("llama", lambda f: f | {name: f[name].to(dtype)}), "expected weights of 16, 32 or 64 bits")
 
 
 @pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "gptq", "awq", "compressed-tensors", "mxfp4"])
-def test_quantized_configurations_are_refused(method, saved):
+def test_quantized_configurations_are_rejected(method, saved):
     refused(saved("llama", quantization_config={"quant_method": method}), f"checkpoint quantized with {method}")
 
 
-def test_an_adapter_beside_the_weights_is_refused(saved):
+def test_adapter_config_is_rejected(saved):
     settings = saved("llama")
     (Path(settings.path) / "adapter_config.json").write_text("{}")
     refused(settings, "adapter")
@@ -155,7 +155,7 @@ TIES = {
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("stored", TIES)
-def test_ties_are_those_of_transformers_from_memory_from_disk_and_once_saved(stored, tied, saved, tmp_path, shared):
+def test_weight_tying_matches_transformers_after_loading_and_saving(stored, tied, saved, tmp_path, shared):
     settings = saved("llama", TIES[stored], tie_word_embeddings=tied)
     if not tied and stored.startswith("only"):
         return refused(settings, "has no (lm_head|model.embed_tokens).weight")
@@ -178,7 +178,7 @@ def test_ties_are_those_of_transformers_from_memory_from_disk_and_once_saved(sto
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_files_of_torch_are_read_as_safetensors_are(sharded, saved):
+def test_torch_checkpoints_load_like_safetensors(sharded, saved):
     settings = saved("llama")
     expected = load_model(settings).model.state_dict()
     folder = Path(settings.path)
@@ -197,7 +197,7 @@ def test_files_of_torch_are_read_as_safetensors_are(sharded, saved):
         assert torch.equal(value, expected[name]), name
 
 
-def test_a_single_file_comes_before_shards_as_in_transformers(saved, tmp_path):
+def test_single_file_takes_precedence_over_shards(saved, tmp_path):
     settings = saved("llama")
     shards = tmp_path / "shards"
     build("llama", seed=5).save_pretrained(shards, max_shard_size="40KB")
@@ -207,20 +207,20 @@ def test_a_single_file_comes_before_shards_as_in_transformers(saved, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in load_model(settings).model.state_dict().items())
 
 
-def test_a_model_does_not_depend_on_its_files_once_it_is_loaded(saved):
+def test_loaded_model_does_not_depend_on_its_files(saved):
     settings = saved("llama")
     loaded = load_model(settings)
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     path = Path(settings.path) / FILE
     size = path.stat().st_size
-    with path.open("r+b") as file:  # in place, as a download may do
+    with path.open("r+b") as file:  # in place, as a download might
         file.seek(size // 2)
         file.write(bytes(size - size // 2))
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
     assert all(value.data_ptr() % 64 == 0 for value in loaded.model.parameters())
 
 
-# Names of a llama in a GGUF file, by those in the model
+# Llama parameter names -> GGUF tensor names
 GGUF = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -237,10 +237,10 @@ GGUF = {
 }
 
 
-def write_gguf(path, subtract_own_output=(), layers=3, extra=()):
+def write_gguf(path, missing=(), layers=3, extra=()):
     from gguf import GGUFWriter
 
-    arguments = CONFIGS["llama"][1] | {"hidden_size": 32, "head_dim": 8}  # GGUF files of this family do not tell head_dim
+    arguments = CONFIGS["llama"][1] | {"hidden_size": 32, "head_dim": 8}  # GGUF files of this family do not store head_dim
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**arguments)
     model = transformers.LlamaForCausalLM(config)
@@ -256,7 +256,7 @@ def write_gguf(path, subtract_own_output=(), layers=3, extra=()):
     for name, value in model.state_dict().items():
         found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)\.weight", name)
         own = f"blk.{found[1]}.{GGUF[found[2]]}.weight" if found[1] else f"{GGUF[found[2]]}.weight"
-        if own not in subtract_own_output:
+        if own not in missing:
             writer.add_tensor(own, value.numpy())
     for own in extra:
         writer.add_tensor(own, np.ones(4, dtype=np.float32))
@@ -267,7 +267,7 @@ def write_gguf(path, subtract_own_output=(), layers=3, extra=()):
     return ModelSettings(path=str(path))
 
 
-def test_a_gguf_is_read_as_transformers_reads_it(tmp_path):
+def test_gguf_loading_matches_transformers(tmp_path):
     settings = write_gguf(tmp_path / "whole.gguf")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="whole.gguf").state_dict()
     found = load_model(settings).model.state_dict()
@@ -276,22 +276,22 @@ def test_a_gguf_is_read_as_transformers_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["blk.2.ffn_down.weight", "blk.0.attn_norm.weight", "output_norm.weight", "token_embd.weight"])
-def test_a_gguf_without_a_tensor_is_refused(name, tmp_path):
-    refused(write_gguf(tmp_path / "model.gguf", subtract_own_output=[name]), "has no ")
+def test_gguf_with_a_missing_tensor_is_rejected(name, tmp_path):
+    refused(write_gguf(tmp_path / "model.gguf", missing=[name]), "has no ")
 
 
-def test_a_gguf_of_more_blocks_than_it_says_is_refused(tmp_path):
+def test_gguf_with_extra_block_tensors_is_rejected(tmp_path):
     refused(write_gguf(tmp_path / "model.gguf", layers=2), r"blk\.2\.")
     refused(write_gguf(tmp_path / "extra.gguf", extra=["blk.1.unknown.weight"]), r"blk\.1\.unknown")
     loaded, _ = open_model(write_gguf(tmp_path / "other.gguf", extra=["unknown.weight"]))
     assert [kind for kind, _ in loaded.warnings] == ["unused_weights"]
 
 
-def test_encoder_decoders_are_refused(tmp_path):
+def test_encoder_decoder_models_are_rejected(tmp_path):
     config = transformers.T5Config(vocab_size=96, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     refused(ModelSettings(path=str(tmp_path)), "expected a decoder, got t5")
 
 
-def test_the_families_of_this_file_are_known():
+def test_families_have_a_configuration():
     assert set(FAMILIES) <= set(CONFIGS)

@@ -1,4 +1,4 @@
-"""Saved models load in transformers with the zeros in place."""
+"""Saving: pruned models load in transformers with their zeros intact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stories(shared):
     return ModelSettings(path=str(shared / "data/models/stories260k-llama"))
 
 
-def test_a_saved_model_is_the_pruned_one(stories, tmp_path):
+def test_saved_model_equals_the_pruned_model(stories, tmp_path):
     model, tokenizer = load_model(stories).model, load_tokenizer(stories)
     windows = torch.randint(0, 512, (2, 32))
     prune_model(model, windows, PruningPlan(method=SparseGPT(), sparsity=SemiStructured(2, 4)))
@@ -39,18 +39,18 @@ def test_a_saved_model_is_the_pruned_one(stories, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3"])
-def test_other_families_save_too(family, tmp_path, stories):
+def test_other_families_can_be_saved(family, tmp_path, stories):
     model = build(family)
     prune_model(model, tokens(), PruningPlan(method=SparseGPT(), sparsity=SemiStructured(2, 4)))
     again = AutoModelForCausalLM.from_pretrained(save_model(model, load_tokenizer(stories), tmp_path / "pruned"))
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
-def test_nothing_is_written_over_and_nothing_half_written_is_left(stories, tmp_path, monkeypatch):
+def test_saving_never_overwrites_and_leaves_no_partial_output(stories, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(stories)
-    (tmp_path / "there").mkdir()
-    with pytest.raises(RoseExpError, match="expected a folder that does not exist, got .*there"):
-        save_model(build("llama"), tokenizer, tmp_path / "there")
+    (tmp_path / "existing").mkdir()
+    with pytest.raises(RoseExpError, match="expected a folder that does not exist, got .*existing"):
+        save_model(build("llama"), tokenizer, tmp_path / "existing")
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -58,10 +58,10 @@ def test_nothing_is_written_over_and_nothing_half_written_is_left(stories, tmp_p
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
     with pytest.raises(RoseExpError, match=r"cannot write the model to .*No space left on device"):
         save_model(build("llama"), tokenizer, tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["existing"]
 
 
-def test_dtype_and_fingerprint(stories, tmp_path):
+def test_fingerprint_depends_on_weights_and_not_on_dtype(stories, tmp_path):
     loaded = load_model(stories.model_copy(update={"dtype": "bfloat16"}))
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.protocol["dtype"] == "bfloat16"
@@ -73,8 +73,8 @@ def test_dtype_and_fingerprint(stories, tmp_path):
     assert load_model(ModelSettings(path=str(tmp_path / "other"))).protocol["sha256"] != loaded.protocol["sha256"]
 
 
-def test_the_protocol_tells_models_apart_by_all_of_their_files(stories, tmp_path):
-    """A configuration decides a result as the weights do."""
+def test_protocol_fingerprint_covers_all_model_files(stories, tmp_path):
+    """The configuration affects results just as the weights do."""
     shutil.copytree(stories.path, tmp_path / "copy")
     copied = ModelSettings(path=str(tmp_path / "copy"))
     loaded, same = load_model(stories).protocol, load_model(copied).protocol
@@ -86,14 +86,14 @@ def test_the_protocol_tells_models_apart_by_all_of_their_files(stories, tmp_path
     assert other["files_sha256"] != loaded["files_sha256"]
 
 
-def test_a_folder_without_a_model_and_an_unreachable_hub_are_told(tmp_path):
+def test_missing_model_and_unreachable_hub_raise_an_error(tmp_path):
     with pytest.raises(RoseExpError, match=r"model.path: cannot load"):
         load_model(ModelSettings(path=str(tmp_path)))
     with pytest.raises(RoseExpError, match=r"model.path: cannot load 'nobody/nothing' \(no such local folder"):
         load_tokenizer(ModelSettings(path="nobody/nothing"))
 
 
-def test_a_damaged_checkpoint_is_told(stories, tmp_path):
+def test_damaged_checkpoint_raises_an_error(stories, tmp_path):
     folder = save_model(load_model(stories).model, load_tokenizer(stories), tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_told(stories, tmp_path):
         load_model(ModelSettings(path=str(folder)))
 
 
-def test_a_quantised_checkpoint_is_refused(stories, tmp_path):
+def test_quantized_checkpoint_is_rejected(stories, tmp_path):
     folder = save_model(load_model(stories).model, load_tokenizer(stories), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}

@@ -1,4 +1,4 @@
-"""Models read a block at a time are the models that transformers reads whole; damaged checkpoints are told."""
+"""Block-by-block loading matches loading the whole model with transformers; damaged checkpoints raise errors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def saved(family, folder):
 
 
 def without_dtype(config) -> dict:
-    """transformers 5.0 leaves the checkpoint's there, later versions say the model's."""
+    """Drop the dtype: transformers 5.0 keeps that of the checkpoint, later versions that of the model."""
     return {name: value for name, value in config.to_dict().items() if name != "dtype"}
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_every_family_comes_out_as_transformers_loads_it(family, dtype, tmp_path):
+def test_streamed_weights_match_transformers_for_every_family(family, dtype, tmp_path):
     settings = ModelSettings(path=str(saved(family, tmp_path)), dtype=dtype)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     loaded, streamed = open_model(settings)
@@ -55,7 +55,7 @@ def test_every_family_comes_out_as_transformers_loads_it(family, dtype, tmp_path
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
-def test_logits_by_blocks_are_those_of_the_whole_model(family, tmp_path):
+def test_blockwise_logits_match_the_whole_model(family, tmp_path):
     settings = ModelSettings(path=str(saved(family, tmp_path)))
     whole, (loaded, streamed) = load_model(settings).model, open_model(settings)
     weights = OnDisk(streamed, lambda _: None)
@@ -64,14 +64,14 @@ def test_logits_by_blocks_are_those_of_the_whole_model(family, tmp_path):
         for place in ("device", "disk"):
             found = list(answers_by_blocks(loaded.model, weights, tokens(), "cpu", 2, place, tmp_path, "test"))
             assert torch.equal(torch.cat([windows for windows, _ in found]), tokens())
-            for (windows, logits), part in zip(found, tokens().split(1), strict=True):  # on a CPU one at a time
+            for (windows, logits), part in zip(found, tokens().split(1), strict=True):  # the CPU runs one window at a time
                 assert torch.equal(logits, whole(part).logits), windows
         with loading_blocks(weights, "cpu"):
             assert torch.equal(loaded.model(tokens()).logits, expected)
     assert all(parameter.is_meta for block in streamed.blocks.blocks for parameter in block.parameters())
 
 
-def test_blocks_of_a_model_in_memory_can_take_turns_too(tmp_path):
+def test_blockwise_logits_match_for_a_model_in_memory(tmp_path):
     model = build("llama")
     from rose_exp.models import find_blocks
 
@@ -82,7 +82,7 @@ def test_blocks_of_a_model_in_memory_can_take_turns_too(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral", "qwen2_moe"])
-def test_what_is_saved_by_blocks_is_what_is_saved_whole(family, tmp_path, shared):
+def test_blockwise_saving_matches_whole_model_saving(family, tmp_path, shared):
     settings = ModelSettings(path=str(saved(family, tmp_path / "dense")))
     tokenizer = load_tokenizer(ModelSettings(path=str(shared / "data/models/stories260k-llama")))
     save_model(load_model(settings).model, tokenizer, tmp_path / "whole")
@@ -96,7 +96,7 @@ def test_what_is_saved_by_blocks_is_what_is_saved_whole(family, tmp_path, shared
     index = json.loads((tmp_path / "blocks" / "model.safetensors.index.json").read_text())
     keys = set(index["weight_map"])
     stored = {name for path in (tmp_path / "whole").glob("*.safetensors") for name in _names(path)}
-    assert keys == stored  # names as in the files of the hub, experts one by one, what is tied once
+    assert keys == stored  # hub names: experts unstacked, tied weights stored once
 
 
 def _names(path):
@@ -110,7 +110,7 @@ def _settings(folder):
     return ModelSettings(path=str(folder), dtype="auto")
 
 
-def test_damaged_checkpoints_are_told_before_any_work(tmp_path):
+def test_damaged_checkpoints_raise_on_open(tmp_path):
     folder = saved("llama", tmp_path)
     index = folder / "model.safetensors.index.json"
     text = index.read_text()
@@ -136,7 +136,7 @@ def test_damaged_checkpoints_are_told_before_any_work(tmp_path):
         open_model(_settings(folder))
 
 
-def test_a_shard_that_disappears_and_a_block_without_weights_are_told(tmp_path):
+def test_missing_shard_and_missing_block_weights_raise_on_load(tmp_path):
     folder = saved("llama", tmp_path)
     _, streamed = open_model(_settings(folder))
     name = next(n for n in streamed.checkpoint.names if ".1.self_attn.q_proj" in n)
@@ -150,7 +150,7 @@ def test_a_shard_that_disappears_and_a_block_without_weights_are_told(tmp_path):
         streamed.load(1)
 
 
-def test_a_folder_with_nothing_to_read_by_parts_is_told(tmp_path):
+def test_folder_without_weights_raises_an_error(tmp_path):
     build("llama").config.save_pretrained(tmp_path)
     with pytest.raises(RoseExpError, match=r"expected model.safetensors, model.safetensors.index.json, .*got none of them"):
         open_model(_settings(tmp_path))

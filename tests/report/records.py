@@ -1,4 +1,4 @@
-"""Made-up run records, in the form that runs leave."""
+"""Synthetic run records in the format that runs write."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def record(
     """Return the record of a finished run.
 
     Args:
-        reordered: number of layers, of 168, that an ordering reordered; None: the record has no such metric.
-        changes: dotted names with ``__`` for the dot, such as ``config__engine__damping=0.1``.
+        reordered: number of reordered layers out of 168; None for a record without the metric.
+        changes: overrides of nested fields, with ``__`` for each dot, e.g. ``config__engine__damping=0.1``.
     """
     made = copy.deepcopy(BASE)
     config, protocol = made["config"], made["protocol"]

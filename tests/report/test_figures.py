@@ -1,4 +1,4 @@
-"""Figures: drawn from records, with what they should show in them."""
+"""Figures drawn from run records and layer studies."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ def record(reports):
     }
 
 
-def test_a_study_repeats_what_pruning_does(case, study):
+def test_study_matches_pruning(case, study):
     weight, moments = case
     options = {"block_size": 32, "sparsity": Unstructured(0.7)}
     natural = prune_layer(weight, moments, **options)
     rose = prune_layer(weight, moments, ordering=Ordering(threshold=None), **options)
-    assert study.moved[study.worst] == pytest.approx(natural.error, rel=1e-4)  # in its own place: left to right
+    assert study.moved[study.worst] == pytest.approx(natural.error, rel=1e-4)  # at its original position, left to right
     assert study.reorderings["descending"]["none"]["0.7"] == pytest.approx(natural.error, rel=1e-6)
     assert study.reorderings["ascending"]["none"] == study.reorderings["descending"]["none"]
     assert study.reorderings["descending"]["column+block"]["0.7"] == pytest.approx(rose.error, rel=1e-6)
     for errors in study.cumulative.values():
         assert len(errors) == len(study.moved) == 4
         assert errors == sorted(errors)
-    assert study.cumulative["left to right"][-1] == pytest.approx(natural.error, rel=0.2)  # but for the damping
+    assert study.cumulative["left to right"][-1] == pytest.approx(natural.error, rel=0.2)  # up to damping
     assert study.cumulative["left to right"][-1] > natural.error
-    assert rose.error < natural.error  # a columnar layer
+    assert rose.error < natural.error  # the layer has column structure
 
 
-def test_a_study_of_groups_of_weights(case):
+def test_study_of_semi_structured_sparsity_matches_pruning(case):
     found = study_layer(*case, SemiStructured(2, 4), block_size=32)
     assert found.sparsity == "2:4"
     alone = prune_layer(*case, sparsity=SemiStructured(2, 4), block_size=32)
@@ -69,7 +69,7 @@ def test_a_study_of_groups_of_weights(case):
     assert all(errors == sorted(errors) for errors in found.cumulative.values())
 
 
-def test_a_study_raises_the_damping_as_pruning_does():
+def test_study_raises_the_damping_like_pruning():
     weight, inputs = layer(8, 40, tokens=1)
     found = study_layer(weight, moments_of(inputs), Unstructured(0.5), block_size=16, damping=0.0)
     assert found.damping >= 1e-4
@@ -77,7 +77,7 @@ def test_a_study_raises_the_damping_as_pruning_does():
     assert found.moved[found.worst] == pytest.approx(natural.error, rel=1e-3, abs=1e-7)
 
 
-def test_what_is_drawn_is_what_was_found(study, tmp_path):
+def test_study_figures_show_the_study_data(study, tmp_path):
     found = json.loads(write_study(tmp_path, "model.layers.0.o_proj", study.as_dict()).read_text())
     left, right = orders_figure(found).axes
     assert [line.get_label() for line in left.lines] == ["left to right", "ROSE", "ascending"]
@@ -89,7 +89,7 @@ def test_what_is_drawn_is_what_was_found(study, tmp_path):
     assert ascending.get_title() == "ascending by expected loss"
 
 
-def test_layers_by_block_and_kind():
+def test_layers_figure_groups_layers_by_block_and_kind():
     plan = PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.7), ordering=Ordering.rose(), block_size=8)
     reports = prune_model(build("llama"), tokens(), plan)
     errors, ranges = layers_figure(record(reports)).axes
@@ -101,7 +101,7 @@ def test_layers_by_block_and_kind():
     assert errors.get_xlabel() == "block"
 
 
-def test_a_run_draws_its_layers_and_what_it_studied(tmp_path):
+def test_figures_are_drawn_for_layers_and_studies(tmp_path):
     plan = PruningPlan(method=SparseGPT(), sparsity=Unstructured(0.7), block_size=8, study=["*.1.*.o_proj"])
     reports = prune_model(
         build("llama"), tokens(), plan, PruneContext(on_study=lambda name, found: write_study(tmp_path, name, found.as_dict()))
@@ -116,7 +116,7 @@ def test_a_run_draws_its_layers_and_what_it_studied(tmp_path):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
 
 
-def test_the_configuration_as_a_tree():
+def test_config_is_shown_as_a_tree():
     out = io.StringIO()
     show_config({"model": {"path": None, "dtype": "auto"}, "layers": ["*[0]"], "skip": []}, Console(file=out, width=60))
     assert out.getvalue().splitlines() == [

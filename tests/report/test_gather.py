@@ -1,4 +1,4 @@
-"""Which runs share a table and a cell, and what is reckoned from them."""
+"""Grouping of runs into tables and cells, and the statistics of cells."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_one_seed_has_no_interval():
     assert (cell.difference.mean, cell.difference.low, cell.difference.pairs) == (-1.0, None, 1)
 
 
-def test_only_seeds_that_drew_the_same_windows_are_pairs():
+def test_only_seeds_with_equal_windows_are_paired():
     sparsegpt = three_seeds("SparseGPT", 20.0, 22.0, 24.0)
     rose = [*three_seeds("ROSE", 19.0, 20.0), record("ROSE", 1.0, 5)]
     rose[1]["protocol"]["calibration"]["tokens_sha256"] = "other windows"
@@ -56,8 +56,8 @@ def test_only_seeds_that_drew_the_same_windows_are_pairs():
     assert table.cells["ROSE"]["0.7"].difference.mean == -1.0
 
 
-def test_only_seeds_that_drew_the_same_noise_are_pairs():
-    """Of diffusion models, which draw no windows."""
+def test_only_seeds_with_equal_noise_are_paired():
+    """Diffusion models draw noise instead of windows."""
     runs = [*three_seeds("SparseGPT", 20.0, 22.0), *three_seeds("ROSE", 19.0, 20.0)]
     for run in runs:
         calibration = run["protocol"]["calibration"]
@@ -68,8 +68,8 @@ def test_only_seeds_that_drew_the_same_noise_are_pairs():
     assert table.cells["ROSE"]["0.7"].difference.mean == -1.0
 
 
-def test_what_is_done_beside_the_method_is_a_row_beside_it():
-    """With what is left out of a row where it has no effect, and with the dense model."""
+def test_options_in_addition_to_the_method_form_separate_rows():
+    """Options without effect do not form rows; the dense model has its own row."""
     plain = three_seeds("SparseGPT", 20.0, 22.0, 27.0, config__pipeline__permute=True)
     owl = three_seeds("SparseGPT", 19.0, 21.0, 26.0, config__allocation={"rule": "owl", "spread": 0.08, "outlier": 5.0})
     steps = three_seeds("SparseGPT", 18.0, 20.0, 25.0, config__refine={"steps": 8, "mask_iterations": 0})
@@ -84,14 +84,14 @@ def test_what_is_done_beside_the_method_is_a_row_beside_it():
     assert [table.cells[row]["0.7"].difference.mean for row in rows[2:]] == pytest.approx([-1.0, -2.0, -3.0, -4.0])
 
 
-def test_permuted_channels_are_a_row_of_their_own_where_they_count():
+def test_channel_permutation_forms_a_separate_row_where_it_has_an_effect():
     runs = [record("SparseGPT", 20.0, pattern="2:4"), record("SparseGPT", 19.0, pattern="2:4", config__pipeline__permute=True)]
     runs[1]["label"] = "SparseGPT + permuted"
     (table,) = tables(runs)
     assert {row: cells["2:4"].mean for row, cells in table.cells.items()} == {"SparseGPT": 20.0, "SparseGPT + permuted": 19.0}
 
 
-def test_sparsities_are_columns_in_order():
+def test_sparsities_are_sorted_columns():
     records = [record("ROSE", 1.0, ratio=ratio) for ratio in (0.9, 0.5, 0.7)] + [record("ROSE", 2.0, pattern="2:4")]
     (table,) = tables(records)
     assert table.names == ["0.5", "0.7", "0.9", "2:4"]
@@ -115,7 +115,7 @@ def test_sparsities_are_columns_in_order():
         ("protocol__threads", 1),
     ],
 )
-def test_other_protocols_never_share_a_cell(change, value):
+def test_different_protocols_never_share_a_cell(change, value):
     records = [record("SparseGPT", 20.0, 0), record("SparseGPT", 30.0, 1, **{change: value})]
     report = gather(records)
     of_metric = [table for table in report.tables if table.metric == METRIC]
@@ -138,16 +138,16 @@ def test_other_protocols_never_share_a_cell(change, value):
         ("config__tracking", {"kind": "wandb"}),
         ("config__tags", ["x"]),
         ("config__pipeline__activations", "disk"),
-        ("config__calibration__path", "/elsewhere/c4.jsonl"),  # the text's fingerprint says what it is
+        ("config__calibration__path", "/elsewhere/c4.jsonl"),  # the fingerprint identifies the text
         ("protocol__calibration__source", "/elsewhere/c4.jsonl"),
     ],
 )
-def test_what_has_no_effect_parts_nothing(change, value):
+def test_settings_without_effect_do_not_split_tables(change, value):
     (table,) = tables([record("SparseGPT", 20.0, 0), record("SparseGPT", 30.0, 1, **{change: value})])
     assert table.cells["SparseGPT"]["0.7"].mean == 25.0
 
 
-def test_a_dense_model_stands_in_every_table_that_its_measurement_fits():
+def test_dense_model_is_in_every_table_with_its_evaluation_protocol():
     records = [
         record("Dense", 5.0),
         record("SparseGPT", 20.0),
@@ -161,7 +161,7 @@ def test_a_dense_model_stands_in_every_table_that_its_measurement_fits():
     assert all(next(iter(t.cells)) == "Dense" for t in found if "Dense" in t.cells)
 
 
-def test_any_setting_can_be_the_columns():
+def test_any_setting_can_define_the_columns():
     records = [record("SparseGPT", 20.0 + b, config__engine__block_size=b) for b in (64, 128)]
     records += [record("ROSE", 19.0 + b, config__engine__block_size=b) for b in (64, 128)]
     (table,) = tables(records, columns="engine.block_size")
@@ -174,7 +174,7 @@ def test_any_setting_can_be_the_columns():
     assert table.names == ["16", "128"]
 
 
-def test_a_threshold_in_the_columns_is_in_no_name():
+def test_threshold_columns_do_not_split_row_names():
     records = []
     for threshold in (0.25, 0.5):
         made = record("ROSE", 10 * threshold, config__reorder__threshold=threshold)
@@ -185,14 +185,14 @@ def test_a_threshold_in_the_columns_is_in_no_name():
     assert table.names == ["0.25", "0.5"]
 
 
-def test_variants_of_a_method_are_told_apart():
+def test_variants_of_a_method_form_separate_rows():
     records = [record("DSnoT", 1.0), record("DSnoT", 2.0, config__method__options={"initial": "sparsegpt"})]
     records[0]["config"]["method"]["options"] = {"initial": "wanda"}
     (table,) = tables(records)
     assert list(table.cells) == ["DSnoT (initial=wanda)", "DSnoT (initial=sparsegpt)"]
 
 
-def test_what_did_not_finish_is_told_and_a_run_done_twice_counts_once():
+def test_unfinished_runs_are_listed_and_repeated_runs_count_once():
     failed = record("ROSE", 1.0) | {"status": "failed", "error": "RoseExpError: no disk", "run_id": "f"}
     report = gather([record("ROSE", 20.0), record("ROSE", 21.0), failed])
     assert report.runs == 1
@@ -200,7 +200,7 @@ def test_what_did_not_finish_is_told_and_a_run_done_twice_counts_once():
     assert report.tables[0].cells["ROSE"]["0.7"].values == {0: 21.0}
 
 
-def test_tasks_are_columns_of_a_table_for_each_sparsity():
+def test_tasks_are_columns_of_one_table_per_sparsity():
     made = [record("SparseGPT", 1.0, ratio=r) for r in (0.5, 0.7)] + [record("Dense", 1.0)]
     for i, one in enumerate(made):
         one["metrics"] |= {"zero_shot.piqa": 50.0 + i, "zero_shot.average": 40.0 + i}
@@ -211,13 +211,13 @@ def test_tasks_are_columns_of_a_table_for_each_sparsity():
     assert found[1].cells["SparseGPT"]["average"].mean == 41.0
 
 
-def test_minutes_of_pruning_have_a_table():
+def test_pruning_minutes_form_a_table():
     (table,) = [table for table in gather([record("ROSE", 1.0), record("Dense", 1.0)]).tables if table.metric == MINUTES]
     assert table.cells["ROSE"]["0.7"].mean == 1.5
     assert "Dense" not in table.cells
 
 
-def test_other_sparsities_part_tables_that_are_about_something_else():
+def test_sparsities_split_tables_with_other_columns():
     records = [record("SparseGPT", 10.0, ratio=0.5), record("SparseGPT", 30.0, ratio=0.7), record("ROSE", 9.0, ratio=0.5)]
     found = tables(records, columns="engine.block_size")
     assert sorted(table.cells["SparseGPT"]["128"].mean for table in found) == [10.0, 30.0]
@@ -227,41 +227,41 @@ def test_other_sparsities_part_tables_that_are_about_something_else():
     }
 
 
-def test_two_runs_for_one_place_are_told():
+def test_second_run_for_the_same_cell_is_listed():
     other = record("SparseGPT", 30.0, config__engine__damping=0.1)
     report = gather([record("SparseGPT", 10.0), other], allowed=["engine.damping"])
     assert report.tables[0].cells["SparseGPT"]["0.7"].values == {0: 10.0}
     assert report.left_out[0].startswith(f"SparseGPT {other['run_id']}: another run occupies its cell in Llama-2-7b-hf")
 
 
-def test_a_run_done_again_elsewhere_is_not_mixed_with_the_first():
+def test_repeated_run_on_another_device_is_in_a_separate_table():
     first, again = record("SparseGPT", 10.0), record("SparseGPT", 10.5)
     again["protocol"]["device"] = "cuda: H100"
     assert [table.letter for table in tables([first, again])] == ["A", "B"]
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_perplexity_that_is_no_number_spoils_its_own_cell_only(value):
+def test_non_finite_perplexity_affects_only_its_own_cell(value):
     (table,) = tables([*three_seeds("SparseGPT", 20.0, 22.0, 24.0), *three_seeds("ROSE", 19.0, value, 20.0)])
     assert table.cells["ROSE"]["0.7"].deviation is None
     assert table.cells["ROSE"]["0.7"].difference is None
     assert table.cells["SparseGPT"]["0.7"].deviation == 2.0
 
 
-def test_minutes_count_what_was_shared_and_not_what_was_studied():
+def test_minutes_include_shared_work_and_exclude_studies():
     made = record("ROSE", 1.0)
     made["seconds"] |= {"pruning": 600.0, "pruning.studying": 540.0, "pruning.shared": 30.0}
     (table,) = [table for table in gather([made]).tables if table.metric == MINUTES]
     assert table.cells["ROSE"]["0.7"].mean == 1.5
 
 
-def test_a_baseline_that_is_not_there_is_refused():
+def test_unknown_baseline_raises_an_error():
     with pytest.raises(RoseExpError, match="--baseline: expected one of ROSE, got 'Rose'"):
         gather([record("ROSE", 1.0)], baseline="Rose")
-    assert gather([record("ROSE", 1.0)]).tables  # the usual one may be missing
+    assert gather([record("ROSE", 1.0)]).tables  # the default baseline may be missing
 
 
-def test_a_run_that_measured_more_is_no_other_run():
+def test_run_with_additional_metrics_is_not_a_conflict():
     more = record("SparseGPT", 10.0)
     more["run_id"] = "more"
     more["metrics"]["perplexity.c4"] = 12.0

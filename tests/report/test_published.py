@@ -1,4 +1,4 @@
-"""Published figures: what the data files hold, and how ours are set beside them."""
+"""Published results: consistency of the data files and comparison with run results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAPER, OBS_DIFF = papers()
 
 
 @pytest.mark.parametrize("paper", papers(), ids=lambda paper: paper["paper"][:4])
-def test_every_figure_is_whole(paper):
+def test_published_results_are_complete_and_unique(paper):
     seen = set()
     for name, table in paper["tables"].items():
         assert {"title", "source", "trust"} <= set(table), name
@@ -32,7 +32,7 @@ def test_every_figure_is_whole(paper):
             seen.add(key)
 
 
-def test_the_averages_of_table_3_are_the_means_of_its_tasks():
+def test_averages_of_table_3_are_the_means_of_its_tasks():
     rows = {}
     for figure in PAPER["tables"]["table3"]["figures"]:
         rows.setdefault((figure["model"], figure["method"]), {})[figure["metric"]] = figure["value"]
@@ -49,7 +49,7 @@ def test_the_averages_of_table_3_are_the_means_of_its_tasks():
         (OBS_DIFF, ["model=sd3-medium", "evaluation.images.samples=5000"]),
     ],
 )
-def test_models_and_protocol_name_settings_that_there_are(paper, overrides):
+def test_models_and_protocols_refer_to_existing_settings(paper, overrides):
     paths = {settings_of(f"model={name}").model.path for name in paper["models"].values()}
     assert paths == set(paper["models"])
     config = settings_of(*overrides).model_dump()
@@ -65,7 +65,7 @@ def cell(label, perplexity, **options):
     return next(iter(table.cells[label].values())).published
 
 
-def test_ours_is_judged_by_the_tolerance():
+def test_own_result_is_compared_within_the_tolerance():
     near = cell("SparseGPT", 27.2)
     assert (near.value, near.trust, near.within) == (27.68, "primary", True)
     assert near.deviation == pytest.approx(27.2 / 27.68 - 1)
@@ -73,7 +73,7 @@ def test_ours_is_judged_by_the_tolerance():
     assert cell("Dense", 5.48).within is True
 
 
-def test_another_protocol_is_not_judged():
+def test_results_with_a_different_protocol_are_not_compared():
     found = cell("SparseGPT", 27.2, config__calibration__samples=16)
     assert found.within is None
     assert found.why_not == "calibration.samples is 16, in the paper 128"
@@ -82,7 +82,7 @@ def test_another_protocol_is_not_judged():
     assert cell("Dense", 5.48, config__evaluation__limit=2).within is None
 
 
-def test_the_judgement_does_not_hang_on_the_order_of_the_seeds():
+def test_comparison_is_independent_of_the_seed_order():
     seeds = [record("ROSE", 26.0, 0), record("ROSE", 27.0, 1)]
     for records in (seeds, seeds[::-1]):
         (table,) = [t for t in gather(records).tables if t.metric == METRIC]
@@ -91,26 +91,26 @@ def test_the_judgement_does_not_hang_on_the_order_of_the_seeds():
         assert published.deviation == pytest.approx(26.5 / 26.38 - 1)
 
 
-def test_secondary_figures_say_so_and_unknown_cells_stay_empty():
+def test_secondary_results_are_marked_and_unknown_cells_stay_empty():
     assert cell("SparseGPT", 11.1, pattern="2:4").trust == "secondary"
     assert cell("Wanda", 11.1, pattern="2:4") is None
     assert cell("SparseGPT", 7.0, ratio=0.5) is None
     assert cell("SparseGPT", 27.0, config__model__path="another/model") is None
 
 
-def test_the_papers_dsnot_starts_from_sparsegpts_mask():
+def test_published_dsnot_starts_from_the_sparsegpt_mask():
     assert cell("DSnoT", 60.0) is None
     assert cell("DSnoT", 60.0, config__method__options={"initial": "sparsegpt"}).value == 60.44
 
 
-def test_minutes_are_shown_and_not_judged():
+def test_minutes_are_shown_without_a_tolerance():
     (table,) = [t for t in gather([record("ROSE", 26.0)]).tables if t.metric == "minutes.pruning"]
     published = table.cells["ROSE"]["0.7"].published
     assert (published.value, published.trust, published.within) == (5.15, "secondary", None)
 
 
 def images_cell(label, model="stabilityai/stable-diffusion-3-medium-diffusers", **changes):
-    """What the paper says of ImageReward, beside a run of a diffusion model."""
+    """Return the published ImageReward that corresponds to a run of a diffusion model."""
     run = record("SparseGPT", 10.0) | {"label": label}
     own = flat(settings_of("model=sd3-medium", "evaluation.images.samples=5000").model_dump(mode="json")) | changes
     run["config"] = nested(own)
@@ -130,7 +130,7 @@ def nested(values):
     return found
 
 
-def test_figures_of_diffusion_models_are_told_apart_by_what_their_table_is_about():
+def test_diffusion_results_are_matched_by_the_settings_of_their_table():
     assert images_cell("OBS-Diff").value == 0.6468
     assert images_cell("Dense").value == 0.9029
     ablation = {"evaluation.images.samples": 1000}
@@ -143,7 +143,7 @@ def test_figures_of_diffusion_models_are_told_apart_by_what_their_table_is_about
     assert images_cell("OBS-Diff", **{"sparsity.ratio": 0.35}) is None
 
 
-def test_figures_of_diffusion_models_are_not_judged_by_a_tolerance_that_nobody_knows():
+def test_diffusion_results_have_no_tolerance():
     found = images_cell("OBS-Diff", **{"diffusion.steps": 10})
     assert (found.within, found.trust) == (None, "primary")
     assert found.why_not == "diffusion.steps is 10, in the paper 25; no tolerance is known"

@@ -1,4 +1,4 @@
-"""The plain table at the end of runs."""
+"""Plain-text table of results."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ def rows(records) -> list[list[str]]:
     return [line.split() for line in format_table(records).splitlines()]
 
 
-def test_runs_of_one_model_stand_without_its_name():
+def test_model_column_is_omitted_for_a_single_model():
     found = rows([record("SparseGPT", 27.68), record("ROSE", 26.38)])
     assert found[0] == ["method", "pattern", "sparsity", "perplexity.wikitext2", "seconds"]
     assert found[2] == ["SparseGPT", "unstructured", "0.5000", "27.68", "96"]
 
 
-def test_runs_of_several_models_say_whose_they_are():
+def test_model_column_is_shown_for_several_models():
     other = record("SparseGPT", 9.0, config__model__path="another/model", protocol__model__name="model")
     failed = record("ROSE", 9.0, config__model__path="third/model") | {"status": "failed"}
     del failed["protocol"]["model"]
@@ -27,13 +27,13 @@ def test_runs_of_several_models_say_whose_they_are():
     assert found[4][1:] == ["ROSE", "unstructured", "failed"]
 
 
-def test_metrics_of_images_keep_their_digits():
+def test_image_metrics_keep_significant_digits():
     run = record("SparseGPT", 27.68)
     run["metrics"]["images.latent_mse"] = 0.00123456
     assert rows([run])[2][-2] == "0.001235"
 
 
-def test_runs_with_an_ordering_show_how_many_layers_it_reordered():
+def test_reordered_column_counts_reordered_layers():
     dense, failed = record("Dense", 5.47), record("ROSE", 9.0, reordered=4) | {"status": "failed", "metrics": {}}
     text = format_table([dense, record("SparseGPT", 27.68), record("ROSE", 26.38, reordered=4), failed])
     found = [line.split() for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""The report's files: what a reader finds in them."""
+"""Report files: Markdown, CSV, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def report():
     return gather([*records, record("Dense", 5.47), record("ROSE", 300.0, ratio=0.8)])
 
 
-def test_markdown(report):
+def test_markdown_report(report):
     text = markdown(report)
     assert "| ROSE | **26.30 ± 0.26** | 300.00 |" in text
     assert "| Dense | 5.47 | 5.47 |" in text
@@ -39,7 +39,7 @@ def test_markdown(report):
     assert "seeds 0, 1, 2; mean ± standard deviation over the seeds; torch 2.13.0" in text
 
 
-def test_events_of_the_runs_are_told():
+def test_run_events_are_summarized():
     one, two = record("SparseGPT", 27.0, 0), record("SparseGPT", 28.0, 1)
     event = {"kind": "dead_columns", "layer": "a", "detail": "3 of 8 inputs never fired"}
     one["events"], two["events"] = [event, event | {"layer": "b"}], [event | {"kind": "damping_raised"}]
@@ -53,7 +53,7 @@ def test_events_of_the_runs_are_told():
 
 @pytest.fixture
 def ordered():
-    """Runs of two seeds, with a baseline that has an ordering, too."""
+    """Run records of two seeds with and without reordering; the baseline may use reordering."""
     values = {"SparseGPT": (None, None), "ROSE": (4, 6)}
     records = [record(name, 27.0 + s, s, reordered=counts[s]) for name, counts in values.items() for s in (0, 1)]
     other = {"config__reorder__blocks": "descending", "config__reorder__threshold": 0.9}
@@ -62,7 +62,7 @@ def ordered():
 
 
 @pytest.mark.parametrize("baseline", ["SparseGPT", "ROSE (threshold=0.5)"])
-def test_reordered_layers_have_a_table_without_differences_and_best_marks(ordered, baseline):
+def test_reordered_layers_table_has_no_differences_or_best_marks(ordered, baseline):
     report = gather([*ordered, record("Dense", 5.47)], baseline=baseline)
     perplexities, _, counts = report.tables
     assert [table.metric for table in report.tables] == ["perplexity.wikitext2", "minutes.pruning", "reordered_layers"]
@@ -84,7 +84,7 @@ def test_reordered_layers_have_a_table_without_differences_and_best_marks(ordere
     assert [(row["mean"], row["best"], row["difference"]) for row in rows] == [("5.0", "False", ""), ("0.0", "False", "")]
 
 
-def test_rows_without_a_reordered_layer_are_noted(ordered):
+def test_rows_without_reordered_layers_have_a_note(ordered):
     report = gather(ordered)
     note = "ROSE (threshold=0.9): no layer reordered in 2 of 2 runs ("
     assert sum(line.startswith(f"* {note}") for line in markdown(report).splitlines()) == len(report.tables)
@@ -92,8 +92,8 @@ def test_rows_without_a_reordered_layer_are_noted(ordered):
     assert "no layer reordered" not in markdown(gather([record("ROSE", 26.0, reordered=1), record("SparseGPT", 27.0)]))
 
 
-def test_pairs_do_not_depend_on_the_count_of_reordered_layers():
-    """An old record has no count: its perplexity is paired all the same."""
+def test_pairing_ignores_the_count_of_reordered_layers():
+    """Records from older versions lack the count and are still paired."""
     old = [record(name, v + s, s) for name, v in (("SparseGPT", 27.0), ("ROSE", 26.0)) for s in (0, 1)]
     new = [record("SparseGPT", 29.0, 2), record("ROSE", 28.0, 2, reordered=4)]
     report = gather([*old, *new])
@@ -102,7 +102,7 @@ def test_pairs_do_not_depend_on_the_count_of_reordered_layers():
     assert cell.difference.pairs == 3
 
 
-def test_the_caption_says_where_bos_stands():
+def test_caption_states_the_bos_mode():
     bos = {"protocol__calibration__bos": "windows", "protocol__evaluation__wikitext2__bos": "windows"}
     text = markdown(gather([record("ROSE", 26.0, **bos)]))
     assert "on 128 windows of 2048 tokens, each after BOS, cut as documents" in text
@@ -114,7 +114,7 @@ def test_the_caption_says_where_bos_stands():
     assert "(protocol A)" in markdown(gather([record("ROSE", 26.0, **own), record("ROSE", 27.0, **bos)]))
 
 
-def test_protocols_that_differ_are_told():
+def test_protocol_differences_are_listed():
     text = markdown(gather([record("ROSE", 26.0), record("ROSE", 27.0, config__engine__damping=0.1)]))
     assert "## Llama-2-7b-hf: perplexity.wikitext2 (protocol A)" in text
     assert "* `engine.damping`: 0.01 | 0.1" in text
@@ -122,7 +122,7 @@ def test_protocols_that_differ_are_told():
     assert "Allowed to differ within a table: `engine`." in allowed
 
 
-def test_csv_has_a_line_a_cell(report):
+def test_csv_has_one_line_per_cell(report):
     rows = list(csv.DictReader(io.StringIO(comma_separated(report))))
     rose = next(row for row in rows if row["method"] == "ROSE" and row["column"] == "0.7" and row["metric"].startswith("perp"))
     assert (rose["seeds"], rose["best"], rose["baseline"], rose["pairs"]) == ("0 1 2", "True", "SparseGPT", "3")
@@ -138,21 +138,21 @@ def test_latex_has_booktabs_tables(report, tmp_path):
     assert "perplexity.wikitext2" in text
     assert not re.search(r"(?<!\\)[%_#]", text)
     if shutil.which("pdflatex") is None:
-        pytest.skip("needs pdflatex to set it")
+        pytest.skip("needs pdflatex")
     (tmp_path / "t.tex").write_text(r"\documentclass{article}\usepackage{booktabs}\begin{document}" + text + r"\end{document}")
     assert subprocess.run(["pdflatex", "-interaction=batchmode", "t.tex"], cwd=tmp_path, check=False).returncode == 0
 
 
-def test_the_page_is_self_contained_and_escapes(report):
+def test_web_page_is_self_contained_and_escaped(report):
     report.left_out.append("<script>alert(1)</script>")
     page = web_page(report)
     assert "26.30 ± 0.26" in page
-    assert page.count("data:image/png;base64,") == 2  # values, and differences
+    assert page.count("data:image/png;base64,") == 2  # values and differences
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "<script" not in page
 
 
-def test_studies_are_drawn(shared, tmp_path):
+def test_web_page_contains_study_figures(shared, tmp_path):
     import rose_exp
 
     from ..conftest import small_overrides
@@ -164,7 +164,7 @@ def test_studies_are_drawn(shared, tmp_path):
     assert page.count("data:image/png;base64,") == 3
 
 
-def test_the_command_writes_all_four_and_prints_the_tables(tmp_path, capsys):
+def test_command_writes_all_formats_and_prints_the_tables(tmp_path, capsys):
     for seed in (0, 1):
         folder = tmp_path / "runs" / str(seed)
         folder.mkdir(parents=True)
@@ -177,7 +177,7 @@ def test_the_command_writes_all_four_and_prints_the_tables(tmp_path, capsys):
     assert (tmp_path / "runs" / "report" / "report.md").read_text() in printed
 
 
-def test_nothing_to_read_is_one_clear_error(tmp_path, capsys):
+def test_missing_and_invalid_records_raise_an_error(tmp_path, capsys):
     with pytest.raises(RoseExpError, match="expected a folder that exists"):
         write_report([tmp_path / "missing"])
     with pytest.raises(SystemExit):

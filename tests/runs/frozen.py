@@ -1,17 +1,17 @@
 """Frozen results: small configurations whose metrics, layer reports and weights must not change.
 
-Each file in ``frozen_results`` holds the results of one environment, and ``test_frozen.py`` compares those of the environment
-it runs in exactly. After a change that is meant to alter numbers, write the results again in every environment. On a new type
-of processor, write them from a commit whose results are known to be correct::
+Each file in ``frozen_results`` holds the results of one environment. ``test_frozen.py`` compares the results of the current
+environment exactly. After a change that is meant to alter numbers, regenerate the results in every environment. On a new
+processor type, generate them from a commit that is known to be correct::
 
     python -m tests.runs.frozen --write                # all configurations
-    python -m tests.runs.frozen --write rose "rose,*"  # those that match a pattern
-    python -m tests.runs.frozen                        # without --write: compare
+    python -m tests.runs.frozen --write rose "rose,*"  # matching configurations
+    python -m tests.runs.frozen                        # compare only
 
-Floating-point results are reproducible bit for bit only on one type of processor, with one version of each numeric library and
-with one thread. Each file names its environment, and every configuration runs with one thread.
+Floating-point results are bitwise reproducible only on one processor type, with fixed versions of the numeric libraries and
+a single thread. Each file records its environment, and every configuration runs with one thread.
 
-``frozen_cases.py`` holds the configurations and the names of the fields.
+``frozen_cases.py`` holds the configurations and the field names.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ from .frozen_cases import (
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DATA = REPOSITORY.parent / "shared" / "data"
 FOLDER = Path(__file__).with_name("frozen_results")
-DIGITS = 16  # hexadecimal digits of a digest, except that of the weights
+DIGITS = 16  # hexadecimal digits kept of each digest except that of the weights
 
 
 def result_of(name: str, scratch: Path) -> dict[str, Any]:
-    """Run a configuration in an empty folder and return what is frozen of it."""
+    """Run a configuration in an empty folder and return its values to freeze."""
     overrides, way = _overrides(name)
     for model in MODELS:
         if f"<{model}>" in overrides:
@@ -89,17 +89,17 @@ def result_of(name: str, scratch: Path) -> dict[str, Any]:
 
 
 def deviations(results: Mapping[str, Mapping[str, Any]], name: str, got: Mapping[str, Any]) -> list[str]:
-    """Return one line for each value in which a result differs from the frozen one."""
+    """Return one line for each value that differs from the frozen result."""
     if name not in SAME:
         return differences(results.get(name), got)
     own, expected = dict(got), dict(results.get(SAME[name][0], {}))
     for result in (own, expected):
-        result.pop("packages", None)  # the record of a resumed run leaves out those that were finished before
+        result.pop("packages", None)  # the record of a resumed run lacks packages that finished earlier
     return differences(expected, own)
 
 
 def _overrides(name: str) -> tuple[str, str]:
-    """Return the overrides of a configuration, and the name in ``WAYS`` of how it is run."""
+    """Return the overrides of a configuration and the key in ``WAYS`` of how to run it."""
     if name in SAME:
         of, more, way = SAME[name]
         return f"{_overrides(of)[0]} {more}", way
@@ -110,7 +110,7 @@ def _overrides(name: str) -> tuple[str, str]:
 
 
 def _build(model: str, folder: Path) -> Path:
-    """Save a model with random weights, and the tokenizer of the trained one."""
+    """Save a model with random weights and the tokenizer of the trained model."""
     kind, arguments = MODELS[model]
     built = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments))
     generator = torch.Generator().manual_seed(0)
@@ -121,10 +121,10 @@ def _build(model: str, folder: Path) -> Path:
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5, generator=generator)
             if name.endswith("fc1.bias"):
-                parameter[:5] = -100  # neurons whose output is always zero
+                parameter[:5] = -100  # dead neurons
     built.save_pretrained(folder)
     for file in (DATA / "models" / "stories260k-llama").glob("tokenizer*"):
-        shutil.copyfile(file, folder / file.name)  # without the permissions, which forbid deletion
+        shutil.copyfile(file, folder / file.name)  # do not copy the read-only permissions
     return folder
 
 
@@ -146,7 +146,7 @@ def _run(arguments: list[str], folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _crash(arguments: list[str], folder: Path, number: int) -> tuple[dict[str, Any], Path]:
-    """Fail right after the ``number``-th commit of the state, then run again."""
+    """Crash right after commit ``number`` of the state, then resume."""
 
     def fail() -> None:
         raise _Failure
@@ -156,7 +156,7 @@ def _crash(arguments: list[str], folder: Path, number: int) -> tuple[dict[str, A
 
 
 def _stop(arguments: list[str], folder: Path, number: int) -> tuple[dict[str, Any], Path]:
-    """Send SIGTERM at the ``number``-th factorisation of a Hessian, inside a block after the first one, then run again."""
+    """Send SIGTERM at Hessian factorization ``number``, inside a block after the first, then resume."""
     with _at_call(torch.linalg, "cholesky_ex", number, lambda: signal.raise_signal(signal.SIGTERM)):
         return _resumed(arguments, folder, Interrupted, "part-*")
 
@@ -172,19 +172,19 @@ def _resumed(arguments: list[str], folder: Path, stops: type[BaseException], kep
         raise AssertionError("the run was not interrupted")
     record, place = _run(arguments, folder)
     if not record.get("resumed"):
-        raise AssertionError("the second run started anew")
+        raise AssertionError("the second run did not resume")
     return record, place
 
 
 class _Failure(Exception):
-    """Ends a run."""
+    """Simulated crash."""
 
 
 @contextmanager
 def _at_call(
     owner: Any, name: str, number: int, act: Callable[[], None], counts: Callable[..., bool] = lambda *_, **__: True
 ) -> Iterator[None]:
-    """Call ``act`` once, after the ``number``-th call of the function ``owner.name`` whose arguments ``counts`` accepts."""
+    """Call ``act`` once, after call ``number`` of ``owner.name`` among those whose arguments ``counts`` accepts."""
     original, seen = getattr(owner, name), 0
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -204,13 +204,13 @@ def _at_call(
 
 
 def _sweep(arguments: list[str], folder: Path) -> tuple[dict[str, Any], Path]:
-    """Run last in a sweep, whose runs share the moments of the first block."""
+    """Run as the last job of a sweep whose runs share the moments of the first block."""
     record = rose_exp.sweep(arguments, folder)[-1]
     return record, folder / record["run_id"]
 
 
 def _ranks(arguments: list[str], folder: Path) -> tuple[dict[str, Any], Path]:
-    """Run in two processes, with one thread each."""
+    """Run in two processes with one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rose_exp"]
     place = folder / "run"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -232,10 +232,10 @@ WAYS = {"run": _run, "crash": _crash, "stop": _stop, "sweep": _sweep, "ranks": _
 
 
 def _frozen(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what is frozen of a finished run.
+    """Return the values to freeze from a finished run.
 
-    Errors of layers are kept as they are. Other fields of layers are kept as one value if they are equal in all layers, else as
-    a digest of the values by layer.
+    Layer errors are stored as they are. Every other layer field is stored as a single value if it is equal in all layers, and
+    as a digest of the values by layer otherwise.
     """
     if record["status"] != "finished":
         raise AssertionError(f"the run is {record['status']}: {record['error']}")
@@ -287,7 +287,7 @@ def _at(record: Mapping[str, Any], path: Sequence[str]) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Return JSON in which equal text means equal values, NaN included."""
+    """Return JSON text that is equal exactly for equal values, including NaN."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -296,7 +296,7 @@ def _digest(value: Any) -> str:
 
 
 def _weights(folder: Path) -> str:
-    """Return the SHA-256 of all tensors of a saved model: names, types, shapes and bytes, however they are split into files."""
+    """Return the SHA-256 of all tensors of a saved model (names, dtypes, shapes, bytes), regardless of sharding."""
     tensors = {}
     for file in folder.rglob("*.safetensors"):
         part = file.parent.relative_to(folder).as_posix()
@@ -319,7 +319,7 @@ def differences(expected: Any, got: Any, where: str = "") -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return all that results depend on beside the code and the data."""
+    """Return everything the results depend on apart from code and data."""
     info = Path("/proc/cpuinfo")
     facts: dict[str, str] = {}
     for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
@@ -333,19 +333,19 @@ def environment() -> dict[str, str]:
 
 
 def file_of(facts: Mapping[str, str]) -> Path:
-    """Return the file for the processor of an environment."""
+    """Return the result file for the processor of an environment."""
     vendor = re.sub(r"\W.*", "", facts["cpu"].removeprefix("model name ")).lower()
     numbers = re.findall(r"cpu family (\w+), model (\w+)", facts["cpu"])
     return FOLDER / f"{'-'.join([vendor, *(numbers[0] if numbers else ())])}.json"
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Return the content of a file of results: the environment, and the results by configuration."""
+    """Return the content of a result file: the environment and the results by configuration."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _write(file: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the file with one line for each part of a result, so that diffs are readable."""
+    """Write the result file with one line per part of a result for readable diffs."""
     lines = ["{", f'"environment": {_text(environment())},', '"results": {']
     for number, (name, result) in enumerate(results.items()):
         parts = [f"  {json.dumps(part)}: {_text(value)}" for part, value in result.items()]
@@ -379,7 +379,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 result = result_of(name, Path(scratch))
-            except Exception as error:  # the other configurations still run
+            except Exception as error:  # keep running the other configurations
                 print(f"        {name}: failed: {type(error).__name__}: {error}")
                 failed += 1
                 continue

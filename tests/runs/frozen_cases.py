@@ -1,7 +1,7 @@
-"""The configurations of :mod:`tests.runs.frozen`, and the current names of what it reads from run records.
+"""Configurations of :mod:`tests.runs.frozen`, and the current names of the fields it reads from run records.
 
-When a setting gets another name, change the overrides. When a field of the records gets another name, change the value in the
-table of names. The names in the files of results stay.
+When a setting is renamed, update the overrides. When a field of the run records is renamed, update the value in the mapping
+of names. The names in the result files never change.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ LAYER_FIELDS = {  # frozen name: current name in the layers of a run record
     "groups": "groups",
 }
 LAYER_NAME = "name"
-NOT_FROZEN = {LAYER_NAME, "seconds", "requested"}  # further fields of a layer; new fields go here
+NOT_FROZEN = {LAYER_NAME, "seconds", "requested"}  # other fields of a layer; add new fields here
 
-LAYER_VALUES: dict[str, dict[Any, Any]] = {  # values of a frozen field that have another name now, current: frozen
+LAYER_VALUES: dict[str, dict[Any, Any]] = {  # renamed values of a frozen field, current: frozen
     "target": {"asymmetric": "outputs", "residual": "hidden_states"},
     "fallback": {},
 }
 
-STUDY_FIELDS = {  # frozen name: current name in the study of a layer
+STUDY_FIELDS = {  # frozen name: current name in a layer study
     "sparsity": "sparsity",
     "cumulative": "cumulative",
     "worst": "worst",
@@ -48,22 +48,22 @@ STUDY_FIELDS = {  # frozen name: current name in the study of a layer
     "columns": "columns",
     "damping": "damping",
 }
-STUDIES = "figures/*.json"  # in the folder of a run
+STUDIES = "figures/*.json"  # in the run folder
 
 TIMED_METRICS = {"images.speedup"}  # not frozen
-METRICS: dict[str, str] = {}  # metrics that have another name now, current: frozen
+METRICS: dict[str, str] = {}  # renamed metrics, current: frozen
 
 INPUTS = {  # frozen name: path in a run record
     "calibration": ("protocol", "calibration", "tokens_sha256"),
     "calibration_source": ("protocol", "calibration", "sha256"),
     "calibration_noise": ("protocol", "calibration", "noise_sha256"),
 }
-PARAMETERS = ("parameters",)  # numbers of parameters before and after removal
-LATENT_ERRORS = ("images", "latent_mse")  # of each step
+PARAMETERS = ("parameters",)  # parameter counts before and after removal
+LATENT_ERRORS = ("images", "latent_mse")  # one per step
 PACKAGES = ("packages",)
 PACKAGE_LAYERS = "layers"
 
-# Configurations: name, and overrides separated by spaces. <data> stands for the folder of data, <gpt2> for a model in MODELS.
+# Configurations: name -> overrides separated by spaces. <data> is the data folder, <gpt2> a model in MODELS.
 
 EVERY = "device=cpu save=true figures.draw=false"
 TEXTS = (
@@ -76,7 +76,7 @@ STORIES = "model=local model.path=<data>/models/stories260k-llama"
 LANGUAGE_BASE = f"{EVERY} {STORIES} {TEXTS} engine.block_size=16"  # 16: several blocks in the 64 columns of a layer
 DIFFUSION_BASE = f"{EVERY} calibration.samples=3 evaluation.images.samples=2 diffusion.steps=3"
 
-ORDERED = "method=rose reorder.threshold=0.3"  # a threshold that some layers exceed and others do not
+ORDERED = "method=rose reorder.threshold=0.3"  # exceeded by some layers and not by others
 ZERO_SHOT = "evaluation.zero_shot.data_dir=<data>/zeroshot evaluation.zero_shot.limit=2"
 OWN_MODEL = "model.path=<{}>"
 
@@ -109,7 +109,7 @@ LANGUAGE = {
     "structured neurons": "method=sparsegpt sparsity=structured sparsity.ratio=0.25 sparsity.heads=false sparsity.at_once=8",
     "structured exact": "method=sparsegpt sparsity=structured sparsity.ratio=0.5 sparsity.saliency=exact",
     "structured magnitude": "method=magnitude sparsity=structured sparsity.ratio=0.5",
-    # Order of columns and blocks
+    # Reordering of columns and blocks
     "order always": "method=rose reorder.threshold=null",
     "order ascending": "method=sparsegpt reorder=ascending reorder.threshold=null",
     "order blocks": "method=sparsegpt reorder=block_only reorder.threshold=null",
@@ -174,7 +174,7 @@ DIFFUSION = {
     "ddpm heads": "model=small-ddpm method=sparsegpt sparsity=structured sparsity.ratio=0.5 sparsity.neurons=false",
 }
 
-# Other ways to the result of a configuration above: its name, more overrides, and how the run is done.
+# Alternative ways to obtain the result of a configuration above: its name, extra overrides, and how it is run.
 SAME: dict[str, tuple[str, str, str]] = {
     "rose, activations on disk": ("rose", "pipeline.activations=disk", "run"),
     "rose, weights on disk": ("rose", "pipeline.weights=disk", "run"),
@@ -198,7 +198,7 @@ RANKS = {  # two processes
 
 NAMES = (*LANGUAGE, *DIFFUSION, *RANKS, *SAME)
 
-MODELS = {  # models with random weights: configuration class and its arguments
+MODELS = {  # models with random weights: configuration class and arguments
     "gpt2": ("GPT2Config", {"vocab_size": 512, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "opt": (
         "OPTConfig",

@@ -1,4 +1,4 @@
-"""Whole runs of diffusion models."""
+"""End-to-end runs of diffusion models."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def run(folder, *overrides):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kind_of_pipeline_runs(name, tmp_path):
+def test_every_pipeline_runs(name, tmp_path):
     record = run(tmp_path, f"model=small-{name}")
     assert record["status"] == "finished"
     assert record["label"] == "OBS-Diff"
     assert record["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert {"images.latent_mse", "images.psnr", "images.ssim"} <= set(record["metrics"])
-    assert "images.speedup" not in record["metrics"]  # zeros that are stored make nothing faster
+    assert "images.speedup" not in record["metrics"]  # stored zeros give no speedup
     assert min(record["images"]["denoiser_ms"], record["images"]["dense_denoiser_ms"]) > 0
     assert ("images.vae_distance" in record["metrics"]) == (name != "ddpm")
     assert len(record["images"]["latent_mse"]) == 3
@@ -57,7 +57,7 @@ def test_every_kind_of_pipeline_runs(name, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_a_low_rank_part_counts_as_what_it_is_stored_as(tmp_path, pattern):
+def test_sparsity_accounts_for_the_stored_low_rank_part(tmp_path, pattern):
     sparsity = [] if pattern == "unstructured" else [f"sparsity='{pattern}'"]
     record = rose_exp.run([*FAST, "model=small-sd3", "method=oats", "method.options.iterations=2", *sparsity], tmp_path)
     layers = record["layers"]
@@ -75,7 +75,7 @@ def test_a_low_rank_part_counts_as_what_it_is_stored_as(tmp_path, pattern):
 
 
 @pytest.mark.parametrize("model", ["sd3", "flux"])
-def test_the_sparsity_of_removed_heads_and_neurons_is_that_of_the_zeros(model, tmp_path, monkeypatch):
+def test_structured_sparsity_equals_the_fraction_of_zeros(model, tmp_path, monkeypatch):
     counted, real = [], experiment.saved_and_total
 
     def count(layers, reports):
@@ -88,37 +88,37 @@ def test_the_sparsity_of_removed_heads_and_neurons_is_that_of_the_zeros(model, t
     assert record["metrics"]["sparsity"] == counted[0][0] / counted[0][1] > 0.3
 
 
-def test_weights_of_steps_and_packages_change_the_result_and_the_run(tmp_path):
+def test_step_weighting_and_packages_change_the_result_and_the_run_id(tmp_path):
     records = [run(tmp_path, *own) for own in OTHERS]
     assert len({record["run_id"] for record in records}) == len(OTHERS)
     assert len({record["metrics"]["images.latent_mse"] for record in records}) == len(OTHERS)
-    assert run(tmp_path)["ended"] == records[0]["ended"]  # done once
+    assert run(tmp_path)["ended"] == records[0]["ended"]  # a finished run is reused
     assert StepWeighting().weights(3)[0] != StepWeighting().weights(3)[-1]
 
 
-def test_another_seed_is_another_noise_to_calibrate_and_the_same_to_measure(tmp_path, monkeypatch):
+def test_seed_changes_the_calibration_noise_and_not_the_evaluation_noise(tmp_path, monkeypatch):
     measured, calibrated = [], []
-    real_render, real_walk = experiment.render, experiment.PackagePruner
+    real_render, real_pruner = experiment.render, experiment.PackagePruner
 
     def render(of, prompts, seeds, *others):
         measured.append(list(seeds))
         return real_render(of, prompts, seeds, *others)
 
-    def walk(of, layers, parts, plan, prompts, seeds, *others):
+    def prune(of, layers, parts, plan, prompts, seeds, *others):
         calibrated.append(list(seeds))
-        return real_walk(of, layers, parts, plan, prompts, seeds, *others)
+        return real_pruner(of, layers, parts, plan, prompts, seeds, *others)
 
     monkeypatch.setattr(experiment, "render", render)
-    monkeypatch.setattr(experiment, "PackagePruner", walk)
+    monkeypatch.setattr(experiment, "PackagePruner", prune)
     first, second = run(tmp_path), run(tmp_path, "seed=1")
-    assert len(measured) == 4  # the dense and the pruned model of each
+    assert len(measured) == 4  # dense and pruned model of each run
     assert all(seeds == measured[0] for seeds in measured)
-    assert len({*measured[0], *calibrated[0], *calibrated[1]}) == 2 + 3 + 3  # none twice
+    assert len({*measured[0], *calibrated[0], *calibrated[1]}) == 2 + 3 + 3  # all distinct
     assert first["protocol"]["calibration"]["noise_sha256"] != second["protocol"]["calibration"]["noise_sha256"]
     assert first["protocol"]["images"] == second["protocol"]["images"]
 
 
-def test_a_saved_pipeline_is_what_was_measured(tmp_path):
+def test_saved_pipeline_has_the_recorded_parameters(tmp_path):
     overrides = ["sparsity=structured", "sparsity.ratio=0.4", "save=true", "pipeline.skip=['transformer_blocks.0.*']"]
     record = run(tmp_path, *overrides)
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
@@ -127,7 +127,7 @@ def test_a_saved_pipeline_is_what_was_measured(tmp_path):
     folder = tmp_path / record["run_id"] / "model"
     loaded = DiffusionPipeline.from_pretrained(folder)
     assert sum(p.numel() for p in loaded.transformer.parameters()) == record["parameters"]["pruned"]
-    assert loaded.transformer.transformer_blocks[0].attn.heads == 4  # left out
+    assert loaded.transformer.transformer_blocks[0].attn.heads == 4  # skipped
     assert loaded.transformer.transformer_blocks[1].attn.heads == 2
     own = ["model=diffusion-local", f"model.path={folder}", "diffusion.height=32", "diffusion.width=32"]
     dense = rose_exp.run([*own, "method=dense", "evaluation.images.samples=2", "diffusion.text_length=16"], tmp_path)
@@ -136,7 +136,7 @@ def test_a_saved_pipeline_is_what_was_measured(tmp_path):
     assert again["metrics"]["sparsity"] == pytest.approx(0.25, abs=0.01)
 
 
-def test_a_folder_that_names_its_class_is_loaded_by_diffusers_in_a_process_of_its_own(tmp_path):
+def test_saved_custom_class_loads_with_diffusers_in_a_new_process(tmp_path):
     record = run(tmp_path, "sparsity=structured", "sparsity.ratio=0.4", "save=true")
     folder = tmp_path / record["run_id"] / "model"
     program = (
@@ -147,7 +147,7 @@ def test_a_folder_that_names_its_class_is_loaded_by_diffusers_in_a_process_of_it
     assert done.stdout.strip().splitlines()[-1] == "NarrowedSD3Transformer2DModel"
 
 
-def test_columns_of_reports_tell_heads_from_neurons(tmp_path):
+def test_report_has_separate_columns_for_heads_and_neurons(tmp_path):
     for overrides in (
         [],
         ["sparsity.heads=false"],
@@ -160,7 +160,7 @@ def test_columns_of_reports_tell_heads_from_neurons(tmp_path):
     assert "| OBS-Diff (saliency=exact) |" in table
 
 
-def test_a_pipeline_with_nothing_to_remove_is_refused(tmp_path):
+def test_pipelines_with_nothing_to_remove_are_rejected(tmp_path):
     own = ["model=small-ddpm", "sparsity=structured"]
     with pytest.raises(RoseExpError, match=r"sparsity\.neurons: expected a model with neurons to prune in a known layout"):
         run(tmp_path, *own)
@@ -170,16 +170,16 @@ def test_a_pipeline_with_nothing_to_remove_is_refused(tmp_path):
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
 
 
-def test_another_scheduler(tmp_path):
+def test_scheduler_can_be_replaced(tmp_path):
     record = run(tmp_path, "model=small-sd", "diffusion.scheduler=EulerDiscreteScheduler")
     assert record["protocol"]["model"]["scheduler"] == "EulerDiscreteScheduler"
     with pytest.raises(RoseExpError, match=r"diffusion\.scheduler: .*did you mean 'DDIMScheduler'"):
         run(tmp_path, "model=small-sd", "diffusion.scheduler=DDIMSheduler")
     heun = run(tmp_path, "model=small-sd", "diffusion.scheduler=HeunDiscreteScheduler")
-    assert len(heun["images"]["latent_mse"]) == 2 * 3 - 1  # of each call of the denoiser
+    assert len(heun["images"]["latent_mse"]) == 2 * 3 - 1  # one per denoiser call
 
 
-def test_a_report_of_several(tmp_path):
+def test_report_of_several_runs(tmp_path):
     for overrides in (["seed=0"], ["seed=1"], ["method=magnitude"], ["method=magnitude", "seed=1"], ["method=rose"]):
         run(tmp_path, *overrides)
     run(tmp_path, "method=dense")
@@ -187,7 +187,7 @@ def test_a_report_of_several(tmp_path):
     assert "## small-sd3: images.psnr" in text
     psnr = text.partition("## small-sd3: images.psnr")[2].partition("##")[0]
     best = next(line for line in psnr.splitlines() if "**" in line)
-    assert not best.startswith("| Magnitude")  # more is better
+    assert not best.startswith("| Magnitude")  # higher is better
     assert "calibrated on 3 prompts; 3 steps, guidance 5; steps weighted log_decrease, 4 packages" in text
     assert "seeds 0, 1" in text
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
@@ -195,7 +195,7 @@ def test_a_report_of_several(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["calibration=embedded"], "calibration.draw: expected prompts for a diffusion model, got windows"),
         (["evaluation=embedded"], "evaluation.perplexity: expected none for a diffusion model"),
@@ -212,21 +212,21 @@ def test_a_report_of_several(tmp_path):
         (["sparsity=2:4", "sparsity_config=true", "save=true"], "sparsity_config: expected false for a diffusion model"),
     ],
 )
-def test_what_does_not_go_together_is_told(overrides, told, tmp_path):
+def test_incompatible_options_raise_an_error_that_names_them(overrides, message, tmp_path):
     with pytest.raises(SettingsError) as caught:
         run(tmp_path, *overrides)
-    assert any(told in problem for problem in caught.value.problems), caught.value.problems
+    assert any(message in problem for problem in caught.value.problems), caught.value.problems
 
 
-def test_language_models_have_no_images(tmp_path):
+def test_image_options_are_rejected_for_language_models(tmp_path):
     with pytest.raises(SettingsError) as caught:
         rose_exp.run(["evaluation=images", "calibration=prompts"], tmp_path)
-    told = " ".join(caught.value.problems)
-    assert "calibration.draw: expected windows or documents for a language model, got prompts" in told
-    assert "evaluation.images: expected null for a language model" in told
+    message = " ".join(caught.value.problems)
+    assert "calibration.draw: expected windows or documents for a language model, got prompts" in message
+    assert "evaluation.images: expected null for a language model" in message
 
 
-def test_settings_that_a_pipeline_has_no_use_for_and_folders_that_are_none_are_told(tmp_path):
+def test_unsupported_settings_and_invalid_pipeline_folders_are_rejected(tmp_path):
     with pytest.raises(RoseExpError, match="expected null for guidance_scale, which DDPMPipeline does not support"):
         run(tmp_path, "model=small-ddpm", "diffusion.guidance=3")
     empty = tmp_path / "empty"
@@ -237,19 +237,19 @@ def test_settings_that_a_pipeline_has_no_use_for_and_folders_that_are_none_are_t
         run(tmp_path, "pipeline.skip=['*nothing*']")
 
 
-def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+def test_resuming_an_interrupted_run_gives_identical_metrics(tmp_path, monkeypatch):
     from rose_exp.diffusion import packages
     from rose_exp.runtime.signals import Interrupted
 
     whole = run(tmp_path / "whole")
     real = packages.PackagePruner.prune_unit
 
-    def stopping(self, unit):
+    def interrupt(self, unit):
         if unit.index == 2:
-            raise Interrupted("told to stop")
+            raise Interrupted("stop")
         return real(self, unit)
 
-    monkeypatch.setattr(packages.PackagePruner, "prune_unit", stopping)
+    monkeypatch.setattr(packages.PackagePruner, "prune_unit", interrupt)
     with pytest.raises(Interrupted):
         run(tmp_path / "cut")
     folder = tmp_path / "cut" / whole["run_id"]
@@ -261,7 +261,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert [layer["name"] for layer in again["layers"]] == [layer["name"] for layer in whole["layers"]]
 
 
-def test_a_plan_lists_the_jobs_without_an_estimate(tmp_path, monkeypatch):
+def test_plan_lists_the_jobs_without_an_estimate(tmp_path, monkeypatch):
     from rose_exp.sweeps.plan import format_plan
 
     monkeypatch.chdir(tmp_path)

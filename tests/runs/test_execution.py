@@ -1,4 +1,4 @@
-"""A run is done once, from Python or from a sweep, and never by two processes at a time."""
+"""Execution of runs: reuse, resuming, sweeps and locking."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from ..conftest import small_overrides
 
 
 def counted(monkeypatch) -> list[str]:
-    """Labels of the runs that were really done."""
+    """Return a list that grows with every run that is actually executed."""
     done = []
     real = experiment.prune_model
     monkeypatch.setattr(experiment, "prune_model", lambda *a, **k: done.append("pruned") or real(*a, **k))
     return done
 
 
-def test_a_finished_run_is_reused(small, tmp_path, monkeypatch):
+def test_finished_run_is_reused(small, tmp_path, monkeypatch):
     done = counted(monkeypatch)
     first = rose_exp.run([*small, "method=rose"], tmp_path)
     assert (tmp_path / first["run_id"] / "run.json").exists()
@@ -47,7 +47,7 @@ def test_a_finished_run_is_reused(small, tmp_path, monkeypatch):
     assert again["started"] > first["started"]
 
 
-def test_what_was_not_made_is_made(small, tmp_path, monkeypatch):
+def test_missing_outputs_of_a_finished_run_are_created(small, tmp_path, monkeypatch):
     done = counted(monkeypatch)
     record = rose_exp.run([*small, "figures.draw=false"], tmp_path)
     folder = tmp_path / record["run_id"]
@@ -61,10 +61,10 @@ def test_what_was_not_made_is_made(small, tmp_path, monkeypatch):
     rose_exp.run([*small, "figures.study=['*.0.self_attn.o_proj']"], tmp_path)
     assert len(done) == 3
     assert (folder / "figures" / "model.layers.0.self_attn.o_proj.json").exists()
-    assert (folder / "model" / "model.safetensors").exists()  # what was saved stays
+    assert (folder / "model" / "model.safetensors").exists()  # the saved model is kept
 
 
-def test_one_that_was_cut_off_or_failed_is_done_again(small, tmp_path, monkeypatch):
+def test_unfinished_and_failed_runs_are_repeated(small, tmp_path, monkeypatch):
     record = rose_exp.run(small, tmp_path)
     path = tmp_path / record["run_id"] / "run.json"
     for status in ("running", "failed"):
@@ -75,7 +75,7 @@ def test_one_that_was_cut_off_or_failed_is_done_again(small, tmp_path, monkeypat
         monkeypatch.undo()
 
 
-def test_a_folder_with_another_run_is_refused(small, tmp_path):
+def test_folder_of_another_run_is_rejected(small, tmp_path):
     from rose_exp.runs.execution import do_run
 
     record = rose_exp.run(small, tmp_path)
@@ -85,11 +85,11 @@ def test_a_folder_with_another_run_is_refused(small, tmp_path):
     assert json.loads((tmp_path / record["run_id"] / "run.json").read_text()) == record
 
 
-def test_two_at_one_run_are_told_apart(small, tmp_path):
+def test_concurrent_processes_on_one_run_are_rejected_or_wait(small, tmp_path):
     from rose_exp.runs.execution import do_run
 
     job = check_command(small).jobs[0]
-    with RunFolder(tmp_path).lock.open("w") as other:  # as another process would
+    with RunFolder(tmp_path).lock.open("w") as other:  # simulates another process
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(RoseExpError, match="another process is working on this run"):
             do_run(job.settings, job.config, tmp_path)
@@ -97,32 +97,32 @@ def test_two_at_one_run_are_told_apart(small, tmp_path):
         assert do_run(job.settings, job.config, tmp_path, wait=True)["status"] == "finished"
 
 
-def test_a_sweep_from_python(small, tmp_path):
+def test_sweep_from_python(small, tmp_path):
     overrides = [*small, "method=dense,sparsegpt,rose", "seed=0,1", "sparsity.ratio=0.5,0.6"]
     records = rose_exp.sweep(overrides, tmp_path)
     assert len(records) == 12
-    assert len({record["run_id"] for record in records}) == 9  # a dense model is measured once
+    assert len({record["run_id"] for record in records}) == 9  # the dense model is evaluated once
     drawn = {
         (r["config"]["seed"], r["protocol"]["calibration"]["tokens_sha256"]) for r in records if r["protocol"]["calibration"]
     }
     assert len(drawn) == 2  # a seed draws the same windows for every method
     single = rose_exp.run([*small, "method=rose", "seed=1", "sparsity.ratio=0.6"], tmp_path / "alone")
     shared = next(r for r in records if r["run_id"] == single["run_id"])
-    assert shared["metrics"] == single["metrics"]  # moments of the first block were shared in the sweep, and not alone
+    assert shared["metrics"] == single["metrics"]  # the sweep shares moments of the first block
     assert [x["error"] for x in shared["layers"]] == [x["error"] for x in single["layers"]]
 
 
-def test_a_failed_job_of_a_sweep_from_python_is_told(small, tmp_path):
+def test_sweep_from_python_records_failed_jobs(small, tmp_path):
     records = rose_exp.sweep([*small, "calibration.window=64,1024"], tmp_path)
     assert [record["status"] for record in records] == ["finished", "failed"]
 
 
-def test_several_runs_are_no_single_one(small, tmp_path):
+def test_run_rejects_overrides_of_several_runs(small, tmp_path):
     with pytest.raises(SettingsError, match="expected those of one run, got those of 2"):
         rose_exp.run([*small, "seed=1,2"], tmp_path)
 
 
-def test_a_bug_in_one_job_does_not_end_the_others(small, tmp_path, monkeypatch):
+def test_exception_in_one_job_does_not_stop_the_others(small, tmp_path, monkeypatch):
     def broken(_model, tokens, *_, **__):
         raise ZeroDivisionError("a bug") if tokens.shape[1] == 64 else torch.OutOfMemoryError("no memory")
 
@@ -131,7 +131,7 @@ def test_a_bug_in_one_job_does_not_end_the_others(small, tmp_path, monkeypatch):
     assert [record["error"] for record in records] == ["ZeroDivisionError: a bug", "OutOfMemoryError: no memory"]
 
 
-def test_all_that_the_first_blocks_moments_hang_on_is_in_their_key(small, tmp_path):
+def test_first_block_key_covers_everything_its_moments_depend_on(small, tmp_path):
     from rose_exp.runs.preparation import first_key
 
     protocol = rose_exp.run(small, tmp_path)["protocol"]
@@ -142,12 +142,12 @@ def test_all_that_the_first_blocks_moments_hang_on_is_in_their_key(small, tmp_pa
         assert first_key(check_command(small).jobs[0].settings, protocol | {name: value}) != key, name
     calibration = protocol["calibration"] | {"tokens_sha256": "others"}
     assert first_key(check_command(small).jobs[0].settings, protocol | {"calibration": calibration}) != key
-    for override in ("sparsity.ratio=0.7", "method=wanda", "engine.damping=0.1"):  # these change nothing about the inputs
+    for override in ("sparsity.ratio=0.7", "method=wanda", "engine.damping=0.1"):  # no effect on the inputs
         assert first_key(check_command([*small, override, "reorder=none"]).jobs[0].settings, protocol) == key, override
 
 
 def stopping_after_a_block(monkeypatch) -> None:
-    """From here on every run is told to stop once it has kept a block."""
+    """Patch runs to receive SIGTERM once they have saved a block."""
     real = RunState.commit
 
     def commit(self, *arguments, **options):
@@ -158,7 +158,7 @@ def stopping_after_a_block(monkeypatch) -> None:
 
 
 def stopped(overrides: list[str], folder: Path, monkeypatch) -> Path:
-    """The folder of a run that has kept one block."""
+    """Interrupt a run after its first saved block; return its folder."""
     with monkeypatch.context() as patch:
         stopping_after_a_block(patch)
         with pytest.raises(Interrupted):
@@ -168,23 +168,23 @@ def stopped(overrides: list[str], folder: Path, monkeypatch) -> Path:
     return own
 
 
-def test_a_run_that_was_stopped_resumes_and_with_rerun_starts_anew(small, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_and_starts_over_with_rerun(small, tmp_path, monkeypatch):
     whole = rose_exp.run(small, tmp_path / "whole")
     stopped(small, tmp_path / "resumed", monkeypatch)
     resumed = rose_exp.run(small, tmp_path / "resumed")
     assert resumed["resumed"] == 1
-    own = stopped(small, tmp_path / "anew", monkeypatch)
-    (own / "model").mkdir()  # of an attempt before that
-    anew = rose_exp.run([*small, "rerun=true"], tmp_path / "anew")
-    assert "resumed" not in anew
+    own = stopped(small, tmp_path / "fresh", monkeypatch)
+    (own / "model").mkdir()  # left by an earlier attempt
+    fresh = rose_exp.run([*small, "rerun=true"], tmp_path / "fresh")
+    assert "resumed" not in fresh
     assert not (own / "state").exists()
     assert not (own / "model").exists()
-    assert resumed["metrics"] == anew["metrics"] == whole["metrics"]
+    assert resumed["metrics"] == fresh["metrics"] == whole["metrics"]
 
 
-def test_a_run_that_was_stopped_with_rerun_can_be_resumed_without(small, tmp_path, monkeypatch):
+def test_interrupted_rerun_resumes_without_rerun(small, tmp_path, monkeypatch):
     stopped([*small, "rerun=true"], tmp_path, monkeypatch)
-    stopped([*small, "rerun=true"], tmp_path, monkeypatch)  # from the first block again
+    stopped([*small, "rerun=true"], tmp_path, monkeypatch)  # starts over from the first block
     assert rose_exp.run(small, tmp_path)["resumed"] == 1
 
 
@@ -195,7 +195,7 @@ def test_a_run_that_was_stopped_with_rerun_can_be_resumed_without(small, tmp_pat
         ("rerun=true", "to resume, run the same command without rerun=true"),
     ],
 )
-def test_the_command_says_how_to_resume(override, hint, small, tmp_path, monkeypatch, capsys):
+def test_command_prints_how_to_resume(override, hint, small, tmp_path, monkeypatch, capsys):
     stopping_after_a_block(monkeypatch)
     monkeypatch.setattr("sys.argv", ["rose-exp", *small, override, f"hydra.run.dir={tmp_path}"])
     with pytest.raises(SystemExit) as caught:
@@ -204,8 +204,8 @@ def test_the_command_says_how_to_resume(override, hint, small, tmp_path, monkeyp
     assert capsys.readouterr().err.strip().endswith(hint)
 
 
-def test_files_of_unknown_origin_are_not_removed(small, tmp_path):
-    """A folder that holds no run may hold anything."""
+def test_files_of_unknown_origin_are_never_deleted(small, tmp_path):
+    """A folder without a run record may contain user data."""
     from rose_exp.runs.execution import do_run
 
     job = check_command([*small, "save=true", "rerun=true"]).jobs[0]
@@ -219,7 +219,7 @@ def test_files_of_unknown_origin_are_not_removed(small, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(shared, tmp_path_factory):
-    """A finished run at 2:4, its overrides, record and folder."""
+    """Overrides, run record and folder of a finished 2:4 run."""
     folder = tmp_path_factory.mktemp("finished")
     overrides = [*small_overrides(shared), "sparsity=2:4", "save=true", "figures.study=['*.0.self_attn.[qo]_proj']"]
     record = rose_exp.run(overrides, folder)
@@ -229,9 +229,9 @@ def finished(shared, tmp_path_factory):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("figures.study=['*.0.self_attn.q_proj']", []),  # studied under a wider pattern
+        ("figures.study=['*.0.self_attn.q_proj']", []),  # already studied under a wider pattern
         ("figures.study=['*.0.self_attn.*_proj']", ["figures.study"]),
-        ("figures.study=['*.9.*']", ["figures.study"]),  # matches nothing, which running again reports
+        ("figures.study=['*.9.*']", ["figures.study"]),  # matches nothing; a new run reports that
         ("figures.draw=false", []),
         ("sparsity_config=true", ["sparsity_config"]),
         ("save=false", []),
@@ -243,21 +243,21 @@ def finished(shared, tmp_path_factory):
         ("device=cpu", []),
     ],
 )
-def test_what_a_finished_run_lacks(finished, override, expected):
+def test_missing_outputs_of_a_finished_run(finished, override, expected):
     overrides, record, folder = finished
     job = check_command([*overrides, override]).jobs[0]
     assert job.run_id == record["run_id"]
     assert lacking(job.settings, record, folder) == expected
 
 
-def test_a_plan_says_what_a_finished_run_lacks(finished):
+def test_plan_lists_finished_runs_with_missing_outputs_as_to_run(finished):
     overrides, _, folder = finished
     assert "finished already" in format_plan(check_command(overrides).jobs, folder.parent)
     assert "to run" in format_plan(check_command([*overrides, "sparsity_config=true"]).jobs, folder.parent)
     assert "to run" in format_plan(check_command([*overrides, "rerun=true"]).jobs, folder.parent)
 
 
-def test_a_finished_run_without_a_saved_model_lacks_one(finished, tmp_path):
+def test_deleted_model_counts_as_a_missing_output(finished, tmp_path):
     overrides, record, _ = finished
     assert "save" in lacking(check_command(overrides).jobs[0].settings, record, tmp_path)
 
@@ -272,7 +272,7 @@ def test_a_finished_run_without_a_saved_model_lacks_one(finished, tmp_path):
         ({"device": "cuda: H100"}, True, ["evaluation.speed"]),
     ],
 )
-def test_a_speed_that_could_not_be_measured_is_measured_where_it_can(finished, protocol, cuda, expected, monkeypatch):
+def test_unmeasured_speed_is_missing_where_it_can_be_measured(finished, protocol, cuda, expected, monkeypatch):
     overrides, record, folder = finished
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     settings = check_command([*overrides, "evaluation=[local,speed]"]).jobs[0].settings
@@ -285,13 +285,13 @@ def test_a_speed_that_could_not_be_measured_is_measured_where_it_can(finished, p
         (True, 6, 6, True, []),
         (True, 6, 4, True, []),
         (True, 6, 8, True, ["evaluation.images.sheet"]),
-        (True, 32, 50, True, []),  # there are 32 prompts
+        (True, 32, 50, True, []),  # only 32 prompts exist
         (False, 6, 6, True, ["evaluation.images.sheet"]),
         (False, 6, 6, False, []),
         (False, 6, 0, True, []),
     ],
 )
-def test_a_contact_sheet_with_fewer_prompts_is_drawn_again(drawn, sheet, wanted, draw, expected, tmp_path):
+def test_contact_sheet_with_too_few_prompts_is_missing(drawn, sheet, wanted, draw, expected, tmp_path):
     job = check_command(["model=small-sd3", f"evaluation.images.sheet={wanted}", f"figures.draw={draw}"]).jobs[0]
     config = copy.deepcopy(job.config)
     config["evaluation"]["images"]["sheet"], config["figures"]["draw"] = sheet, drawn
@@ -302,7 +302,7 @@ def test_a_contact_sheet_with_fewer_prompts_is_drawn_again(drawn, sheet, wanted,
     assert lacking(job.settings, record, tmp_path) == expected
 
 
-def test_a_tracker_is_told_of_a_finished_run_once(small, tmp_path, monkeypatch):
+def test_finished_run_is_reported_to_a_tracker_once(small, tmp_path, monkeypatch):
     done = counted(monkeypatch)
     first = rose_exp.run(small, tmp_path)
     record = rose_exp.run([*small, "tracking=csv"], tmp_path)
@@ -316,11 +316,11 @@ def test_a_tracker_is_told_of_a_finished_run_once(small, tmp_path, monkeypatch):
     assert record["metrics"] == first["metrics"]
     (folder / "layers.csv").unlink()
     assert rose_exp.run([*small, "tracking=csv"], tmp_path) == record
-    assert not (folder / "layers.csv").exists()  # told once
+    assert not (folder / "layers.csv").exists()  # not reported again
     assert len(done) == 1
 
 
-def test_figures_that_were_not_drawn_are_drawn_from_the_record(small, tmp_path, monkeypatch):
+def test_missing_figures_are_drawn_from_the_run_record(small, tmp_path, monkeypatch):
     done = counted(monkeypatch)
     study = "figures.study=['*.0.self_attn.o_proj']"
     record = rose_exp.run([*small, study, "figures.draw=false"], tmp_path)

@@ -1,4 +1,4 @@
-"""A run is called by all settings that can change its result, and by no other."""
+"""The run ID depends on exactly the settings that can change the result."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def identity(*overrides: str, folder=None) -> str:
         "target=residual",
     ],
 )
-def test_what_can_change_a_number_makes_another_run(override):
+def test_settings_that_affect_the_result_change_the_run_id(override):
     assert identity(override) != identity()
 
 
-def test_options_count_where_they_act():
+def test_run_id_depends_on_options_only_where_they_take_effect():
     assert identity("refine=admm", "refine.relaxation=1.5") != identity("refine=admm")
     assert identity("refine=cg", "refine.relaxation=1.5") == identity("refine=cg")
 
@@ -65,14 +65,14 @@ def test_options_count_where_they_act():
         "pipeline.activations=disk",
         "plan=true",
         "rerun=true",
-        "calibration.dataset=ignored",  # the embedded text stands before it
+        "calibration.dataset=ignored",  # the embedded text takes precedence
         "seed=0",
         "sparsity.ratio=0.50",
-        "pipeline.permute=true",  # unstructured sparsity has no groups
-        "allocation.spread=0.1",  # the same share of every layer
+        "pipeline.permute=true",  # no effect on unstructured sparsity
+        "allocation.spread=0.1",  # no effect on uniform allocation
     ],
 )
-def test_what_cannot_does_not(override):
+def test_settings_without_effect_keep_the_run_id(override):
     assert identity(override) == identity()
 
 
@@ -96,16 +96,16 @@ IMAGES = ("model=small-sd3", "method=sparsegpt")
         "seed=1",
     ],
 )
-def test_what_can_change_images_makes_another_run(override):
+def test_settings_that_affect_images_change_the_run_id(override):
     assert identity(*IMAGES, override) != identity(*IMAGES)
 
 
 @pytest.mark.parametrize("override", ["pipeline.batch=2", "evaluation.batch=2", "evaluation.images.clip=./elsewhere"])
-def test_what_cannot_change_images_does_not(override):
+def test_settings_without_effect_on_images_keep_the_run_id(override):
     assert identity(*IMAGES, override) == identity(*IMAGES)
 
 
-def test_settings_of_one_kind_of_model_are_nothing_to_the_other():
+def test_settings_of_the_other_model_kind_keep_the_run_id():
     assert identity("diffusion.steps=9") == identity()
     dense = ("model=small-sd3", "method=dense")
     assert identity(*dense, "diffusion.packages=2", "seed=3") == identity(*dense)
@@ -113,8 +113,8 @@ def test_settings_of_one_kind_of_model_are_nothing_to_the_other():
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_a_gguf_counts_with_the_tokenizer_beside_it(name, tmp_path):
-    """transformers reads a tokenizer from the folder of a GGUF file, in place of the one in the file."""
+def test_run_id_covers_tokenizer_files_next_to_a_gguf(name, tmp_path):
+    """transformers prefers a tokenizer in the folder of a GGUF file over the one in the file."""
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     overrides = ("model=local", f"model.path={model}")
@@ -125,7 +125,7 @@ def test_a_gguf_counts_with_the_tokenizer_beside_it(name, tmp_path):
     assert identity(*overrides) != before
 
 
-def test_real_images_and_scoring_models_count_by_their_content(tmp_path):
+def test_run_id_depends_on_the_content_of_scoring_models(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "image.png").write_bytes(b"the same")
@@ -137,7 +137,7 @@ def test_real_images_and_scoring_models_count_by_their_content(tmp_path):
     assert identity(*clip[0]) != identity(*clip[1])
 
 
-def test_how_heads_and_neurons_are_removed_makes_another_run():
+def test_structured_pruning_options_change_the_run_id():
     own = ("method=sparsegpt", "sparsity=structured")
     others = (
         "sparsity.heads=false",
@@ -149,17 +149,17 @@ def test_how_heads_and_neurons_are_removed_makes_another_run():
     assert len({identity(*own), *(identity(*own, other) for other in others)}) == 6
 
 
-def test_equal_patterns_are_one_run():
+def test_equivalent_patterns_have_the_same_run_id():
     assert identity("sparsity=2:4") == identity("sparsity.pattern=2:4", "sparsity.ratio=0.5")
 
 
-def test_what_has_no_effect_on_one_pattern_or_rule_has_on_another():
+def test_run_id_depends_on_options_that_apply_to_the_pattern_or_rule():
     assert identity("sparsity=2:4", "pipeline.permute=true") != identity("sparsity=2:4")
     assert identity("allocation=owl", "allocation.outlier=7") != identity("allocation=owl")
     assert identity("allocation=losses", "allocation.outlier=7") == identity("allocation=losses")
 
 
-def test_of_a_dense_model_only_the_measurement_counts():
+def test_run_id_of_a_dense_model_depends_only_on_the_evaluation():
     assert identity("method=dense", "reorder=none", "seed=3", "sparsity.ratio=0.9", "calibration=c4") == identity(
         "method=dense"
     )
@@ -167,7 +167,7 @@ def test_of_a_dense_model_only_the_measurement_counts():
     assert identity("method=dense", "evaluation.perplexity.embedded.window=512") != identity("method=dense")
 
 
-def test_another_default_in_a_file_makes_another_run(tmp_path):
+def test_changed_default_in_a_config_file_changes_the_run_id(tmp_path):
     copy = tmp_path / "conf"
     shutil.copytree(config_folder(), copy)
     assert identity(folder=copy) == identity()
@@ -176,7 +176,7 @@ def test_another_default_in_a_file_makes_another_run(tmp_path):
     assert identity(folder=copy) == identity("engine.damping=0.011") != identity()
 
 
-def test_files_count_by_what_is_in_them(tmp_path):
+def test_run_id_depends_on_file_content_and_not_on_the_path(tmp_path):
     def of(name: str) -> str:
         return identity("calibration=local", f"calibration.path={tmp_path / name}")
 
@@ -188,7 +188,7 @@ def test_files_count_by_what_is_in_them(tmp_path):
     assert of("a.txt") != of("b.txt")
 
 
-def test_folders_of_models_count_by_their_files(tmp_path):
+def test_run_id_depends_on_the_files_of_a_model_folder(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -198,7 +198,7 @@ def test_folders_of_models_count_by_their_files(tmp_path):
     assert identity(model[0]) != identity(model[1])
 
 
-def test_the_fingerprint_of_a_large_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
+def test_fingerprint_of_a_large_file_is_cached_until_the_file_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("ROSE_EXP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fingerprint, "LARGE", 1)
     file = tmp_path / "weights"
@@ -210,7 +210,7 @@ def test_the_fingerprint_of_a_large_file_is_kept_until_the_file_changes(tmp_path
     assert fingerprint.content_sha256(file) == "read again"
 
 
-def test_a_damaged_fingerprint_in_the_cache_is_computed_again(tmp_path, monkeypatch):
+def test_corrupted_cache_entries_are_recomputed(tmp_path, monkeypatch):
     monkeypatch.setenv("ROSE_EXP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fingerprint, "LARGE", 1)
     file = tmp_path / "weights"
@@ -226,7 +226,7 @@ def test_a_damaged_fingerprint_in_the_cache_is_computed_again(tmp_path, monkeypa
         assert entry.read_bytes() == whole
 
 
-def test_the_order_of_layer_options_counts_as_the_first_that_fits_does():
+def test_run_id_depends_on_the_order_of_layer_options():
     orders = [
         {"*mlp*": {"max_cycles": 0}, "*down*": {"max_cycles": 9}},
         {"*down*": {"max_cycles": 9}, "*mlp*": {"max_cycles": 0}},
@@ -237,7 +237,7 @@ def test_the_order_of_layer_options_counts_as_the_first_that_fits_does():
     assert first != second
 
 
-def test_folders_in_folders_and_how_a_text_is_read_count(tmp_path):
+def test_run_id_depends_on_nested_folders_and_the_text_format(tmp_path):
     tasks = tmp_path / "tasks" / "mine"
     tasks.mkdir(parents=True)
     (tasks / "task.yaml").write_text("a")
@@ -250,5 +250,5 @@ def test_folders_in_folders_and_how_a_text_is_read_count(tmp_path):
     assert len({identity("calibration=local", f"calibration.path={tmp_path / name}") for name in ("a.txt", "a.jsonl")}) == 2
 
 
-def test_an_order_that_is_none_has_no_threshold():
+def test_threshold_is_ignored_without_reordering():
     assert identity("method=sparsegpt", "reorder=none", "reorder.threshold=0.1") == identity("method=sparsegpt")

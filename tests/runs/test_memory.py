@@ -1,4 +1,4 @@
-"""What a run will take is reckoned before it starts, and what does not fit is refused with a way out."""
+"""Memory and disk estimates: a run that does not fit is rejected before it starts, with settings that would fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rose_exp.runtime.errors import RoseExpError
 from ..conftest import REPOSITORY
 
 GIB = 2**30
-LIMIT = 900 * 2**20  # bytes of memory that a process may have
+LIMIT = 900 * 2**20  # memory limit of a process, in bytes
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def settings_of(*overrides: str):
     return check_command(list(overrides)).jobs[0].settings
 
 
-def test_memory_grows_with_what_is_kept(small):
+def test_host_memory_grows_with_the_stored_activations(small):
     def bytes_of(*overrides: str) -> int:
         settings = settings_of(*small, *overrides)
         return footprint(settings, model_shape(settings.model), False, Placement("memory", False)).host
@@ -48,8 +48,8 @@ def test_memory_grows_with_what_is_kept(small):
     assert bytes_of("calibration.samples=8004", "pipeline.activations=disk") < bytes_of("calibration.samples=8004")
 
 
-def test_a_second_stream_of_hidden_states_counts(small):
-    """The dense model's for a target, or that of a survey, which is gone before the other is made."""
+def test_second_stream_of_hidden_states_is_counted_once(small):
+    """The stream of a regression target and that of an allocation survey never exist at the same time."""
 
     def bytes_of(*overrides: str) -> int:
         settings = settings_of(*small, "calibration.samples=8000", *overrides)
@@ -61,7 +61,7 @@ def test_a_second_stream_of_hidden_states_counts(small):
         assert bytes_of(*second) - plain == pytest.approx(stream, rel=0.2)
 
 
-def test_the_papers_models_fit_where_they_should(preflight):
+def test_published_models_fit_the_expected_hardware(preflight):
     placed, found = preflight.fitting("LLaMA2-70B", "80 GB GPU, 64 GB host")
     assert placed == Placement("disk", True)
     assert found.device < 80e9
@@ -70,12 +70,12 @@ def test_the_papers_models_fit_where_they_should(preflight):
     preflight.fitting("LLaMA2-70B", "CPU, 24 GB", "pipeline.batch=1", "pipeline.activations=disk")
     table = preflight.table()
     assert "does not fit" not in table
-    assert (REPOSITORY / "scripts" / "preflight.md").read_text().rstrip().endswith(table)  # what is committed is what it says
+    assert (REPOSITORY / "scripts" / "preflight.md").read_text().rstrip().endswith(table)  # the committed table is current
     assert preflight.shape("LLaMA2-70B").parameters == 68_976_648_192  # as published
     assert preflight.shape("LLaMA3-8B").parameters == 8_030_261_248
 
 
-def test_what_does_not_fit_is_refused_with_what_would(preflight):
+def test_run_that_does_not_fit_is_rejected_with_a_working_suggestion(preflight):
     with pytest.raises(RoseExpError) as error:
         preflight.fitting("LLaMA2-70B", "24 GB GPU, 64 GB host")
     text = str(error.value)
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused_with_what_would(preflight):
     assert "available: 22.4 GiB on the device" in text
     wanted = text.partition("It would fit with ")[2].partition(". preflight=false")[0].split()
     assert wanted
-    preflight.fitting("LLaMA2-70B", "24 GB GPU, 64 GB host", *wanted)  # what it says is true
+    preflight.fitting("LLaMA2-70B", "24 GB GPU, 64 GB host", *wanted)  # the suggestion works
     shape, settings = preflight.shape("LLaMA2-70B"), settings_of(*preflight.PROTOCOL)
     with pytest.raises(RoseExpError, match="No settings with an equal result make it fit: they need at least"):
         check_fits(settings, shape, False, Footprint(GIB, None, 10**15))
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused_with_what_would(preflight):
     check_fits(settings.model_copy(update={"preflight": False}), shape, False, Footprint(GIB, None, GIB))
 
 
-def test_limits_of_the_process_count(tmp_path):
+def test_available_memory_respects_process_limits(tmp_path):
     code = (
         "import resource, torch; from pathlib import Path; from rose_exp.runs.memory import available;"
         "resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30));"
@@ -102,20 +102,20 @@ def test_limits_of_the_process_count(tmp_path):
     assert limited < 1.5 * GIB < available(tmp_path, torch.device("cpu")).host
 
 
-def test_a_record_has_the_estimate_beside_the_true_peaks(small, tmp_path):
+def test_run_record_contains_estimates_close_to_the_measured_peaks(small, tmp_path):
     record = rose_exp.run([*small, "pipeline.weights=disk", "save=true"], tmp_path)
     estimate, peak = record["estimate"], record["peak_memory_bytes"]
     assert (estimate["weights"], estimate["by_blocks"]) == ("disk", True)
     assert estimate["device"] is None
-    assert 0.3 < peak["host"] / estimate["host"] < 3  # of a process that other tests have run in
+    assert 0.3 < peak["host"] / estimate["host"] < 3  # the process has also run other tests
     assert 0.5 < record["peak_disk_bytes"] / estimate["disk"] < 1.1
     whole = rose_exp.run([*small, "pipeline.weights=memory", "pipeline.by_blocks=false"], tmp_path / "whole")
-    assert record["metrics"] == whole["metrics"]  # to the last digit
+    assert record["metrics"] == whole["metrics"]  # bitwise equal
     assert [layer["error"] for layer in record["layers"]] == [layer["error"] for layer in whole["layers"]]
 
 
 def synthetic(folder: Path, blocks: int) -> int:
-    """A sharded Llama checkpoint of random float32 weights, made a block at a time; its bytes."""
+    """Write a sharded Llama checkpoint with random float32 weights, one block at a time; return its size in bytes."""
     hidden, inner = 1024, 2816
     config = LlamaConfig(
         vocab_size=512,
@@ -148,7 +148,7 @@ def synthetic(folder: Path, blocks: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_four_times_larger_than_the_memory_allowed_is_pruned_and_measured(small, shared, tmp_path):
+def test_checkpoint_four_times_larger_than_memory_is_pruned_and_evaluated(small, shared, tmp_path):
     folder = tmp_path / "large"
     folder.mkdir()
     total = synthetic(folder, 72)
@@ -164,14 +164,14 @@ def test_a_checkpoint_four_times_larger_than_the_memory_allowed_is_pruned_and_me
         "import rose_exp;"
         f"print(json.dumps(rose_exp.run({overrides!r}, {str(tmp_path / 'out')!r})))"
     )
-    # freed memory goes back at once, not into the C library's stock: the limit counts what is held, used or not
+    # return freed memory to the system at once: the limit also counts free memory held by the allocator
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(done.stdout.splitlines()[-1])
-    assert record["estimate"]["weights"] == "disk"  # chosen, not asked for
+    assert record["estimate"]["weights"] == "disk"  # selected automatically
     assert record["metrics"]["sparsity"] == 0.5
     assert record["peak_memory_bytes"]["host"] < total / 3.5
     assert len(record["layers"]) == 72

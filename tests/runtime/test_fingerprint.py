@@ -1,4 +1,4 @@
-"""The fingerprint of the code that decides a result."""
+"""Fingerprint of the code that affects results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rose_exp.runtime.fingerprint import CODE, IRRELEVANT, code_sha256
 PACKAGE = Path(rose_exp.__file__).parent
 
 
-def test_every_file_of_the_code_counts_except_what_is_listed(tmp_path):
+def test_fingerprint_covers_every_file_except_those_listed_as_irrelevant(tmp_path):
     copy = tmp_path / "rose_exp"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     assert code_sha256(copy) == code_sha256()
@@ -30,5 +30,5 @@ def test_every_file_of_the_code_counts_except_what_is_listed(tmp_path):
     assert code_sha256(copy) != before
 
 
-def test_the_list_of_what_does_not_count_is_not_stale():
+def test_irrelevant_paths_exist():
     assert [name for name in IRRELEVANT if not (PACKAGE / name).exists()] == []

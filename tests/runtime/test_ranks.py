@@ -1,4 +1,4 @@
-"""Several processes at one run: real ones, two, joined by gloo."""
+"""Distributed runs with two real processes and the gloo backend."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def two_ranks(*arguments: str, folder=REPOSITORY) -> subprocess.CompletedProcess
     ],
     ids=lambda options: " ".join(options) or "plain",
 )
-def test_two_ranks_prune_as_one_does(options, tmp_path):
-    """Five windows, so that the shares differ; float64, so that no mask bit hangs on the order of sums."""
+def test_two_ranks_match_a_single_process(options, tmp_path):
+    """Five windows give the ranks unequal shares; in float64, masks do not depend on the summation order."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -69,7 +69,7 @@ def test_two_ranks_prune_as_one_does(options, tmp_path):
         torch.testing.assert_close(first[0][name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_the_command_under_torchrun(small, tmp_path):
+def test_command_runs_under_torchrun(small, tmp_path):
     done = two_ranks("-m", "rose_exp", *small, "hydra.run.dir=two", "save=true", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("full record") == 1
@@ -83,15 +83,15 @@ def test_the_command_under_torchrun(small, tmp_path):
     assert (tmp_path / "two/model/config.json").exists()
 
 
-def test_a_failure_on_one_rank_ends_all_of_them(small, tmp_path):
+def test_invalid_settings_stop_all_ranks(small, tmp_path):
     done = two_ranks("-m", "rose_exp", *small, "hydra.run.dir=out", "calibration.samples=1", folder=tmp_path)
     assert done.returncode != 0
     assert "calibration.samples: expected at least one window for each of 2 ranks, got 1" in done.stdout + done.stderr
     assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"
 
 
-def test_a_sweep_ends_with_the_job_that_failed(small, tmp_path):
-    """Here the first rank alone fails, before the others would meet it; nothing must wait for ever."""
+def test_failure_of_one_rank_stops_the_sweep_without_a_deadlock(small, tmp_path):
+    """Only the first rank fails, before the next collective operation; the other rank must not hang."""
     local = [override for override in small if not override.startswith("evaluation")]
     tasks = ["evaluation=zero_shot", "evaluation.zero_shot.tasks=[nothing]"]
     done = two_ranks("-m", "rose_exp", "-m", *local, *tasks, "seed=0,1", "hydra.sweep.dir=out", folder=tmp_path)
@@ -101,13 +101,13 @@ def test_a_sweep_ends_with_the_job_that_failed(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_dearest_tasks_are_spread_first():
+def test_most_expensive_tasks_are_assigned_first():
     ranks = Ranks()
     ranks.size = 2
     assert ranks.owners([1, 5, 3, 3]) == [0, 0, 1, 1]
 
 
-def test_alone_everything_stays_as_it_is():
+def test_collectives_are_no_ops_in_a_single_process():
     ranks = Ranks()
     moments = InputMoments(3)
     moments.update(torch.ones(2, 3))

@@ -1,4 +1,4 @@
-"""Keys and tokens are in nothing that is written."""
+"""Redaction of keys and tokens from all output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rose_exp.tracking import RunRecord
 TOKEN = "hf_" + "a1B2" * 9
 
 
-def test_secrets_are_taken_out(monkeypatch):
+def test_secrets_are_redacted(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
     monkeypatch.setenv("SHORT_TOKEN", "abc")
     assert redacted("key 0123456789abcdef0123 in abc") == "key *** in abc"
@@ -22,7 +22,7 @@ def test_secrets_are_taken_out(monkeypatch):
         assert redacted(text) == text
 
 
-def test_they_are_in_no_record(tmp_path):
+def test_run_record_contains_no_secrets(tmp_path):
     record = RunRecord(tmp_path, {"model": {"path": f"https://user:{TOKEN}@hub"}}, "Dense", "x")
     record.fail(RuntimeError(f"no access with {TOKEN}"))
     text = (tmp_path / "run.json").read_text()
@@ -30,7 +30,7 @@ def test_they_are_in_no_record(tmp_path):
     assert json.loads(text)["error"] == "RuntimeError: no access with ***"
 
 
-def test_they_are_in_no_log():
+def test_log_contains_no_secrets():
     record = logging.LogRecord("x", logging.ERROR, "x.py", 1, "token %s", (TOKEN,), None)
     Redacting().filter(record)
     assert record.getMessage() == "token ***"

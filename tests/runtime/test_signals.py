@@ -1,4 +1,4 @@
-"""The command is killed and given again: it goes on, and ends with the same weights and record."""
+"""Resuming after a signal: the resumed run ends with the same weights and run record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONGER = ["calibration.samples=96", "calibration.window=256", "save=true", "figu
 
 
 def started(overrides: list[str], folder: Path, blocks: int) -> subprocess.Popen:
-    """The command as a process that has kept so many blocks."""
+    """Start the command as a process and wait until it has saved ``blocks`` blocks."""
     process = subprocess.Popen(
         [sys.executable, "-m", "rose_exp", *overrides],
         cwd=folder,
@@ -33,14 +33,14 @@ def started(overrides: list[str], folder: Path, blocks: int) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
     )
     state, end = folder / "out" / "state" / "state.json", time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         if state.exists() and json.loads(state.read_text())["progress"]["blocks"] >= blocks:
             return process
         time.sleep(0.002)
-    raise AssertionError(f"the run was not seen with {blocks} blocks kept: {process.communicate()}")
+    raise AssertionError(f"the run did not save {blocks} blocks: {process.communicate()}")
 
 
 def untimed(record: dict) -> dict:
@@ -58,12 +58,12 @@ def uninterrupted(shared, tmp_path_factory):
     overrides = [*small_overrides(shared), *LONGER]
     done = command(*overrides, folder=folder)
     assert done.returncode == 0, done.stderr
-    assert not (folder / "out" / "state").exists()  # of no use any more
+    assert not (folder / "out" / "state").exists()  # removed when the run has finished
     return overrides, folder / "out"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, EXIT_STATUS)])
-def test_a_run_goes_on_after_a_signal_and_ends_the_same(uninterrupted, tmp_path, number, status):
+def test_run_resumed_after_a_signal_matches_an_uninterrupted_run(uninterrupted, tmp_path, number, status):
     overrides, whole = uninterrupted
     process = started(overrides, tmp_path, 1)
     process.send_signal(number)
@@ -83,13 +83,13 @@ def test_a_run_goes_on_after_a_signal_and_ends_the_same(uninterrupted, tmp_path,
     assert all((own[name] == expected[name]).all() for name in own)
 
 
-def test_zero_shot_does_not_outlast_a_signal(small, shared, tmp_path, monkeypatch):
-    def asked(model, *_):
+def test_zero_shot_evaluation_stops_on_a_signal(small, shared, tmp_path, monkeypatch):
+    def signaled(model, *_):
         os.kill(os.getpid(), signal.SIGTERM)
         model(torch.zeros(1, 4, dtype=torch.int64))
-        raise AssertionError("the model was run all the same")
+        raise AssertionError("the model ran after the signal")
 
-    monkeypatch.setattr(experiment, "measure_zero_shot", asked)
+    monkeypatch.setattr(experiment, "measure_zero_shot", signaled)
     tasks = ["evaluation.zero_shot.tasks=[winogrande]", f"evaluation.zero_shot.data_dir={shared}/data/zeroshot"]
     with pytest.raises(Interrupted, match="SIGTERM"):
         run([*small, "evaluation=[local,zero_shot]", *tasks], tmp_path)

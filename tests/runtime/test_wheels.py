@@ -1,4 +1,4 @@
-"""Fetching files out of wheels: checked, atomic, and clear when it fails."""
+"""Fetching of files from wheels: verified, atomic, with clear errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rose_exp.runtime.errors import RoseExpError
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A wheel of two files, and a pip that hands it out and counts."""
+    """Mock pip: serve a wheel with two files and record the calls."""
     cache, served = tmp_path / "cache", tmp_path / "demo-1.0-py3-none-any.whl"
     monkeypatch.setenv("ROSE_EXP_CACHE", str(cache))
     with zipfile.ZipFile(served, "w") as archive:
@@ -40,7 +40,7 @@ def index(tmp_path, monkeypatch):
     return cache, served, calls
 
 
-def test_a_wheel_is_fetched_once_for_all_its_files(index):
+def test_wheel_is_downloaded_once_for_all_its_files(index):
     cache, _, calls = index
     assert wheels.fetch("a").read_text() == "first"
     assert wheels.fetch("b").read_text() == "second"
@@ -51,14 +51,14 @@ def test_a_wheel_is_fetched_once_for_all_its_files(index):
     assert sorted(path.name for path in (cache / "demo-1.0").iterdir()) == ["a.txt", "b.txt"]
 
 
-def test_a_damaged_file_in_the_cache_is_fetched_again(index):
+def test_damaged_cache_file_is_downloaded_again(index):
     _, _, calls = index
     wheels.fetch("a").write_text("fir")
     assert wheels.fetch("a").read_text() == "first"
     assert len(calls) == 2
 
 
-def test_a_damaged_download_leaves_nothing(index):
+def test_damaged_download_leaves_no_files(index):
     cache, served, _ = index
     served.write_bytes(served.read_bytes()[:-10])
     with pytest.raises(RoseExpError, match=r"demo 1.0: the wheel is damaged or not the expected one: expected SHA-256"):
@@ -66,7 +66,7 @@ def test_a_damaged_download_leaves_nothing(index):
     assert list((cache / "demo-1.0").iterdir()) == []
 
 
-def test_an_unreachable_index_is_told(index, monkeypatch):
+def test_unreachable_index_raises_an_error(index, monkeypatch):
     cache, _, _ = index
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: something\nERROR: No matching distribution found for demo==1.0\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
@@ -78,7 +78,7 @@ def test_an_unreachable_index_is_told(index, monkeypatch):
 
 
 @pytest.mark.usefixtures("index")
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_unwritable_cache_raises_an_error(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("ROSE_EXP_CACHE", str(blocked))
@@ -86,11 +86,11 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         wheels.fetch("a")
 
 
-def test_the_real_list_names_each_file_once():
+def test_wheel_list_is_complete_and_has_no_duplicates():
     questions = {name for name, f in wheels.WHEELS.items() if f.kind == "zero_shot"}
     assert questions == {f"{task}_{split}" for task, split in SPLITS.items()}
     assert set(wheels.WHEELS) - questions == {"smollm2-135m", "c4", "wiki"}
     places = {(f.package, f.version, f.file_name) for f in wheels.WHEELS.values()}
-    assert len(places) == len(wheels.WHEELS)  # no two share a place in the cache
+    assert len(places) == len(wheels.WHEELS)  # unique cache paths
     assert all(len(f.sha256) == len(f.wheel_sha256) == 64 for f in wheels.WHEELS.values())
     assert all(dataclasses.asdict(f)["version"] for f in wheels.WHEELS.values())

@@ -1,4 +1,4 @@
-"""A pool of devices: a job a device, in whatever processes, for as long as they live."""
+"""Device pool: each job, in any process, claims one device for its lifetime."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def holder(seconds: float) -> tuple[subprocess.Popen, str]:
     return process, process.stdout.readline().strip()
 
 
-def test_each_gets_one_that_no_other_has_and_a_killed_one_gives_its_back():
+def test_devices_are_exclusive_and_released_when_a_process_dies():
     first, name = holder(60)
     second, other = holder(60)
     assert (name, other) == ("one", "two")
     with claimed(["one", "two", "two"], sweep=True) as mine:
-        assert mine == "two"  # named twice, had twice
+        assert mine == "two"  # listed twice, so claimed twice
         first.kill()
         first.wait()
         with claimed(["one"], sweep=True) as freed:
@@ -46,7 +46,7 @@ def test_each_gets_one_that_no_other_has_and_a_killed_one_gives_its_back():
     second.wait()
 
 
-def test_one_waits_until_a_device_is_free():
+def test_claim_waits_until_a_device_is_free():
     process, _ = holder(1.5)
     start = time.monotonic()
     with claimed(["one"], sweep=True):
@@ -54,14 +54,14 @@ def test_one_waits_until_a_device_is_free():
     process.wait()
 
 
-def test_a_single_device_is_taken_as_it_is():
+def test_single_device_is_used_without_locking():
     with claimed("cpu", sweep=True) as first, claimed("cpu", sweep=True) as second:
         assert (first, second) == ("cpu", "cpu")
     with claimed("auto", sweep=False) as device:
         assert device == "auto"
 
 
-def test_in_a_sweep_auto_is_any_gpu(monkeypatch):
+def test_auto_selects_any_free_gpu_in_a_sweep(monkeypatch):
     monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Sweeps through joblib, Slurm and Ray, each of them the real thing, against the same jobs run one after the other."""
+"""Sweeps with the real joblib, Slurm and Ray launchers, compared with the same jobs run sequentially."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rose_exp.report import collect_records
 from ..conftest import REPOSITORY, small_overrides
 
 SLURM_NODE = REPOSITORY / "scripts" / "slurm_node.sh"
-SKIPPED = 77  # exit status of the script where Slurm cannot be had
-JOBS = ["method=sparsegpt,rose", "seed=0", "calibration.window=128,1024"]  # the last window is longer than the model allows
+SKIPPED = 77  # exit status of the script if Slurm is unavailable
+JOBS = ["method=sparsegpt,rose", "seed=0", "calibration.window=128,1024"]  # the last window exceeds the maximum sequence length
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def sweep(small, folder: Path, *overrides: str, **environment: str) -> subproces
 
 @pytest.fixture(scope="module")
 def expected(shared, tmp_path_factory):
-    """Perplexities of the jobs that can end well."""
+    """Perplexities of the jobs that succeed."""
     import rose_exp
 
     folder = tmp_path_factory.mktemp("expected")
@@ -47,7 +47,7 @@ def check(done: subprocess.CompletedProcess, folder: Path, expected) -> None:
     records = [record for _, record in collect_records(folder)]
     assert sorted(record["status"] for record in records) == ["failed", "failed", "finished", "finished"]
     found = {r["label"]: r["metrics"]["perplexity.local"] for r in records if r["status"] == "finished"}
-    assert found == pytest.approx(expected, rel=0.02)  # workers have fewer threads, and so other rounding
+    assert found == pytest.approx(expected, rel=0.02)  # workers use fewer threads, which changes rounding
 
 
 def test_joblib_with_a_pool_of_devices(small, tmp_path, expected):
@@ -55,22 +55,22 @@ def test_joblib_with_a_pool_of_devices(small, tmp_path, expected):
     done = sweep(small, folder, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "device=[cpu,cpu]")
     check(done, folder, expected)
     again = sweep(small, folder, "hydra/launcher=joblib", "device=[cpu,cpu]")
-    assert "2 reused, 2 failed, of 4 jobs" in again.stdout  # what failed is tried again, what is finished is not
+    assert "2 reused, 2 failed, of 4 jobs" in again.stdout  # failed jobs are retried, finished jobs are not
 
 
-def test_ray_on_a_cluster_of_this_machine(small, tmp_path, expected):
+def test_ray_on_a_local_cluster(small, tmp_path, expected):
     if importlib.util.find_spec("ray") is None:
         pytest.skip("needs Ray: pip install rose_exp[ray]")
     folder = tmp_path / "out"
-    equal = {"RAY_worker_niceness": "0"}  # Ray's own is 15, at which the tests beside this one leave it 4 % of a core
+    equal = {"RAY_worker_niceness": "0"}  # with Ray's default of 15, parallel tests starve its workers
     done = sweep(small, folder, "hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2", "device=cpu", **equal)
     check(done, folder, expected)
 
 
 @pytest.fixture
 def slurm():
-    """Environment of a real Slurm of one node."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # its sockets want a short path
+    """Environment variables of a real single-node Slurm cluster."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # sockets need a short path
     try:
         started = subprocess.run(
             [SLURM_NODE, "start", folder], capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL
@@ -84,7 +84,7 @@ def slurm():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_slurm_on_a_node_of_its_own(small, tmp_path, expected, slurm):
+def test_slurm_on_a_single_node(small, tmp_path, expected, slurm):
     folder = tmp_path / "out"
     options = ["partition=debug", "cpus_per_task=1", "mem_gb=2", "timeout_min=5", "gpus_per_node=null"]
     done = sweep(small, folder, "hydra/launcher=submitit_slurm", *(f"hydra.launcher.{option}" for option in options), **slurm)

@@ -1,4 +1,4 @@
-"""A search by Optuna, whose study is taken up again."""
+"""Optuna searches and resuming of their studies."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from ..cli.test_app import rose_exp
         ("a=x,y", CategoricalDistribution(["x", "y"])),
     ],
 )
-def test_what_is_searched(override, expected):
+def test_overrides_map_to_distributions(override, expected):
     assert _distribution(OverridesParser.create().parse_override(override)) == expected
 
 
-def test_of_a_whole_number_an_interval_has_whole_numbers():
+def test_interval_of_an_integer_setting_is_an_integer_distribution():
     override = OverridesParser.create().parse_override("engine.block_size=interval(32,256)")
     assert _distribution(override, whole=True) == IntDistribution(32, 256)
 
 
-def test_globs_are_not_searched():
+def test_globs_raise_an_error():
     with pytest.raises(SearchError, match="expected an interval, a range or a choice"):
         _distribution(OverridesParser.create().parse_override("a=glob(*)"))
 
 
 @pytest.mark.slow
-def test_a_study_goes_on(small, tmp_path):
+def test_study_resumes_and_retries_an_interrupted_trial(small, tmp_path):
     search = ["-m", *small, "method=rose", "hydra/sweeper=optuna", "hydra.sweeper.metric=perplexity.local"]
     search += ["hydra.sweep.dir=out", "hydra.sweeper.study_name=test"]
     done = rose_exp(*search, "hydra.sweeper.n_trials=2", folder=tmp_path)
@@ -48,13 +48,13 @@ def test_a_study_goes_on(small, tmp_path):
 
     storage = f"sqlite:///{tmp_path}/out/optuna.db"
     study = optuna.load_study(study_name="test", storage=storage)
-    cut_off = study.ask(study.trials[0].distributions)  # a trial whose process was killed
+    interrupted = study.ask(study.trials[0].distributions)  # simulates a trial whose process was killed
     done = rose_exp(*search, "hydra.sweeper.n_trials=3", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     trials = optuna.load_study(study_name="test", storage=storage).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
-    assert trials[3].params == cut_off.params
-    assert len({tuple(trial.params.values()) for trial in trials}) == 3  # no draw is made twice
+    assert trials[3].params == interrupted.params
+    assert len({tuple(trial.params.values()) for trial in trials}) == 3  # no parameters are sampled twice
 
     records = [record for _, record in collect_records(tmp_path / "out")]
     assert sorted(r["metrics"]["perplexity.local"] for r in records) == sorted(t.value for t in trials if t.value is not None)

@@ -1,4 +1,4 @@
-"""``plan=true`` lists jobs, with time from measured rates and memory from the configuration, and runs none."""
+"""``plan=true`` lists jobs with estimates of time and memory, and runs none of them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from rose_exp.sweeps.plan import format_plan
 from ..cli.test_app import rose_exp as command
 
 
-def test_nothing_is_run(small, tmp_path):
+def test_plan_runs_nothing(small, tmp_path):
     done = command("-m", *small, "method=dense,rose", "seed=0,1", "plan=true", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines[1:5]] == ["method=dense", "method=dense", "method=rose", "method=rose"]
-    assert "3 of 4 jobs to run" in done.stdout  # the dense model is one
+    assert "3 of 4 jobs to run" in done.stdout  # the dense jobs share one run
     assert "~ rough" in done.stdout
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_done_is_not_counted_and_its_rates_are_used(small, tmp_path):
+def test_finished_runs_are_skipped_and_calibrate_the_estimate(small, tmp_path):
     rose_exp.sweep([*small, "seed=0,1"], tmp_path)
     jobs = check_command(["-m", *small, "seed=0,1,2"]).jobs
     text = format_plan(jobs, tmp_path)
@@ -36,7 +36,7 @@ def test_what_is_done_is_not_counted_and_its_rates_are_used(small, tmp_path):
     assert "~" not in text
 
 
-def test_the_shape_is_that_of_the_model(shared):
+def test_model_shape_matches_the_model(shared):
     path = shared / "data/models/stories260k-llama"
     shape = model_shape(ModelSettings(path=str(path)))
     assert (shape.blocks, shape.hidden, shape.vocabulary) == (5, 64, 512)
@@ -45,7 +45,7 @@ def test_the_shape_is_that_of_the_model(shared):
     assert [layer.columns for layer in shape.block] == [64] * 6 + [172]
 
 
-def test_time_follows_the_work_at_the_rate_of_finished_runs(small, tmp_path):
+def test_time_estimate_uses_the_rates_of_finished_runs(small, tmp_path):
     record = rose_exp.run(small, tmp_path)
     settings = check_command(small).jobs[0].settings
     shape = model_shape(settings.model)

@@ -1,4 +1,4 @@
-"""What became of each job of a sweep."""
+"""Summary of the outcomes of sweep jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def record(folder, run_id, status="finished", started=AFTER, error=None, torch=N
     (folder / run_id / "run.json").write_text(json.dumps(data))
 
 
-def test_every_state_is_told(tmp_path):
+def test_every_outcome_is_reported(tmp_path):
     record(tmp_path, "ran")
     record(tmp_path, "old", started=BEFORE, torch="1.0")
     record(tmp_path, "same", started=BEFORE)
@@ -48,7 +48,7 @@ def test_every_state_is_told(tmp_path):
     assert "its process ended unexpectedly" in text
 
 
-def test_what_is_unfinished_resumes_unless_everything_starts_anew(tmp_path):
+def test_unfinished_jobs_have_a_hint_how_to_resume(tmp_path):
     record(tmp_path, "killed", "running")
     hints = [outcomes([("seed=0", "killed")], tmp_path, START, rerun)[0].why for rerun in (False, True)]
     assert [hint.partition("; ")[2] for hint in hints] == [
@@ -57,7 +57,7 @@ def test_what_is_unfinished_resumes_unless_everything_starts_anew(tmp_path):
     ]
 
 
-def test_jobs_in_folders_of_other_names_are_found(tmp_path):
+def test_jobs_are_found_in_renamed_folders(tmp_path):
     record(tmp_path, "abc")
     (tmp_path / "abc").rename(tmp_path / "0")
     assert outcomes([("seed=0", "abc")], tmp_path, START)[0].folder == tmp_path / "0"

@@ -1,4 +1,4 @@
-"""Reads the file that an offline run of Weights & Biases leaves: a LevelDB log of protocol buffers."""
+"""Reader for offline Weights & Biases runs, which are LevelDB logs of protocol buffers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from wandb.proto import wandb_internal_pb2
 
 BLOCK = 32768
-HEADER = 7  # of the file, and of each piece of a record: checksum, length, kind
+HEADER = 7  # bytes of the file header and of each chunk header (checksum, length, type)
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 @dataclass
 class OfflineRun:
-    """What the file says of a run."""
+    """Content of an offline run."""
 
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -30,7 +30,7 @@ class OfflineRun:
 
 
 def read_offline_run(folder: Path) -> OfflineRun:
-    """The one run below ``folder``."""
+    """Read the single offline run below ``folder``."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     found = OfflineRun()
     for data in _records(path.read_bytes()):
@@ -60,7 +60,7 @@ def _records(data: bytes) -> Iterator[bytes]:
     place, parts = HEADER, b""
     while place + HEADER <= len(data):
         left = BLOCK - place % BLOCK
-        if left < HEADER:  # filled with zeros
+        if left < HEADER:  # zero padding
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])

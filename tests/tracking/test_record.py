@@ -1,4 +1,4 @@
-"""What a record says of the machine, and of an ordering."""
+"""Run records: reordered layers and device names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_reordered_layers_are_counted_and_logged(moved, level, line, tmp_path, c
     assert not caplog.records
 
 
-def test_a_run_that_reorders_no_layer_equals_one_without_an_ordering(small, tmp_path):
+def test_run_without_reordered_layers_equals_a_run_without_reordering(small, tmp_path):
     def run(*overrides):
         return rose_exp.run([*small, "sparsity.ratio=0.68", "figures.draw=false", *overrides], tmp_path)["metrics"]
 
@@ -44,7 +44,7 @@ def test_a_run_that_reorders_no_layer_equals_one_without_an_ordering(small, tmp_
     assert always["perplexity.local"] != rose["perplexity.local"]
 
 
-def test_a_gpu_is_called_by_its_name_and_not_by_its_number(monkeypatch):
+def test_device_name_is_independent_of_the_gpu_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     assert device_name(torch.device("cuda:1")) == device_name(torch.device("cuda")) == "cuda: H100"
     assert device_name(torch.device("cpu")).startswith("cpu: ")

@@ -1,4 +1,4 @@
-"""What trackers are told, read back from the files that they leave."""
+"""Trackers: logged values, read back from the files they write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYERS = 35
 
 @pytest.fixture
 def config(small):
-    """The resolved configuration of a small run, with trackers' own settings to be added."""
+    """Return a function that composes the resolved configuration of a small run with extra overrides."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -39,7 +39,7 @@ def config(small):
     return composed
 
 
-def test_an_offline_run_carries_everything(config, tmp_path):
+def test_offline_wandb_run_contains_all_values(config, tmp_path):
     config = config("tracking=wandb", "tags=[a,b]", "tracking.job_type=test", "save=true", "tracking.save_model=true")
     record = run_experiment(read_settings(config), config, tmp_path, Identity("method=rose", "day/sweep"))
     found = read_offline_run(tmp_path)
@@ -61,7 +61,7 @@ def test_an_offline_run_carries_everything(config, tmp_path):
     assert record["tracking"] == {"kind": "wandb", "failure": None}
 
 
-def test_a_run_that_fails_is_finished_as_failed(config, tmp_path):
+def test_failed_run_is_closed_as_failed(config, tmp_path):
     config = config("tracking=wandb", "calibration.window=4000")
     with pytest.raises(Exception, match="calibration.window"):
         run_experiment(read_settings(config), config, tmp_path)
@@ -69,10 +69,12 @@ def test_a_run_that_fails_is_finished_as_failed(config, tmp_path):
     assert read_record(tmp_path / "run.json")["status"] == "failed"
 
 
-def test_a_run_that_is_interrupted_says_so_and_is_finished_as_failed_for_trackers(small, tmp_path):
+def test_interrupted_run_is_closed_as_failed_by_trackers(small, tmp_path):
     command = [sys.executable, "-m", "rose_exp", *small, "calibration.samples=2000", "tracking=wandb", "hydra.run.dir=out"]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in a shell's background is not
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heard)
+    restore_sigint = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in the background of a shell
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=restore_sigint
+    )
     deadline = time.monotonic() + 120
     while "pruned model.layers.0" not in _log(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -88,7 +90,7 @@ def _log(folder) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_jobs_of_a_sweep_do_not_leak_into_one_another(small, tmp_path):
+def test_jobs_of_a_sweep_are_isolated(small, tmp_path):
     done = rose_exp("-m", *small, "method=wanda,sparsegpt", "tracking=wandb", "hydra.sweep.dir=day/sweep", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     folders = {record["config"]["method"]["name"]: path.parent for path, record in collect_records(tmp_path / "day/sweep")}
@@ -104,7 +106,7 @@ def test_jobs_of_a_sweep_do_not_leak_into_one_another(small, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["init", "log"])
-def test_a_tracker_that_breaks_does_not_break_the_run(broken, config, tmp_path, monkeypatch, caplog):
+def test_failing_tracker_does_not_stop_the_run(broken, config, tmp_path, monkeypatch, caplog):
     import wandb
 
     def fail(*_args, **_kwargs):
@@ -118,13 +120,13 @@ def test_a_tracker_that_breaks_does_not_break_the_run(broken, config, tmp_path, 
     record = run_experiment(read_settings(config), config, tmp_path)
     assert record["status"] == "finished"
     assert record["metrics"]["perplexity.local"] > 1
-    told = {"init": "start", "log": "layer"}[broken]
-    assert record["tracking"] == {"kind": "wandb", "failure": f"{told}: ConnectionError: no route to host"}
+    stage = {"init": "start", "log": "layer"}[broken]
+    assert record["tracking"] == {"kind": "wandb", "failure": f"{stage}: ConnectionError: no route to host"}
     assert read_record(tmp_path / "run.json")["tracking"] == record["tracking"]
     assert "tracking with wandb failed, the run continues without it" in caplog.text
 
 
-def test_csv_has_the_same_values(config, tmp_path):
+def test_csv_values_match_the_run_record(config, tmp_path):
     config = config("tracking=csv")
     record = run_experiment(read_settings(config), config, tmp_path)
     with (tmp_path / "layers.csv").open() as file:
@@ -135,7 +137,7 @@ def test_csv_has_the_same_values(config, tmp_path):
     assert "reordered_layers" in record["metrics"]
 
 
-def test_tensorboard_has_the_same_values(config, tmp_path):
+def test_tensorboard_values_match_the_run_record(config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = config("tracking=tensorboard")
@@ -149,7 +151,7 @@ def test_tensorboard_has_the_same_values(config, tmp_path):
     assert events.Scalars("reordered_layers")[0].value == record["metrics"]["reordered_layers"]
 
 
-def test_disabled_and_none_leave_nothing(config, tmp_path):
+def test_disabled_trackers_write_no_files(config, tmp_path):
     for overrides in (["tracking=none"], ["tracking=wandb", "tracking.mode=disabled"]):
         config_of = config(*overrides)
         record = run_experiment(read_settings(config_of), config_of, tmp_path)
