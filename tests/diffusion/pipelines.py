@@ -40,7 +40,7 @@ def units_of(name: str):
         return find_units(of.denoiser, of.first_call("a photograph"), layers)
 
 
-def walk(name: str, count: int = 2, sparsity=None, method=None, of: Sampler | None = None, **options) -> PackagePruner:
+def pruner_of(name: str, count: int = 2, sparsity=None, method=None, of: Sampler | None = None, **options) -> PackagePruner:
     of = of or sampler(name)
     layers = {layer.name: layer for layer in candidate_layers(of.denoiser, convolutions=name == "ddpm")}
     known = {name for unit in units_of(name) for name in unit.names}

@@ -14,7 +14,7 @@ from rose_exp.models import find_structures
 from rose_exp.pruning.structured import wanted_structures
 from rose_exp.runtime.errors import RoseExpError
 
-from .pipelines import NAMES, STEPS, images, sampler, walk
+from .pipelines import NAMES, STEPS, images, pruner_of, sampler
 
 
 def again(pipeline, of: Sampler) -> Sampler:
@@ -29,7 +29,7 @@ def structured(name: str, ratio: float, **options):
     of = sampler(name)
     how = {key: options.pop(key) for key in ("heads", "neurons", "saliency") if key in options}
     how |= {"neurons": False} if name == "ddpm" else {}  # DDPM has no feed-forward neurons
-    return walk(name, sparsity=Structured(ratio, **how), of=of, **options)
+    return pruner_of(name, sparsity=Structured(ratio, **how), of=of, **options)
 
 
 def structures_of(pruner) -> list:

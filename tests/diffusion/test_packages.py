@@ -14,7 +14,7 @@ from rose_exp.runtime import signals as interruption
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.signals import Interrupted
 
-from .pipelines import NAMES, PROMPTS, STEPS, images, sampler, units_of, walk
+from .pipelines import NAMES, PROMPTS, STEPS, images, pruner_of, sampler, units_of
 
 
 def moments_of(of, groups) -> list[InputMoments]:
@@ -26,7 +26,7 @@ def weights_of(of) -> dict[str, torch.Tensor]:
 
 
 def test_moments_are_weighted_by_step_and_cover_both_guidance_branches():
-    of = walk("sd3")
+    of = pruner_of("sd3")
     name = "transformer_blocks.1.attn.to_add_out"
     seen = []
     hook = of.layers[name].module.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
@@ -47,7 +47,7 @@ def test_moments_are_weighted_by_step_and_cover_both_guidance_branches():
 def test_weights_and_images_are_bitwise_equal_for_every_batch_size(name):
     found = []
     for batch in (1, 2, 3):
-        of = walk(name, count=2)
+        of = pruner_of(name, count=2)
         of.sampler.batch = batch
         of.run()
         found.append(({name: layer.weight.clone() for name, layer in of.layers.items()}, images(of.sampler, 3)))
@@ -57,7 +57,7 @@ def test_weights_and_images_are_bitwise_equal_for_every_batch_size(name):
 
 
 def test_first_package_uses_moments_of_the_dense_model():
-    of = walk("sd3", count=3)
+    of = pruner_of("sd3", count=3)
     group = of.packages[0][0].groups[0]
     dense = of.layers[group[1]].weight.clone()
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_first_package_uses_moments_of_the_dense_model():
 
 
 def test_later_packages_use_moments_of_the_partially_pruned_model():
-    of, blind = walk("sd3", count=2), walk("sd3", count=1)
+    of, blind = pruner_of("sd3", count=2), pruner_of("sd3", count=1)
     of.run()
     blind.run()
     first, second = of.packages[0][0].names[0], of.packages[1][-1].names[0]
@@ -79,7 +79,7 @@ def test_later_packages_use_moments_of_the_partially_pruned_model():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_is_pruned_and_reported(name):
-    of = walk(name)
+    of = pruner_of(name)
     reports = of.run()
     assert {report.name for report in reports} == set(of.layers)
     for report in reports:
@@ -95,7 +95,7 @@ def test_every_layer_is_pruned_and_reported(name):
 
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), DSnoT()])
 def test_baselines_only_mask_weights(method):
-    of = walk("sd3", method=method)
+    of = pruner_of("sd3", method=method)
     before = weights_of(of)
     of.run()
     for name, layer in of.layers.items():
@@ -105,16 +105,16 @@ def test_baselines_only_mask_weights(method):
 
 
 def test_semi_structured_sparsity_and_reordering():
-    of = walk("sd3", sparsity=SemiStructured(2, 4), ordering=Ordering.rose())
+    of = pruner_of("sd3", sparsity=SemiStructured(2, 4), ordering=Ordering.rose())
     of.run()
     for layer in of.layers.values():
         assert ((layer.weight.unflatten(1, (-1, 4)) == 0).sum(dim=2) == 2).all()
-    always = walk("sd3", ordering=Ordering("descending", "descending", threshold=None))
+    always = pruner_of("sd3", ordering=Ordering("descending", "descending", threshold=None))
     assert any(report.reordered for report in always.run())
 
 
 def test_moments_and_images_are_close_for_every_batch_size():
-    one, three = walk("sd3", of=sampler("sd3", batch=1)), walk("sd3", of=sampler("sd3", batch=3))
+    one, three = pruner_of("sd3", of=sampler("sd3", batch=1)), pruner_of("sd3", of=sampler("sd3", batch=3))
     group = units_of("sd3")[5].groups
     with torch.no_grad():
         first, second = moments_of(one, group), moments_of(three, group)
@@ -131,10 +131,10 @@ def test_noise_seeds_are_unique_and_reproducible():
 
 
 def test_resuming_an_interrupted_run_gives_identical_weights(tmp_path, monkeypatch):
-    whole = walk("sd3", count=3)
+    whole = pruner_of("sd3", count=3)
     whole.run()
     state = RunState(tmp_path / "state", {"code": "a"}, "recompute")
-    stopped = walk("sd3", count=3, state=state)
+    stopped = pruner_of("sd3", count=3, state=state)
     first = set(stopped.packages[0][0].names)
     checks = iter(range(10**9))
     real = interruption.check
@@ -149,7 +149,7 @@ def test_resuming_an_interrupted_run_gives_identical_weights(tmp_path, monkeypat
         stopped.run()
     monkeypatch.setattr(interruption, "check", real)
     reported = []
-    again = walk(
+    again = pruner_of(
         "sd3",
         count=3,
         state=RunState(tmp_path / "state", {"code": "a"}, "recompute"),
@@ -163,7 +163,7 @@ def test_resuming_an_interrupted_run_gives_identical_weights(tmp_path, monkeypat
 
 
 def test_layer_with_non_finite_weights_is_named():
-    of = walk("sd3")
+    of = pruner_of("sd3")
     name = units_of("sd3")[0].names[0]
     of.layers[name].module.weight.data[0, 0] = float("nan")
     with pytest.raises(RoseExpError, match=name):

@@ -71,7 +71,7 @@ def test_a_component_is_called_at_every_point_of_a_block(recorder):
 
 
 def test_a_component_is_called_at_every_point_of_a_package(recorder):
-    pruner = pipelines.walk("sd3", count=2)
+    pruner = pipelines.pruner_of("sd3", count=2)
     pruner.run()
     assert recorder.calls[:2] == [("check", None), ("before_model", None)]
     for index in range(2):

@@ -80,9 +80,9 @@ def from_disk(folder: Path, on_layer=None) -> Outcome:
 def of_diffusion(folder: Path, on_layer=None) -> Outcome:
     options = {} if on_layer is None else {"on_layer": on_layer}
     of = pipelines.sampler("sd3", steps=1)
-    walk = pipelines.walk("sd3", count=3, of=of, state=RunState(folder, FINGERPRINT, "recompute"), **options)
-    reports = walk.run()
-    return {name: layer.weight.clone() for name, layer in walk.layers.items()}, untimed(reports)
+    pruner = pipelines.pruner_of("sd3", count=3, of=of, state=RunState(folder, FINGERPRINT, "recompute"), **options)
+    reports = pruner.run()
+    return {name: layer.weight.clone() for name, layer in pruner.layers.items()}, untimed(reports)
 
 
 def cut_third_package() -> Callable:
