@@ -86,6 +86,7 @@ def test_sweep_shares_calibration_windows_and_prints_a_table(small, tmp_path):
     assert records[0]["metrics"]["perplexity.local"] < records[1]["metrics"]["perplexity.local"]
 
 
+@pytest.mark.slow
 def test_repeated_runs_are_bitwise_equal(small, tmp_path):
     for name in ("a", "b"):
         assert rose_exp(*small, f"hydra.run.dir={name}", folder=tmp_path).returncode == 0

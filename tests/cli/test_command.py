@@ -183,7 +183,11 @@ def test_search_under_torchrun_is_rejected(monkeypatch, capsys):
     assert "torchrun: expected a run or a sweep, got a search" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("study", sorted(p.stem for p in config_folder().glob("experiment/rose_*.yaml")))
+STUDIES = sorted(path.stem for path in config_folder().glob("experiment/rose_*.yaml"))
+LARGE = ("rose_plus_allocation", "rose_plus_order", "rose_plus_parts", "rose_plus_permute")  # many jobs
+
+
+@pytest.mark.parametrize("study", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in STUDIES])
 def test_every_paper_experiment_supports_the_smoke_test_settings(study):
     command = ["-m", f"experiment={study}", "model=smollm2-135m", "calibration=embedded", "debug=smoke"]
     jobs = check_command(command).jobs
@@ -253,7 +257,9 @@ def test_missing_config_files_raise_an_error(arguments, expected):
     assert expected in problem
 
 
-@pytest.mark.parametrize("flag", ["--config-path", "--config-dir", "hydra.searchpath"])
+@pytest.mark.parametrize(
+    "flag", [*(pytest.param(flag, marks=pytest.mark.slow) for flag in ("--config-path", "--config-dir")), "hydra.searchpath"]
+)
 def test_run_uses_the_validated_config_files(flag, small, tmp_path):
     """Covers the plan and the run record of the command."""
     copy = conf_with(tmp_path, 0.25)

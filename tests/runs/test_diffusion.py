@@ -147,6 +147,7 @@ def test_saved_custom_class_loads_with_diffusers_in_a_new_process(tmp_path):
     assert done.stdout.strip().splitlines()[-1] == "NarrowedSD3Transformer2DModel"
 
 
+@pytest.mark.slow
 def test_report_has_separate_columns_for_heads_and_neurons(tmp_path):
     for overrides in (
         [],
@@ -170,6 +171,7 @@ def test_pipelines_with_nothing_to_remove_are_rejected(tmp_path):
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
 
 
+@pytest.mark.slow
 def test_scheduler_can_be_replaced(tmp_path):
     record = run(tmp_path, "model=small-sd", "diffusion.scheduler=EulerDiscreteScheduler")
     assert record["protocol"]["model"]["scheduler"] == "EulerDiscreteScheduler"
@@ -179,6 +181,7 @@ def test_scheduler_can_be_replaced(tmp_path):
     assert len(heun["images"]["latent_mse"]) == 2 * 3 - 1  # one per denoiser call
 
 
+@pytest.mark.slow
 def test_report_of_several_runs(tmp_path):
     for overrides in (["seed=0"], ["seed=1"], ["method=magnitude"], ["method=magnitude", "seed=1"], ["method=rose"]):
         run(tmp_path, *overrides)

@@ -131,6 +131,7 @@ def test_exception_in_one_job_does_not_stop_the_others(small, tmp_path, monkeypa
     assert [record["error"] for record in records] == ["ZeroDivisionError: a bug", "OutOfMemoryError: no memory"]
 
 
+@pytest.mark.slow
 def test_first_block_key_covers_everything_its_moments_depend_on(small, tmp_path):
     from rose_exp.runs.preparation import first_key
 

@@ -61,6 +61,7 @@ def test_second_stream_of_hidden_states_is_counted_once(small):
         assert bytes_of(*second) - plain == pytest.approx(stream, rel=0.2)
 
 
+@pytest.mark.slow
 def test_published_models_fit_the_expected_hardware(preflight):
     placed, found = preflight.fitting("LLaMA2-70B", "80 GB GPU, 64 GB host")
     assert placed == Placement("disk", True)

@@ -26,16 +26,18 @@ def two_ranks(*arguments: str, folder=REPOSITORY) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
+OPTIONS = {
+    "plain": {},
+    "true sequential": {"true_sequential": True},
+    "target and allocation": {"target": Target(0.6, 0.4), "allocation": Allocation("losses", 0.1)},
+    "permutation": {"sparsity": SemiStructured(2, 4), "permute": True},
+    "structured": {"sparsity": Structured(0.5), "ordering": None},
+}
+FAST = ("target and allocation",)  # involves every collective operation
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"true_sequential": True},
-        {"target": Target(0.6, 0.4), "allocation": Allocation("losses", 0.1)},
-        {"sparsity": SemiStructured(2, 4), "permute": True},
-        {"sparsity": Structured(0.5), "ordering": None},
-    ],
-    ids=lambda options: " ".join(options) or "plain",
+    "options", [pytest.param(OPTIONS[name], id=name, marks=[pytest.mark.slow] * (name not in FAST)) for name in OPTIONS]
 )
 def test_two_ranks_match_a_single_process(options, tmp_path):
     """Five windows give the ranks unequal shares; in float64, masks do not depend on the summation order."""
@@ -69,6 +71,7 @@ def test_two_ranks_match_a_single_process(options, tmp_path):
         torch.testing.assert_close(first[0][name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 def test_command_runs_under_torchrun(small, tmp_path):
     done = two_ranks("-m", "rose_exp", *small, "hydra.run.dir=two", "save=true", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -90,6 +93,7 @@ def test_invalid_settings_stop_all_ranks(small, tmp_path):
     assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_failure_of_one_rank_stops_the_sweep_without_a_deadlock(small, tmp_path):
     """Only the first rank fails, before the next collective operation; the other rank must not hang."""
     local = [override for override in small if not override.startswith("evaluation")]

@@ -62,7 +62,9 @@ def uninterrupted(shared, tmp_path_factory):
     return overrides, folder / "out"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, EXIT_STATUS)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGTERM, EXIT_STATUS)]
+)
 def test_run_resumed_after_a_signal_matches_an_uninterrupted_run(uninterrupted, tmp_path, number, status):
     overrides, whole = uninterrupted
     process = started(overrides, tmp_path, 1)

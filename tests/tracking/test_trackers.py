@@ -69,6 +69,7 @@ def test_failed_run_is_closed_as_failed(config, tmp_path):
     assert read_record(tmp_path / "run.json")["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_closed_as_failed_by_trackers(small, tmp_path):
     command = [sys.executable, "-m", "rose_exp", *small, "calibration.samples=2000", "tracking=wandb", "hydra.run.dir=out"]
     restore_sigint = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in the background of a shell
@@ -90,6 +91,7 @@ def _log(folder) -> str:
     return path.read_text() if path.exists() else ""
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_are_isolated(small, tmp_path):
     done = rose_exp("-m", *small, "method=wanda,sparsegpt", "tracking=wandb", "hydra.sweep.dir=day/sweep", folder=tmp_path)
     assert done.returncode == 0, done.stderr
