@@ -44,13 +44,13 @@ class Activations:
         self.shape, self.place, self.batch = shape, place, batch
         self.device = torch.device(device)
         self.pieces = [slice(start, min(start + batch, shape[0])) for start in range(0, shape[0], batch)]
-        travels = self.device.type == "cuda" and place == "host"
-        self._stream = torch.cuda.Stream(self.device) if travels else None
+        pinned = self.device.type == "cuda" and place == "host"
+        self._stream = torch.cuda.Stream(self.device) if pinned else None
         if place == "disk":
             self._store = _on_disk(shape, dtype, file)
         else:
-            where = self.device if place == "device" else "cpu"
-            self._store = torch.empty(shape, dtype=dtype, device=where, pin_memory=travels)
+            storage_device = self.device if place == "device" else "cpu"
+            self._store = torch.empty(shape, dtype=dtype, device=storage_device, pin_memory=pinned)
 
     def copy(self, file: Path | None = None) -> Activations:
         """Return a copy with the same storage; on disk, it is stored in ``file``."""
@@ -68,13 +68,13 @@ class Activations:
             for piece in self.pieces:
                 yield piece, self._store[piece].to(self.device, copy=True)
             return
-        coming = self._send(self.pieces[0])
+        next_batch = self._transfer(self.pieces[0])
         for piece, following in zip(self.pieces, [*self.pieces[1:], None], strict=True):
-            batch = coming
+            batch = next_batch
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
             batch.record_stream(torch.cuda.current_stream(self.device))
             if following is not None:
-                coming = self._send(following)
+                next_batch = self._transfer(following)
             yield piece, batch
 
     def __setitem__(self, piece: slice, hidden: Tensor) -> None:
@@ -89,7 +89,7 @@ class Activations:
 
     def write(self, file: str) -> None:
         """Write the raw bytes of all hidden states to a file, batch by batch."""
-        self._settle()
+        self._synchronize()
         with open(file, "wb") as out:
             for piece in self.pieces:
                 self._store[piece].cpu().contiguous().view(torch.uint8).numpy().tofile(out)
@@ -106,25 +106,25 @@ class Activations:
         with file.open("rb") as source:
             for piece in self.pieces:
                 part = self._store[piece]
-                held = torch.frombuffer(bytearray(source.read(part.numel() * part.dtype.itemsize)), dtype=part.dtype)
-                part.copy_(held.view(part.shape))
+                values = torch.frombuffer(bytearray(source.read(part.numel() * part.dtype.itemsize)), dtype=part.dtype)
+                part.copy_(values.view(part.shape))
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         """Wait for pending transfers."""
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _send(self, piece: slice) -> Tensor:
+    def _transfer(self, piece: slice) -> Tensor:
         with torch.cuda.stream(self._stream):
             return self._store[piece].to(self.device, non_blocking=True)
 
 
 def _on_disk(shape: tuple[int, int, int], dtype: torch.dtype, file: Path) -> Tensor:
     size = torch.Size(shape).numel()
-    wanted, free = size * dtype.itemsize, shutil.disk_usage(file.parent).free
-    if wanted > free:
+    required, free = size * dtype.itemsize, shutil.disk_usage(file.parent).free
+    if required > free:
         raise RoseExpError(
-            f"pipeline.activations: expected {wanted / 1e9:.1f} GB free for {shape[0]} windows in {file.parent}, "
+            f"pipeline.activations: expected {required / 1e9:.1f} GB free for {shape[0]} windows in {file.parent}, "
             f"got {free / 1e9:.1f} GB; lower calibration.samples or set pipeline.activations=host"
         )
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)

@@ -45,13 +45,13 @@ class AllocationSurvey(Component):
 
     def _survey(self, pruner: BlockPruner) -> dict[str, float]:
         file = pruner.folder / "survey"
-        hidden, found = pruner.hidden.copy(file), []
+        hidden, surveys = pruner.hidden.copy(file), []
         for index in tqdm(range(pruner.units), "surveying", unit="block", disable=None):
             self.context.check_stop_between_units()
             with pruner.unit(index, original=True) as unit:
-                found.append(self._survey_unit(pruner, unit, hidden))
+                surveys.append(self._survey_unit(pruner, unit, hidden))
         file.unlink(missing_ok=True)
-        shares = self.allocation.shares(found, pruner.plan.sparsity.ratio)
+        shares = self.allocation.shares(surveys, pruner.plan.sparsity.ratio)
         return self.context.ranks.gather(shares)[0]  # ranks may disagree through rounding
 
     def _survey_unit(self, pruner: BlockPruner, unit: BlockUnit, hidden: Activations) -> BlockSurvey:
@@ -62,10 +62,10 @@ class AllocationSurvey(Component):
         with ExitStack() as stack:
             watch.hooks(stack)
             pruner.advance(unit, hidden, "dense")
-        found = watch.survey(self.allocation, context.ranks)
+        survey = watch.survey(self.allocation, context.ranks)
         seconds.advancing = advancing
         seconds.surveying += context.now() - start
-        return found
+        return survey
 
 
 class BlockWatch:

@@ -49,9 +49,9 @@ def prune_model(model: nn.Module, tokens: Tensor, plan: PruningPlan, context: Pr
     """
     context = context or PruneContext()
     pruner = BlockPruner(model, plan, context)
-    found = pruner.probe(tokens)
+    probed = pruner.probe(tokens)
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=context.scratch) as folder:
-        pruner.enter(tokens, found, Path(folder))
+        pruner.enter(tokens, probed, Path(folder))
         return pruner.run()
 
 
@@ -88,7 +88,7 @@ class BlockPruner(Pruner):
         self.model = model
         self.blocks: BlockList = context.weights.blocks if context.weights is not None else find_blocks(model, plan.blocks)
         self.weights = context.weights or InMemory(self.blocks)
-        self.found = Probe()
+        self.probed = Probe()
         self.hidden: Activations | None = None
         self.dense: Activations | None = None
         self.calls: Calls = {}
@@ -114,18 +114,18 @@ class BlockPruner(Pruner):
                 f"calibration.samples: expected at least one window for each of {context.ranks.size} ranks, got {len(tokens)}"
             )
         adding = bool(plan.target and plan.target.residual)
-        found = probe(self.model, self.blocks, tokens, context.device, self.weights, adding=adding, channels=plan.permutes)
-        found.channels = context.ranks.gather(found.channels)[0]  # ranks may disagree through rounding
-        for (block, name), groups in zip(self.modules(), found.layers, strict=True):
+        probed = probe(self.model, self.blocks, tokens, context.device, self.weights, adding=adding, channels=plan.permutes)
+        probed.channels = context.ranks.gather(probed.channels)[0]  # ranks may disagree through rounding
+        for (block, name), groups in zip(self.modules(), probed.layers, strict=True):
             called = {name for group in groups for name in group}
             for layer in linear_layers(block, name):
                 if plan.wants(layer.name) and layer.name not in called:
                     raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip")
-        if plan.permutes and not any(found.channels):
+        if plan.permutes and not any(probed.channels):
             log.warning("pipeline.permute: this model has no layer with input channels that can be reordered")
-        return found
+        return probed
 
-    def enter(self, tokens: Tensor, found: Probe, folder: Path) -> None:
+    def enter(self, tokens: Tensor, probed: Probe, folder: Path) -> None:
         """Compute the inputs of the first block and the arguments of every block.
 
         Args:
@@ -135,9 +135,9 @@ class BlockPruner(Pruner):
         """
         plan, device = self.plan, self.context.device
         share = self.context.ranks.share(tokens)
-        self.found, self.folder = found, folder
+        self.probed, self.folder = probed, folder
         self.hidden, self.calls = enter(
-            self.model, self.blocks, share, plan.batch, plan.activations, found, device, folder / "hidden"
+            self.model, self.blocks, share, plan.batch, plan.activations, probed, device, folder / "hidden"
         )
         self.dense_calls = second_stream(self.calls) if plan.target else self.calls
         for _, batch in self.hidden:
@@ -148,8 +148,8 @@ class BlockPruner(Pruner):
     @property
     def units(self) -> int:
         """Number of blocks up to the last one with a layer to prune."""
-        wanted = [any(self.plan.wants(name) for group in groups for name in group) for groups in self.found.layers]
-        return max(index for index, pruned in enumerate(wanted) if pruned) + 1
+        has_targets = [any(self.plan.wants(name) for group in groups for name in group) for groups in self.probed.layers]
+        return max(index for index, pruned in enumerate(has_targets) if pruned) + 1
 
     @contextmanager
     def unit(self, index: int, original: bool = False) -> Iterator[BlockUnit]:
@@ -159,17 +159,19 @@ class BlockPruner(Pruner):
             original: whether to use the checkpoint's weights even if the block is already pruned and saved.
         """
         with self.weights.at(index, self.context.device, original) as block:
-            yield self._unit_of(index, block)
+            yield self._make_unit(index, block)
 
-    def _unit_of(self, index: int, block: nn.Module) -> BlockUnit:
-        name, found, plan = self.blocks.block_name(index), self.found, self.plan
+    def _make_unit(self, index: int, block: nn.Module) -> BlockUnit:
+        name, probed, plan = self.blocks.block_name(index), self.probed, self.plan
         layers = {layer.name: layer for layer in linear_layers(block, name)}
-        groups = [[layers[name] for name in group if plan.wants(name)] for group in found.layers[index]]
-        calls, dense_calls = ({start: of[index] for start, of in calls.items()} for calls in (self.calls, self.dense_calls))
-        called = [name for group in found.layers[index] for name in group]
-        adding = found.adding[index]
+        groups = [[layers[name] for name in group if plan.wants(name)] for group in probed.layers[index]]
+        calls, dense_calls = (
+            {start: batch[index] for start, batch in calls.items()} for calls in (self.calls, self.dense_calls)
+        )
+        called = [name for group in probed.layers[index] for name in group]
+        adding = probed.adding[index]
         closing = called[-1] if called and called[-1] in adding else None
-        alone = [group[0] for group in found.layers[index] if len(group) == 1]  # reordering would affect other readers
+        alone = [group[0] for group in probed.layers[index] if len(group) == 1]  # reordering would affect other readers
         state, stop = self.context.state, self.context.check_stop_between_batches
         return BlockUnit(
             index,
@@ -182,7 +184,7 @@ class BlockPruner(Pruner):
             state.part() if state is not None and state.progress.blocks == index else ([], {}),
             calls,
             dense_calls,
-            [of_layer for of_layer in found.channels[index] if of_layer.layer in alone],
+            [layer_channels for layer_channels in probed.channels[index] if layer_channels.layer in alone],
             Collector(block, name, (calls, dense_calls), plan, self.context.device, adding, closing, stop),
         )
 
@@ -228,7 +230,7 @@ class BlockPruner(Pruner):
         The state does not hold values that blocks pass on beside the hidden states. If there are any, the blocks run again.
         """
         state = self.context.state
-        again = count < self.units and (self.found.carries or not state.restore(self._streams()))
+        again = count < self.units and (self.probed.carries or not state.restore(self._streams()))
         if again and self.dense is not None:  # while the blocks in memory still hold their dense weights
             for index in tqdm(range(count), "running dense blocks again", unit="block", disable=None):
                 with self.unit(index, original=True) as unit:

@@ -37,7 +37,10 @@ class BlockCall:
 
     def output(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Return everything that the block returns."""
-        args, kwargs = _beside(self.args, hidden.device), {k: _beside(v, hidden.device) for k, v in self.kwargs.items()}
+        args, kwargs = (
+            _moved(self.args, hidden.device),
+            {k: _moved(v, hidden.device) for k, v in self.kwargs.items()},
+        )
         if self.by_keyword:
             return block(*args, hidden_states=hidden, **kwargs)
         return block(hidden, *args, **kwargs)
@@ -54,7 +57,7 @@ class BlockCall:
 
     def contents(self) -> list[tuple[int, tuple[int, ...]]]:
         """Return the ``id`` of every container and of its items, to detect whether a block writes to it."""
-        return [(id(held), tuple(map(id, _values(held)))) for held in _containers((self.args, self.kwargs))]
+        return [(id(container), tuple(map(id, _values(container)))) for container in _containers((self.args, self.kwargs))]
 
 
 def on_device(calls: list[BlockCall], device: torch.device | str, moved: dict[int, Any] | None = None) -> list[BlockCall]:
@@ -91,8 +94,8 @@ def to_device(value: Any, device: torch.device | str, moved: dict[int, Any]) -> 
     if type(value) in (list, dict):
         if id(value) not in moved:  # shared containers stay shared
             items = value if type(value) is list else value.values()
-            found = [to_device(item, device, moved) for item in items]
-            moved[id(value)] = found if type(value) is list else dict(zip(value, found, strict=True))
+            moved_items = [to_device(item, device, moved) for item in items]
+            moved[id(value)] = moved_items if type(value) is list else dict(zip(value, moved_items, strict=True))
         return moved[id(value)]
     return value
 
@@ -157,14 +160,14 @@ def _copy_containers(value: Any, copies: dict[int, Any]) -> Any:
     return copies[id(value)]
 
 
-def _beside(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device) -> Any:
     """Return ``value`` with its tensors on ``device``; containers that need no change are returned as they are."""
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) in (tuple, list):
-        items = [_beside(item, device) for item in value]
+        items = [_moved(item, device) for item in value]
         return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
     if type(value) is dict:
-        found = {name: _beside(item, device) for name, item in value.items()}
-        return value if all(found[name] is item for name, item in value.items()) else found
+        moved = {name: _moved(item, device) for name, item in value.items()}
+        return value if all(moved[name] is item for name, item in value.items()) else moved
     return value

@@ -72,7 +72,7 @@ def probe(
         RoseExpError: the blocks are not a plain chain in which each block depends on earlier blocks only through the
             previous block's output; the model is not a causal decoder; or the model's output is not finite.
     """
-    chain, found, weights = _Chain(blocks), Probe(), weights or InMemory(blocks)
+    chain, probed, weights = _Chain(blocks), Probe(), weights or InMemory(blocks)
 
     def run(index: int, block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden, call = BlockCall.split(args, kwargs)
@@ -83,24 +83,24 @@ def probe(
             for layer in layers:
                 hook = layer.module.register_forward_pre_hook(inputs.record(layer.name), with_kwargs=True)
                 stack.callback(hook.remove)
-            own = on_device([call], device)[0]
-            before = own.contents()
-            output = own.output(forward, hidden.to(device))
+            call_on_device = on_device([call], device)[0]
+            before = call_on_device.contents()
+            output = call_on_device.output(forward, hidden.to(device))
             stack.pop_all().close()
-            writes = own.contents() != before
-            found.carries |= writes
-            states, again = hidden.to(device), own.isolated()
-            names = adding_layers(lambda states: again.run(forward, states), layers, states) if adding else []
+            writes = call_on_device.contents() != before
+            probed.carries |= writes
+            states, isolated = hidden.to(device), call_on_device.isolated()
+            names = adding_layers(lambda states: isolated.run(forward, states), layers, states) if adding else []
             name = blocks.block_name(index)
-            free: list[Channels] = []
+            reorderable: list[Channels] = []
             if channels and not writes:  # otherwise a later block may read the channels in their original order
-                free = find_channels(lambda states: again.run(forward, states), block, name, states)
+                reorderable = find_channels(lambda states: isolated.run(forward, states), block, name, states)
             output = to_device(output, hidden.device, {})
         _add_unreached_experts(inputs.groups, [layer.name for layer in layers])
-        found.layers.append(inputs.groups)
-        found.adding.append(names)
-        found.channels.append(free)
-        found.tails.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
+        probed.layers.append(inputs.groups)
+        probed.adding.append(names)
+        probed.channels.append(reorderable)
+        probed.tails.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
         chain.leave(index, first_tensor(output))
         return output
 
@@ -109,8 +109,8 @@ def probe(
         logits = _logits(model(input_ids=few, use_cache=False))
     chain.check_complete()
     check_causal(model, logits)
-    _check_independent(model, blocks, few, found)
-    return found
+    _check_independent(model, blocks, few, probed)
+    return probed
 
 
 def home_of(model: nn.Module) -> torch.device:
@@ -156,7 +156,7 @@ def check_decoder(model: nn.Module, tokens: Tensor) -> None:
 
 
 @torch.no_grad()
-def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, found: Probe) -> None:
+def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, probed: Probe) -> None:
     """Check that blocks depend on earlier blocks only through hidden states and containers that blocks write to.
 
     Runs everything except the blocks twice, with different block outputs the second time. Arguments that change come from
@@ -174,7 +174,7 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, foun
             nonlocal last
             hidden, call = BlockCall.split(args, kwargs)
             calls.append(call.isolated())
-            tail = found.tails[index]
+            tail = probed.tails[index]
             if index == len(blocks.blocks) - 1:
                 last = hidden if not shift else last
                 return last if tail is None else (last, *tail)
@@ -202,7 +202,7 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, foun
 
 @torch.no_grad()
 def trace(
-    model: nn.Module, blocks: BlockList, tokens: Tensor, found: Probe, whole: bool = True
+    model: nn.Module, blocks: BlockList, tokens: Tensor, probed: Probe, whole: bool = True
 ) -> tuple[Tensor, list[BlockCall]]:
     """Return the inputs of the first block, (windows, length, width), and the arguments of every block.
 
@@ -215,27 +215,27 @@ def trace(
     Raises:
         RoseExpError: a block is never called, or the hidden states have another shape.
     """
-    seen: list[Tensor] = []
+    hidden_states: list[Tensor] = []
     calls: list[BlockCall] = []
 
     def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden, call = BlockCall.split(args, kwargs)
-        seen.append(hidden)
+        hidden_states.append(hidden)
         calls.append(call)
         if index == len(blocks.blocks) - 1 or not whole:
             raise StopForward
-        return hidden if found.tails[index] is None else (hidden, *found.tails[index])
+        return hidden if probed.tails[index] is None else (hidden, *probed.tails[index])
 
     with intercept_blocks(blocks, run):
         try:
             model(input_ids=tokens.to(home_of(model)), use_cache=False)
         except StopForward:
-            if seen[0].ndim != 3 or seen[0].shape[:2] != tokens.shape:
+            if hidden_states[0].ndim != 3 or hidden_states[0].shape[:2] != tokens.shape:
                 raise RoseExpError(
                     f"{blocks.block_name(0)}: expected hidden states of shape (windows, tokens, width) = "
-                    f"{(*tokens.shape, 'width')}, got {tuple(seen[0].shape)}"
+                    f"{(*tokens.shape, 'width')}, got {tuple(hidden_states[0].shape)}"
                 ) from None
-            return seen[0], calls
+            return hidden_states[0], calls
     raise RoseExpError(f"{blocks.block_name(len(calls))} is never called; set model.blocks")
 
 
@@ -292,8 +292,8 @@ def _add_unreached_experts(groups: list[list[str]], names: Sequence[str]) -> Non
         for group in list(groups):
             reached = re.match(rf"{re.escape(expert[1])}(\d+){re.escape(expert[3])}$", group[0])
             if reached is not None:
-                prefix, own = f"{expert[1]}{reached[1]}.", f"{expert[1]}{expert[2]}."
-                groups.append([own + other.removeprefix(prefix) for other in group if other.startswith(prefix)])
+                prefix, expert_prefix = f"{expert[1]}{reached[1]}.", f"{expert[1]}{expert[2]}."
+                groups.append([expert_prefix + other.removeprefix(prefix) for other in group if other.startswith(prefix)])
                 called |= set(groups[-1])
                 break
 

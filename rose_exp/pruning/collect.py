@@ -84,18 +84,18 @@ class Collector:
     def moments(self, calibration: Calibration, hidden: Activations) -> list[GroupInputs]:
         """Collect the moments of each group's inputs in one forward pass that stops at the last group."""
         groups, clock = calibration.groups, calibration.clock
-        found = [GroupInputs(self._no_moments(group)) for group in groups]
+        inputs = [GroupInputs(self._empty_moments(group)) for group in groups]
         if not groups:
-            return found
+            return inputs
         with unstacked_experts(self.block), ExitStack() as stack:
-            for group, of_group in zip(groups, found, strict=True):
-                hook = _update(of_group.moments, clock, last=group is groups[-1] and _in_order(groups))
+            for group, group_inputs in zip(groups, inputs, strict=True):
+                hook = _update(group_inputs.moments, clock, last=group is groups[-1] and _in_order(groups))
                 stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for windows, batch in self._bar(hidden, hidden):
                 self.check_stop()
                 with suppress(StopForward):
                     self.calls[windows.start].run(self.block, batch)
-        return found
+        return inputs
 
     def pairs(
         self, calibration: Calibration, hidden: Activations, dense: Activations, dense_block: nn.Module
@@ -109,41 +109,43 @@ class Collector:
             dense_block: the block with its dense weights.
         """
         groups, last, clock = calibration.groups, calibration.last, calibration.clock
-        found = [self._nothing_seen(group) for group in groups]
+        inputs = [self._empty_inputs(group) for group in groups]
         for (_, entering), (windows, entering_dense) in self._bar(zip(hidden, dense, strict=True), hidden):
             self.check_stop()
-            there = self._look(dense_block, entering_dense, self.dense_calls[windows.start], groups, last)
+            dense_recorded = self._record(dense_block, entering_dense, self.dense_calls[windows.start], groups, last)
             if groups:
-                here = self._look(self.block, entering, self.calls[windows.start], groups, last)
+                recorded = self._record(self.block, entering, self.calls[windows.start], groups, last)
                 with clock:
-                    for group, of_group, x, full in zip(groups, found, here.inputs, there.inputs, strict=True):
+                    for group, group_inputs, x, dense_x in zip(
+                        groups, inputs, recorded.inputs, dense_recorded.inputs, strict=True
+                    ):
                         if x is not None:
-                            of_group.moments.update(x)
-                        if of_group.cross_moments is None:
+                            group_inputs.moments.update(x)
+                        if group_inputs.cross_moments is None:
                             continue
                         missing = None
-                        if of_group.cross_moments.residual is not None:
+                        if group_inputs.cross_moments.residual is not None:
                             closes = group[0].name == self.closing
-                            missing = there.output - here.output if closes else entering_dense - entering
+                            missing = dense_recorded.output - recorded.output if closes else entering_dense - entering
                             missing = missing.reshape(*x.shape[:-1], -1)
-                        of_group.cross_moments.update(x, full, missing)
+                        group_inputs.cross_moments.update(x, dense_x, missing)
             if last:
-                dense[windows] = there.output
-        for group, of_group in zip(groups, found, strict=True):
+                dense[windows] = dense_recorded.output
+        for group, group_inputs in zip(groups, inputs, strict=True):
             if (
-                of_group.cross_moments is not None
+                group_inputs.cross_moments is not None
                 and group[0].name == self.closing
-                and of_group.cross_moments.residual is not None
+                and group_inputs.cross_moments.residual is not None
             ):
-                of_group.cross_moments.subtract_own_output(group[0].weight)
-        return found
+                group_inputs.cross_moments.subtract_own_output(group[0].weight)
+        return inputs
 
-    def _no_moments(self, group: Sequence[LinearLayer]) -> InputMoments:
+    def _empty_moments(self, group: Sequence[LinearLayer]) -> InputMoments:
         dtype = torch.promote_types(group[0].weight.dtype, torch.float32)
         return InputMoments(group[0].columns, device=self.device, dtype=dtype, precision=self.plan.precision)
 
-    def _nothing_seen(self, group: Sequence[LinearLayer]) -> GroupInputs:
-        moments = self._no_moments(group)
+    def _empty_inputs(self, group: Sequence[LinearLayer]) -> GroupInputs:
+        moments = self._empty_moments(group)
         if group[0].of_expert:  # the two models route different tokens to it
             return GroupInputs(moments)
         width = len(group[0].weight) if len(group) == 1 and group[0].name in self.adding else None
@@ -151,19 +153,19 @@ class Collector:
         kind = "asymmetric" if self.plan.target.strength else "dense"
         return GroupInputs(moments, cross_moments, kind if width is None else "residual")
 
-    def _look(
+    def _record(
         self, block: nn.Module, hidden: Tensor, call: BlockCall, groups: Sequence[Sequence[LinearLayer]], last: bool
-    ) -> _Seen:
+    ) -> _Recorded:
         """Run ``block`` and record the inputs of each group; record the block's output if ``last`` is true."""
-        seen = _Seen([None] * len(groups))
+        recorded = _Recorded([None] * len(groups))
         with unstacked_experts(block), ExitStack() as stack:
             layers = {layer.name: layer for layer in linear_layers(block, self.name)}
             for place, group in enumerate(groups):
-                hook = seen.keep(place, stop=not last and place == len(groups) - 1 and _in_order(groups))
+                hook = recorded.keep(place, stop=not last and place == len(groups) - 1 and _in_order(groups))
                 stack.callback(layers[group[0].name].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             with suppress(StopForward):
-                seen.output = call.run(block, hidden)
-        return seen
+                recorded.output = call.run(block, hidden)
+        return recorded
 
     def _bar(self, pieces, hidden: Activations) -> tqdm:
         return tqdm(pieces, f"calibrating {self.name}", len(hidden.pieces), False, disable=None, unit="batch")
@@ -178,7 +180,7 @@ def _in_order(groups: Sequence[Sequence[LinearLayer]]) -> bool:
 
 
 @dataclass
-class _Seen:
+class _Recorded:
     """Tensors recorded in one forward pass of a block.
 
     Attributes:

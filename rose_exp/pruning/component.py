@@ -30,7 +30,7 @@ class Component:
         raise NotImplementedError
 
     def check(self, pruner: Pruner) -> None:
-        """Check that the model supports the capability, before any long work.
+        """Check that the model supports the capability, before any expensive work.
 
         Raises:
             RoseExpError: it does not.

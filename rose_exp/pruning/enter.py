@@ -23,7 +23,7 @@ def enter(
     tokens: Tensor,
     batch: int,
     place: Place,
-    found: Probe,
+    probed: Probe,
     device: torch.device | str,
     file: Path,
 ) -> tuple[Activations, Calls]:
@@ -38,16 +38,16 @@ def enter(
         place, file: storage of the hidden states, see :class:`Activations`.
     """
     size = batch_size(batch, device)
-    held = device if place == "device" else "cpu"  # arguments of each batch can be as large as its hidden states
+    home = device if place == "device" else "cpu"  # arguments of each batch can be as large as its hidden states
     hidden: Activations | None = None
     calls: Calls = {}
     first: dict[int, tuple[list[BlockCall], dict[int, Any]]] = {}  # by batch size: captured calls and their moved tensors
     for start in range(0, len(tokens), size):
         windows = tokens[start : start + size]
-        states, called = trace(model, blocks, windows, found)
+        states, called = trace(model, blocks, windows, probed)
         if len(windows) in first:
             captured, moved = first[len(windows)]
-            calls[start] = on_device(share_equal(called, captured), held, dict(moved))
+            calls[start] = on_device(share_equal(called, captured), home, dict(moved))
         else:
             moved = {}
             calls[start] = on_device(called, device, moved)
@@ -61,8 +61,8 @@ def enter(
 
 def second_stream(calls: Calls) -> Calls:
     """Return copies of the calls for a second stream of hidden states, because blocks may write to containers in them."""
-    found: Calls = {}
-    for start, of_batch in calls.items():
+    copied: Calls = {}
+    for start, batch_calls in calls.items():
         copies: dict[int, Any] = {}
-        found[start] = [call.isolated(copies) for call in of_batch]
-    return found
+        copied[start] = [call.isolated(copies) for call in batch_calls]
+    return copied

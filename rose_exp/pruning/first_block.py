@@ -37,7 +37,7 @@ class FirstBlock:
     def keep(self, key: str | None, moments: Sequence[InputMoments], seconds: float) -> None:
         if key is not None:
             self._key, self._seconds = key, seconds
-            self._moments = [copy.deepcopy(of_group).to("cpu") for of_group in moments]
+            self._moments = [copy.deepcopy(group_moments).to("cpu") for group_moments in moments]
 
 
 class FirstBlockReuse(Component):
@@ -55,17 +55,17 @@ class FirstBlockReuse(Component):
         context, groups = self.context, calibration.groups
         if not self._applies(unit):
             return None
-        kept = context.first_block.find(context.first_key, context.device)
-        if kept is None:
+        cached = context.first_block.find(context.first_key, context.device)
+        if cached is None:
             return None
-        moments, context.seconds.shared = kept
-        if [of_group.columns for of_group in moments] != [group[0].columns for group in groups]:
+        moments, context.seconds.shared = cached
+        if [group_moments.columns for group_moments in moments] != [group[0].columns for group in groups]:
             raise RuntimeError(f"{unit.name}: cached moments belong to other layers")
-        return [GroupInputs(of_group) for of_group in moments]
+        return [GroupInputs(group_moments) for group_moments in moments]
 
     def after_collect(self, unit: Unit, inputs: Sequence[GroupInputs], seconds: float) -> None:
         if self._applies(unit) and inputs:
-            self.context.first_block.keep(self.context.first_key, [own.moments for own in inputs], seconds)
+            self.context.first_block.keep(self.context.first_key, [group_inputs.moments for group_inputs in inputs], seconds)
 
     @staticmethod
     def _applies(unit: Unit) -> bool:

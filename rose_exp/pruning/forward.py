@@ -41,19 +41,19 @@ def answers_by_blocks(
         A batch of windows and its logits (windows, length, vocabulary), equal to those of the whole model.
     """
     blocks = weights.blocks
-    found = probe(model, blocks, tokens, device, weights)
+    probed = probe(model, blocks, tokens, device, weights)
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
-        hidden, calls = enter(model, blocks, tokens, batch, place, found, device, Path(folder) / "hidden")
+        hidden, calls = enter(model, blocks, tokens, batch, place, probed, device, Path(folder) / "hidden")
         for index in tqdm(range(len(blocks.blocks)), f"{name}, by blocks", unit="block", disable=None, leave=False):
             interruption.check()
             with weights.at(index, device) as block:
                 for windows, states in hidden:
                     hidden[windows] = calls[windows.start][index].run(block, states)
         for windows, states in hidden:
-            yield tokens[windows], _after_blocks(model, weights, found, tokens[windows], states)
+            yield tokens[windows], _after_blocks(model, weights, probed, tokens[windows], states)
 
 
-def _after_blocks(model: nn.Module, weights: BlockWeights, found: Probe, tokens: Tensor, states: Tensor) -> Tensor:
+def _after_blocks(model: nn.Module, weights: BlockWeights, probed: Probe, tokens: Tensor, states: Tensor) -> Tensor:
     """Return the logits for the last block's output ``states``.
 
     Runs the model with blocks that return their inputs, except the last one, which returns ``states``.
@@ -63,7 +63,7 @@ def _after_blocks(model: nn.Module, weights: BlockWeights, found: Probe, tokens:
 
     def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden = states.to(home) if index == last else (args[0] if args else kwargs["hidden_states"])
-        return hidden if found.tails[index] is None else (hidden, *found.tails[index])
+        return hidden if probed.tails[index] is None else (hidden, *probed.tails[index])
 
     with intercept_blocks(weights.blocks, run):
         return model(input_ids=tokens.to(home), use_cache=False).logits

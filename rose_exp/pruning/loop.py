@@ -167,8 +167,8 @@ class Pruner(ABC):
             self._restore_layer(unit, layer)
         middle, studied = context.now(), seconds.studying
         arranged = (component.arrange(unit, pending) for component in self.components)
-        to_solve = next((found for found in arranged if found is not None), pending)
-        by_layer = {layer.name: own for group, own in zip(pending, inputs, strict=True) for layer in group}
+        to_solve = next((order for order in arranged if order is not None), pending)
+        by_layer = {layer.name: group_inputs for group, group_inputs in zip(pending, inputs, strict=True) for layer in group}
         del inputs
         solved = self._solve(unit, to_solve, by_layer, [*before, *(earlier[layer.name] for layer in done)])
         seconds.moments += clock.seconds()
@@ -176,19 +176,19 @@ class Pruner(ABC):
         seconds.solving += context.now() - middle - (seconds.studying - studied)
         if not done:
             return solved
-        found = earlier | {report.name: report for report in solved}
-        return [found[name] for group in groups for name in names_of(group)]
+        reports = earlier | {report.name: report for report in solved}
+        return [reports[name] for group in groups for name in names_of(group)]
 
     def _collect(self, unit: Unit, calibration: Calibration) -> list[GroupInputs]:
         for component in self.components:
-            found = component.collect(unit, calibration)
-            if found is not None:
-                return found
+            inputs = component.collect(unit, calibration)
+            if inputs is not None:
+                return inputs
         start = self.context.now()
-        found = self.calibrate(unit, calibration)
+        inputs = self.calibrate(unit, calibration)
         for component in self.components:
-            component.after_collect(unit, found, self.context.now() - start)
-        return found
+            component.after_collect(unit, inputs, self.context.now() - start)
+        return inputs
 
     def _solve(
         self, unit: Unit, groups: Sequence[Group], inputs: dict[str, GroupInputs], before: Sequence[LayerReport]
@@ -204,12 +204,12 @@ class Pruner(ABC):
         reduced: set[int] = set()
         for group, owner in zip(groups, owners, strict=True):  # reduce all before solving: each reduction waits for all ranks
             for name in names_of(group):
-                own = inputs.get(name)
-                if own is not None and id(own) not in reduced:
-                    reduced.add(id(own))
-                    ranks.reduce(own.moments, owner)
-                    if own.cross_moments is not None:
-                        ranks.reduce_cross_moments(own.cross_moments, owner)
+                layer_inputs = inputs.get(name)
+                if layer_inputs is not None and id(layer_inputs) not in reduced:
+                    reduced.add(id(layer_inputs))
+                    ranks.reduce(layer_inputs.moments, owner)
+                    if layer_inputs.cross_moments is not None:
+                        ranks.reduce_cross_moments(layer_inputs.cross_moments, owner)
                 if owner != ranks.rank:
                     inputs.pop(name, None)
         last_use = {name: place for place, group in enumerate(groups) for name in names_of(group)}
@@ -238,26 +238,26 @@ class Pruner(ABC):
                 ranks.broadcast(layer.module.weight.data, owner)
         names = [name for group in groups for name in names_of(group)]
         for place, component in enumerate(self.components):
-            component.after_groups(unit, names, [of_rank[place] for _, of_rank, _ in answers])
-        everything = {place: reports for of_rank, _, _ in answers for place, reports in of_rank.items()}
-        return [report for place in range(len(groups)) for report in everything[place]]
+            component.after_groups(unit, names, [rank_outgoing[place] for _, rank_outgoing, _ in answers])
+        reports_by_group = {place: reports for rank_done, _, _ in answers for place, reports in rank_done.items()}
+        return [report for place in range(len(groups)) for report in reports_by_group[place]]
 
     def _solve_group(self, unit: Unit, group: Group, inputs: dict[str, GroupInputs]) -> list[LayerReport]:
         """Prune layers that are solved together."""
-        for own in {id(inputs[name]): inputs[name] for name in names_of(group)}.values():
-            own.finish()
+        for shared in {id(inputs[name]): inputs[name] for name in names_of(group)}.values():
+            shared.finish()
         for component in self.components:
             reports = component.solve(unit, group, inputs)
             if reports is not None:
                 return reports
-        own = inputs[group[0].name]
+        group_inputs = inputs[group[0].name]
         for component in self.components:
-            component.before_solve(unit, group, own)
-        facts = {layer.name: {"target": own.target_kind} for layer in group}
+            component.before_solve(unit, group, group_inputs)
+        facts = {layer.name: {"target": group_inputs.target_kind} for layer in group}
         for component in self.components:
-            for name, found in facts.items():
-                found |= component.facts(unit, name)
-        return solve_by_plan(unit, group, own, facts)
+            for name, layer_facts in facts.items():
+                layer_facts |= component.facts(unit, name)
+        return solve_by_plan(unit, group, group_inputs, facts)
 
     def _restore_layer(self, unit: Unit, layer: LinearLayer) -> None:
         """Restore a layer that an earlier process pruned, and the layers that changed with it."""

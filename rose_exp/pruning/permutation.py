@@ -76,16 +76,16 @@ def find_channels(run: Callable[[Tensor], Tensor], block: nn.Module, name: str, 
         hidden: real inputs of the block, (windows, tokens, width).
     """
     layers = [layer for layer in linear_layers(block, name) if not layer.of_expert]
-    known, found = {layer.name: layer for layer in layers}, []
+    by_name, reorderable = {layer.name: layer for layer in layers}, []
     for layer in layers:
         parent = layer.name.rpartition(".")[0]
         siblings = [x for x in layers if x is not layer and x.name.rpartition(".")[0] == parent]
         head = getattr(block.get_submodule(parent.removeprefix(name).removeprefix(".")), "head_dim", None)
-        for tried in _candidates(layer, siblings, head):
-            if _holds(tried, known, run, hidden):
-                found.append(tried)
+        for candidate in _candidates(layer, siblings, head):
+            if _can_reorder(candidate, by_name, run, hidden):
+                reorderable.append(candidate)
                 break
-    return found
+    return reorderable
 
 
 def _candidates(layer: LinearLayer, siblings: Sequence[LinearLayer], head: int | None) -> Iterator[Channels]:
@@ -98,38 +98,40 @@ def _candidates(layer: LinearLayer, siblings: Sequence[LinearLayer], head: int |
         yield Channels(layer.name, tuple(as_tall), 1, 1, layer.columns)
 
 
-def _holds(tried: Channels, known: dict[str, LinearLayer], run: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:
+def _can_reorder(candidate: Channels, layers: dict[str, LinearLayer], run: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:
     """Return whether reordering the makers' outputs reorders the layer's inputs and affects nothing else in the block.
 
     The second condition holds if the block returns the same output once the layer's inputs are put back in order.
     """
     generator = torch.Generator().manual_seed(0)
-    orders = torch.stack([torch.randperm(tried.width, generator=generator) for _ in range(tried.units)]).to(hidden.device)
-    rows, columns = tried.rows(orders), tried.columns(orders)
-    seen: list[Tensor] = []
+    orders = torch.stack([torch.randperm(candidate.width, generator=generator) for _ in range(candidate.units)])
+    orders = orders.to(hidden.device)
+    rows, columns = candidate.rows(orders), candidate.columns(orders)
+    layer_inputs: list[Tensor] = []
 
     def watch(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         x = args[0] if args else kwargs["input"]
-        seen.append(x)
-        put_back = x if len(seen) == 1 else torch.empty_like(x).index_copy_(-1, columns, x)
-        return (put_back, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}
+        layer_inputs.append(x)
+        restored = x if len(layer_inputs) == 1 else torch.empty_like(x).index_copy_(-1, columns, x)
+        return (restored, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}
 
     with ExitStack() as stack:
-        stack.callback(known[tried.layer].module.register_forward_pre_hook(watch, with_kwargs=True).remove)
-        answer = run(hidden)
-        for name in tried.makers:
-            hook = known[name].module.register_forward_hook(lambda _module, _args, output: output[..., rows])
+        stack.callback(layers[candidate.layer].module.register_forward_pre_hook(watch, with_kwargs=True).remove)
+        original = run(hidden)
+        for name in candidate.makers:
+            hook = layers[name].module.register_forward_hook(lambda _module, _args, output: output[..., rows])
             stack.callback(hook.remove)
         again = run(hidden)
-    if len(seen) != 2 or not torch.isfinite(seen[0]).all():
+    if len(layer_inputs) != 2 or not torch.isfinite(layer_inputs[0]).all():
         return False
-    same = max(SAME, torch.finfo(hidden.dtype).eps / 2)
-    return _near(seen[1], seen[0][..., columns], same) and _near(again - hidden, answer - hidden, SIMILAR)
+    tolerance = max(SAME, torch.finfo(hidden.dtype).eps / 2)
+    same_inputs = _is_close(layer_inputs[1], layer_inputs[0][..., columns], tolerance)
+    return same_inputs and _is_close(again - hidden, original - hidden, SIMILAR)
 
 
-def _near(found: Tensor, expected: Tensor, share: float) -> bool:
+def _is_close(actual: Tensor, expected: Tensor, share: float) -> bool:
     norm = expected.float().norm()
-    return bool(norm > 0 and (found.float() - expected.float()).norm() <= share * norm)
+    return bool(norm > 0 and (actual.float() - expected.float()).norm() <= share * norm)
 
 
 class ChannelOrders:
@@ -140,7 +142,7 @@ class ChannelOrders:
     """
 
     def __init__(self, layers: Mapping[str, LinearLayer], channels: Sequence[Channels]):
-        self.layers, self.channels = layers, {of_layer.layer: of_layer for of_layer in channels}
+        self.layers, self.channels = layers, {layer_channels.layer: layer_channels for layer_channels in channels}
         self.pending: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -162,11 +164,11 @@ class ChannelOrders:
             The order of the columns, (columns,) int64, to apply to the input statistics.
         """
         channels = self.channels[layer.name]
-        worth = channels.by_unit(layer.weight.float().square() * moments.mean_square())
+        scores = channels.by_unit(layer.weight.float().square() * moments.mean_square())
         if channels.units * channels.copies > 1 and channels.width % sparsity.group:  # groups span two units
-            orders = torch.arange(channels.width, device=worth.device).repeat(channels.units, 1)
+            orders = torch.arange(channels.width, device=scores.device).repeat(channels.units, 1)
         else:
-            orders = torch.stack([channel_order(of_unit, sparsity) for of_unit in worth])
+            orders = torch.stack([channel_order(unit_scores, sparsity) for unit_scores in scores])
         columns = channels.columns(orders)
         layer.set_weight(layer.weight[:, columns])
         self.pending[layer.name] = orders.cpu()
@@ -174,10 +176,10 @@ class ChannelOrders:
 
     def order_makers(self, orders: Mapping[str, Tensor]) -> None:
         """Apply the orders to the outputs of the layers that produce the inputs, and clear the pending ones."""
-        for name, of_units in orders.items():
+        for name, unit_orders in orders.items():
             for maker in self.makers(name):
                 layer = self.layers[maker]
-                rows = self.channels[name].rows(of_units.to(layer.weight.device))
+                rows = self.channels[name].rows(unit_orders.to(layer.weight.device))
                 layer.set_weight(layer.weight[rows])
                 if layer.module.bias is not None:
                     layer.module.bias.data.copy_(layer.module.bias.data[rows])

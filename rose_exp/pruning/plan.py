@@ -109,15 +109,15 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
     names = [layer.name for layer in all_linear_layers(blocks)]
     check_patterns("pipeline.layers", plan.layers, names)
     check_patterns("pipeline.skip", plan.skip, names)
-    wanted = [name for name in names if plan.wants(name)]
-    if not wanted:
+    to_prune = [name for name in names if plan.wants(name)]
+    if not to_prune:
         raise RoseExpError("pipeline.layers, pipeline.skip: expected at least one layer to prune, got none")
-    check_patterns("figures.study", plan.study, wanted)
+    check_patterns("figures.study", plan.study, to_prune)
     for index, block in enumerate(blocks.blocks):
-        known = {id(parameter) for module in block.modules() if projections(module) for parameter in module.parameters(False)}
+        stacked = {id(parameter) for module in block.modules() if projections(module) for parameter in module.parameters(False)}
         for name, parameter in block.named_parameters():
             full = f"{blocks.block_name(index)}.{name}"
-            if parameter.ndim > 2 and id(parameter) not in known and plan.wants(full):
+            if parameter.ndim > 2 and id(parameter) not in stacked and plan.wants(full):
                 raise RoseExpError(
                     f"{full} of shape {tuple(parameter.shape)} is neither a linear layer nor a stack of experts in a known "
                     f"layout, so it cannot be pruned; add it to pipeline.skip to leave it dense"

@@ -50,13 +50,13 @@ class Progress:
         if kept < self.blocks:  # the part and the activations belong to the next block
             files = {name: self.files[name] for name in map(block_file, range(kept))}
             return Progress(kept, self.layers[:kept], self.after[:kept], shares=self.shares, files=files)
-        found = self
+        progress = self
         if part_file(self.blocks) in damaged:
-            found = replace(found, part=[])
-        of_streams = {name for name in self.files if name.startswith(STREAMS)}
-        if damaged & of_streams:  # the streams are only usable together, from all ranks
-            damaged = damaged | of_streams
-        return replace(found, files={name: facts for name, facts in self.files.items() if name not in damaged})
+            progress = replace(progress, part=[])
+        stream_files = {name for name in self.files if name.startswith(STREAMS)}
+        if damaged & stream_files:  # the streams are only usable together, from all ranks
+            damaged = damaged | stream_files
+        return replace(progress, files={name: facts for name, facts in self.files.items() if name not in damaged})
 
 
 def block_file(index: int) -> str:

@@ -127,20 +127,20 @@ def events(report: LayerReport, damping: float, block_size: int = 128) -> list[d
     Args:
         damping, block_size: values of the plan.
     """
-    found = []
+    occurrences = []
     if report.fallback is not None:
-        found.append(("starved_expert", f"{report.tokens} tokens were routed to it: {report.fallback}"))
+        occurrences.append(("starved_expert", f"{report.tokens} tokens were routed to it: {report.fallback}"))
     elif report.tokens < report.columns:
-        found.append(("rank_deficient", f"{report.tokens} tokens for a Hessian of {report.columns} columns"))
+        occurrences.append(("rank_deficient", f"{report.tokens} tokens for a Hessian of {report.columns} columns"))
     if report.dead_columns:
-        found.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs are always zero"))
+        occurrences.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs are always zero"))
     if report.refinement_rejected:
-        found.append(("refinement_rejected", f"refinement would have raised its error of {report.unrefined_error:.3g}"))
+        occurrences.append(("refinement_rejected", f"refinement would have raised its error of {report.unrefined_error:.3g}"))
     if report.damping > damping:
-        found.append(("damping_raised", f"from {damping:g} to {report.damping:g}"))
+        occurrences.append(("damping_raised", f"from {damping:g} to {report.damping:g}"))
     if differs := _sparsity_differs(report, block_size):
-        found.append(("sparsity_differs", differs))
-    return [{"kind": kind, "layer": report.name, "detail": detail} for kind, detail in found]
+        occurrences.append(("sparsity_differs", differs))
+    return [{"kind": kind, "layer": report.name, "detail": detail} for kind, detail in occurrences]
 
 
 def _sparsity_differs(report: LayerReport, block_size: int) -> str | None:

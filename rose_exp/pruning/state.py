@@ -78,8 +78,8 @@ class RunState:
         except (OSError, UnicodeDecodeError) as error:
             what = "is damaged" if isinstance(error, UnicodeDecodeError) else "cannot be read"
             raise RoseExpError(f"{path} {what}, so this run cannot resume: {error}; {self._hint}") from error
-        if left := sorted(file.name for file in self.folder.glob("block-*")):
-            log.warning("%s holds %s but no %s: the run starts anew", self.folder, left[0], NAME)
+        if block_files := sorted(file.name for file in self.folder.glob("block-*")):
+            log.warning("%s holds %s but no %s: the run starts anew", self.folder, block_files[0], NAME)
         return None
 
     def _parse(self, text: str) -> Progress:
@@ -98,40 +98,43 @@ class RunState:
             raise RoseExpError(f"{path}: expected a state of format {FORMAT}, got {version!r}; {self._hint}")
         progress, fingerprint = Progress(**data["progress"]), data["fingerprint"]
         names = sorted(set(fingerprint) | set(self.fingerprint))
-        others = [n for n in names if fingerprint.get(n) != self.fingerprint.get(n)]
+        differing = [n for n in names if fingerprint.get(n) != self.fingerprint.get(n)]
         problem = None
-        if others:
-            told = "; ".join(f"{n}: {_short(fingerprint.get(n))}, now {_short(self.fingerprint.get(n))}" for n in others[:5])
-            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-            problem = (
-                f"{self.folder} holds {progress.blocks} blocks of a run that would end differently: {told}{more}; {self._hint}"
+        if differing:
+            changes = "; ".join(
+                f"{n}: {_short(fingerprint.get(n))}, now {_short(self.fingerprint.get(n))}" for n in differing[:5]
             )
-        self._raise_together(problem)
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            problem = (
+                f"{self.folder} holds {progress.blocks} blocks of a run that would end differently: "
+                f"{changes}{more}; {self._hint}"
+            )
+        self._raise_on_all_ranks(problem)
         return progress
 
     def _verify(self, progress: Progress) -> Progress:
         """Return the part of ``progress`` whose files are intact on all ranks. Each rank verifies its share of the files."""
         sizes = {name: facts["bytes"] for name, facts in progress.files.items()}
         owners = dict(zip(sizes, self.ranks.owners(list(sizes.values())), strict=True))
-        own = [name for name, owner in owners.items() if owner == self.ranks.rank]
-        total = sum(sizes[name] for name in own)
-        found: dict[str, str] = {}
+        assigned = [name for name, owner in owners.items() if owner == self.ranks.rank]
+        total = sum(sizes[name] for name in assigned)
+        problems: dict[str, str] = {}
         with _bar(total) as bar:
-            for name in own:
+            for name in assigned:
                 problem = problem_of(self.folder / name, progress.files[name], bar.update)
                 if problem is not None:
-                    found[name] = problem
-        damaged = {name: problem for of_rank in self.ranks.gather(found) for name, problem in of_rank.items()}
-        kept = progress.without(set(damaged))
-        self._verified = set(kept.files)
+                    problems[name] = problem
+        damaged = {name: problem for rank_problems in self.ranks.gather(problems) for name, problem in rank_problems.items()}
+        intact = progress.without(set(damaged))
+        self._verified = set(intact.files)
         if self.ranks.first:
             for name, problem in sorted(damaged.items()):
-                log.warning("%s is damaged: %s; %s", self.folder / name, problem, remedy(name, kept))
-        return kept
+                log.warning("%s is damaged: %s; %s", self.folder / name, problem, remedy(name, intact))
+        return intact
 
     @property
     def reports(self) -> list[LayerReport]:
-        return [LayerReport(**report) for of_block in self.progress.layers for report in of_block]
+        return [LayerReport(**report) for block_reports in self.progress.layers for report in block_reports]
 
     def block(self, index: int) -> dict[str, Tensor] | None:
         """Return the tensors of a pruned block by name, or None if the block is not pruned yet.
@@ -151,7 +154,7 @@ class RunState:
         names = [self._activations_file(self.progress.blocks, stream) for stream in range(len(streams))]
         if not set(names) <= set(self.progress.files):
             return False
-        with self._careful("read"):
+        with self._wrap_errors("read"):
             for name, hidden in zip(names, streams, strict=True):
                 hidden.read(self.folder / name)
         return True
@@ -191,16 +194,16 @@ class RunState:
         try:
             if self.ranks.first:
                 tensors = {name: value.detach().to("cpu").contiguous() for name, value in block.state_dict().items()}
-                files |= self._written(block_file(index), lambda path: save_file(tensors, path, {"format": "pt"}))
+                files |= self._write_file(block_file(index), lambda path: save_file(tensors, path, {"format": "pt"}))
             for number, hidden in enumerate(streams if self.resume == "activations" else ()):
-                files |= self._written(self._activations_file(index + 1, number), hidden.write)
+                files |= self._write_file(self._activations_file(index + 1, number), hidden.write)
         except RoseExpError as error:
             problem = str(error)
         answers = self.ranks.gather((files, problem))  # fail on all ranks if any rank fails
-        for of_rank, other in answers:
-            if other is not None:
-                raise RoseExpError(other)
-            files |= of_rank
+        for rank_files, rank_problem in answers:
+            if rank_problem is not None:
+                raise RoseExpError(rank_problem)
+            files |= rank_files
         generators = _generators()
         self._write(
             Progress(
@@ -222,7 +225,7 @@ class RunState:
     def commit_part(self, reports: Sequence[LayerReport], weights: Mapping[str, Tensor]) -> None:
         """Save the pruned layers of the current block, before the run stops inside it."""
         tensors = {name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
-        written = self._written(part_file(self.progress.blocks), lambda path: save_file(tensors, path))
+        written = self._write_file(part_file(self.progress.blocks), lambda path: save_file(tensors, path))
         part = [report.as_dict() for report in reports]
         self._write(replace(self.progress, part=part, files=self.progress.files | written))
 
@@ -235,7 +238,7 @@ class RunState:
 
         def write() -> None:
             text = sealed({"format": FORMAT, "fingerprint": self.fingerprint, "progress": asdict(progress)})
-            self._written(NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+            self._write_file(NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
         self._on_first(write)
         self.progress = progress
@@ -246,13 +249,13 @@ class RunState:
         for name in set(present) - set(progress.files) - {NAME}:
             (self.folder / name).unlink()
 
-    def _written(self, name: str, write: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+    def _write_file(self, name: str, write: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
         """Write a file under another name, rename it once it is on the disk, and return its size and SHA-256 by its name.
 
         The digest is computed from the written file, which is still in the page cache.
         """
         scratch = self.folder / f".{name}.{os.getpid()}"
-        with self._careful("write"):
+        with self._wrap_errors("write"):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 write(str(scratch))
@@ -278,11 +281,11 @@ class RunState:
                     f"{self.folder / name} is damaged: {problem}; start the run again to prune again what it held"
                 )
             self._verified.add(name)
-        with self._careful("read"):
+        with self._wrap_errors("read"):
             return {key: value.clone() for key, value in load_file(self.folder / name).items()}
 
     @contextmanager
-    def _careful(self, what: str):
+    def _wrap_errors(self, what: str):
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -307,9 +310,9 @@ class RunState:
             raise RoseExpError(problem)
         return answer
 
-    def _raise_together(self, problem: str | None) -> None:
+    def _raise_on_all_ranks(self, problem: str | None) -> None:
         """Raise the problem of the lowest rank that has one on all ranks."""
-        problems = [told for told in self.ranks.gather(problem) if told is not None]
+        problems = [reported for reported in self.ranks.gather(problem) if reported is not None]
         if problems:
             raise RoseExpError(problems[0])
 

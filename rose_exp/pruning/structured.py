@@ -35,8 +35,8 @@ def wanted_structures(module: nn.Module, name: str, plan: PruningPlan) -> list[S
     """
     if not plan.structured:
         return []
-    found = find_structures(module, name, plan.sparsity.kinds)
-    return [structure for structure in found if all(plan.wants(part.layer.name) for part in structure.consumers)]
+    structures = find_structures(module, name, plan.sparsity.kinds)
+    return [structure for structure in structures if all(plan.wants(part.layer.name) for part in structure.consumers)]
 
 
 def check_structures(structures: Sequence[Structure], sparsity: Structured) -> None:
@@ -72,17 +72,17 @@ def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], p
     """
     start, sparsity = time.perf_counter(), plan.sparsity
     kind = type(plan.method)
-    method = next(name for name, of in METHODS.items() if of is kind)
+    method = next(name for name, method_class in METHODS.items() if method_class is kind)
     device = structure.consumers[0].layer.weight.device
     layers = []
     for part in structure.consumers:
         weight, places = part.layer.weight, part.places.to(device)
         outside = torch.ones(weight.shape[1], dtype=torch.bool, device=device)
         outside[places.flatten()] = False
-        gone = (outside & (weight == 0).all(dim=0)).nonzero().flatten()  # pruned with a neighbor, or zero before
-        layers.append(GroupedLayer(weight, moments[part.layer.name], places, gone, structure.makers_norm()))
+        dead = (outside & (weight == 0).all(dim=0)).nonzero().flatten()  # pruned with a neighbor, or zero before
+        layers.append(GroupedLayer(weight, moments[part.layer.name], places, dead, structure.makers_norm()))
     try:
-        found = prune_groups(
+        result = prune_groups(
             layers,
             sparsity.count(structure.groups),
             method=method,
@@ -92,9 +92,9 @@ def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], p
         )
     except (ValueError, NotPositiveDefiniteError) as error:
         raise RoseExpError(f"{structure.name}: {error}") from error
-    for part, weight in zip(structure.consumers, found.weights, strict=True):
+    for part, weight in zip(structure.consumers, result.weights, strict=True):
         part.layer.set_weight(weight)
-    structure.mask(found.removed.cpu())
+    structure.mask(result.removed.cpu())
     seconds = (time.perf_counter() - start) / len(layers)
     return [
         LayerReport(
@@ -106,14 +106,14 @@ def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], p
             error=error,
             relative_range=0.0,
             reordered=False,
-            damping=found.damping,
+            damping=result.damping,
             rank=0,
             seconds=seconds,
-            removed=int(found.removed.sum()),
+            removed=int(result.removed.sum()),
             groups=structure.groups,
             requested=sparsity.ratio,
         )
-        for part, weight, error in zip(structure.consumers, found.weights, found.errors, strict=True)
+        for part, weight, error in zip(structure.consumers, result.weights, result.errors, strict=True)
     ]
 
 
@@ -130,22 +130,22 @@ class StructuredRemoval(Component):
 
     def check(self, pruner: Pruner) -> None:
         plan = pruner.plan
-        found = [structure for module, name in pruner.modules() for structure in wanted_structures(module, name, plan)]
-        check_structures(found, plan.sparsity)
+        structures = [structure for module, name in pruner.modules() for structure in wanted_structures(module, name, plan)]
+        check_structures(structures, plan.sparsity)
 
     def before_unit(self, unit: Unit) -> None:
         """Find the unit's structures, and calibrate only the layers that read them."""
         names = {layer.name for group in unit.groups for layer in group}
-        found = wanted_structures(unit.module, unit.module_name, unit.plan)
-        self.structures = [structure for structure in found if _consumers(structure) <= names]
-        wanted = {name for structure in self.structures for name in _consumers(structure)}
-        kept = [[layer for layer in group if layer.name in wanted] for group in unit.groups]
+        structures = wanted_structures(unit.module, unit.module_name, unit.plan)
+        self.structures = [structure for structure in structures if _consumers(structure) <= names]
+        consumer_names = {name for structure in self.structures for name in _consumers(structure)}
+        kept = [[layer for layer in group if layer.name in consumer_names] for group in unit.groups]
         unit.groups = [group for group in kept if group]
 
     def arrange(self, unit: Unit, groups: Sequence[Group]) -> Sequence[Group]:
         names = {layer.name for group in groups for layer in group}
-        found = [structure for structure in self.structures if _consumers(structure) <= names]
-        self.arranged = [([part.layer for part in structure.consumers], structure) for structure in found]
+        complete = [structure for structure in self.structures if _consumers(structure) <= names]
+        self.arranged = [([part.layer for part in structure.consumers], structure) for structure in complete]
         return [group for group, _ in self.arranged]
 
     def solve(self, unit: Unit, group: Group, inputs: dict[str, GroupInputs]) -> list[LayerReport]:
@@ -157,7 +157,7 @@ class StructuredRemoval(Component):
         self.restored(unit, names)
 
     def also_changed(self, unit: Unit, names: Collection[str]) -> set[str]:
-        return {maker.layer.name for of in self.structures if _consumers(of) & set(names) for maker in of.makers}
+        return {maker.layer.name for s in self.structures if _consumers(s) & set(names) for maker in s.makers}
 
     def restored(self, unit: Unit, names: Collection[str]) -> None:
         for structure in self.structures:

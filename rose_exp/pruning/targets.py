@@ -37,11 +37,11 @@ def adding_layers(run: Callable[[Tensor], Tensor], layers: list[LinearLayer], hi
     """
     width, near = hidden.shape[-1], max(NEAR, 4 * torch.finfo(hidden.dtype).eps)
     answers: dict[str, Tensor] = {}
-    found = []
+    names = []
     with ExitStack() as stack:
         candidates = [layer for layer in layers if layer.weight.shape[0] == width]
         for layer in candidates:
-            stack.callback(layer.module.register_forward_hook(_in_place(answers, layer.name)).remove)
+            stack.callback(layer.module.register_forward_hook(_replace_output(answers, layer.name)).remove)
         for layer in candidates:
             if layer.of_expert:  # receives only some of the tokens
                 continue
@@ -51,11 +51,11 @@ def adding_layers(run: Callable[[Tensor], Tensor], layers: list[LinearLayer], hi
             answers[layer.name] = noise
             added = run(hidden) - hidden
             if torch.isfinite(added).all() and (added - noise).float().norm() <= near * noise.float().norm():
-                found.append(layer.name)
-    return found
+                names.append(layer.name)
+    return names
 
 
-def _in_place(answers: dict[str, Tensor], name: str):
+def _replace_output(answers: dict[str, Tensor], name: str):
     def hook(_module: nn.Module, _args: tuple, output: Any) -> Tensor:
         noise = answers.get(name)
         return torch.zeros_like(output) if noise is None else noise.view(output.shape)

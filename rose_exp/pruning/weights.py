@@ -64,10 +64,10 @@ class OnDisk(BlockWeights):
             yield block.to(device)
         finally:
             let_go(block)
-            _give_back()
+            _trim_memory()
 
 
-def _give_back() -> None:
+def _trim_memory() -> None:
     """Return freed memory to the system; otherwise glibc keeps fragments and may hold twice the memory in use."""
     libc = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None  # only glibc has it

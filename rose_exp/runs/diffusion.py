@@ -93,8 +93,8 @@ class DiffusionRun(Run):
         layers = candidate_layers(denoiser, self.settings.diffusion.convolutions)
         with torch.no_grad():
             units = find_units(denoiser, self.sampler.first_call("a photograph"), layers)
-        seen = {name for unit in units for name in unit.names}
-        self.layers: dict[str, LinearLayer] = {layer.name: layer for layer in layers if layer.name in seen}
+        called = {name for unit in units for name in unit.names}
+        self.layers: dict[str, LinearLayer] = {layer.name: layer for layer in layers if layer.name in called}
         check_patterns("pipeline.layers", pipeline.layers, list(self.layers))
         check_patterns("pipeline.skip", pipeline.skip, list(self.layers))
         self.chosen = [name for name in self.layers if chosen(name, pipeline.layers, pipeline.skip)]
@@ -106,8 +106,10 @@ class DiffusionRun(Run):
             pruned = {part.layer.name for structure in self.structures for part in structure.consumers}
         if not pruned:
             raise RoseExpError("pipeline.layers, pipeline.skip: expected patterns that select a layer, got none")
-        own = [Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in units]
-        self.packages = split_into_packages([unit for unit in own if unit.groups], self.settings.diffusion.packages)
+        pruned_units = [
+            Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in units
+        ]
+        self.packages = split_into_packages([unit for unit in pruned_units if unit.groups], self.settings.diffusion.packages)
 
     def calibration_fingerprint(self) -> dict[str, str]:
         return {name: self.protocol["calibration"][name] for name in ("sha256", "noise_sha256")}
@@ -150,7 +152,7 @@ class DiffusionRun(Run):
         before = sum(p.numel() for p in self.sampler.denoiser.parameters())
         if settings.pruned and self.structures:
             sparsity = settings.sparsity.parsed
-            remove_masked(self.pipeline, {key_of(of): sparsity.count(of.groups) for of in self.structures})
+            remove_masked(self.pipeline, {key_of(structure): sparsity.count(structure.groups) for structure in self.structures})
         record.data["parameters"] = {"dense": before, "pruned": sum(p.numel() for p in self.sampler.denoiser.parameters())}
         if settings.evaluation.images is None:
             return

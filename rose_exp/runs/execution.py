@@ -63,17 +63,17 @@ def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
     Raises:
         RoseExpError: the folder contains another run, or a model of unknown origin.
     """
-    own_folder = RunFolder(folder)
-    path = own_folder.record
+    run_folder = RunFolder(folder)
+    path = run_folder.record
     if not path.exists():
-        if settings.save and own_folder.model.exists():
-            name = own_folder.model.name
+        if settings.save and run_folder.model.exists():
+            name = run_folder.model.name
             raise RoseExpError(f"hydra.run.dir: expected a folder without {name}, to which save=true writes, got {folder}")
         return None
-    record, own = read_record(path), run_id(settings)
-    if record.get("run_id") != own:
+    record, expected_id = read_record(path), run_id(settings)
+    if record.get("run_id") != expected_id:
         raise RoseExpError(
-            f"hydra.run.dir: expected an empty folder or one of the same run, {own}, got {folder} with run "
+            f"hydra.run.dir: expected an empty folder or one of the same run, {expected_id}, got {folder} with run "
             f"{record.get('run_id')} ({record['label']})"
         )
     if record["status"] == "finished" and not settings.rerun:
@@ -81,7 +81,7 @@ def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
         if not missing:
             return record
         log.info("%s is finished, but without %s: running it again", settings.label, ", ".join(missing))
-    obsolete = ([own_folder.state] if settings.rerun else []) + ([own_folder.model] if settings.rerun or settings.save else [])
+    obsolete = ([run_folder.state] if settings.rerun else []) + ([run_folder.model] if settings.rerun or settings.save else [])
     for place in obsolete:
         try:
             shutil.rmtree(place)

@@ -45,8 +45,8 @@ def _contents(setting: Setting) -> Any:
     if kind == "embedded":
         return content_sha256(prompts_file(value)) if value in PROMPTS else WHEELS[value].sha256
     place = Path(value).expanduser()
-    found = (model_sha256 if kind == "model" else folder_sha256)(place) if place.exists() else value
-    return f"{found} {text_format(value)}" if kind == "text" else found  # the format decides how a file is read
+    content = (model_sha256 if kind == "model" else folder_sha256)(place) if place.exists() else value
+    return f"{content} {text_format(value)}" if kind == "text" else content  # the format decides how a file is read
 
 
 def _resolved_run_id(*, _root_: DictConfig) -> str:

@@ -77,8 +77,8 @@ class LanguageRun(Run):
         settings = self.settings
         with self.watch.stage("preflight"), self.ranks.first_rank_first():
             cuda = self.device.type == "cuda"
-            there = available(self.folder.root, self.device)
-            self.placed, estimate = check_fits(settings, model_shape(settings.model), cuda, there)
+            free = available(self.folder.root, self.device)
+            self.placed, estimate = check_fits(settings, model_shape(settings.model), cuda, free)
         self.record.data["estimate"] = estimate.as_dict() | vars(self.placed)
         with self.watch.stage("texts"), self.ranks.first_rank_first():
             self.tokenizer = load_tokenizer(settings.model)
@@ -145,17 +145,17 @@ class LanguageRun(Run):
                 for name, windows in self.evaluation.items():
                     bar = f"perplexity {name}"
                     answers = None if whole else lambda tokens, bar=bar: self._answers(tokens, bar)
-                    found = perplexity(self.model, windows.tokens, settings.evaluation.batch, bar, self.ranks, answers)
-                    record.measured(f"perplexity.{name}", found.value, found.standard_error)
-                    log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, found.value, found.standard_error)
+                    result = perplexity(self.model, windows.tokens, settings.evaluation.batch, bar, self.ranks, answers)
+                    record.measured(f"perplexity.{name}", result.value, result.standard_error)
+                    log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, result.value, result.standard_error)
         if self.tasks is not None:  # only on the first rank: lm-eval distributes work differently
             with self.watch.stage("zero_shot"), ExitStack() as stack:
                 hook = self.model.register_forward_pre_hook(lambda *_: interruption.check())
                 stack.callback(hook.remove)
                 if not whole:
                     stack.enter_context(loading_blocks(self.weights, self.device))
-                wanted = self.zero_shot
-                accuracies = measure_zero_shot(self.model, self.tokenizer, self.tasks, wanted, self.folder.root, self.bos)
+                zero_shot = self.zero_shot
+                accuracies = measure_zero_shot(self.model, self.tokenizer, self.tasks, zero_shot, self.folder.root, self.bos)
             self.protocol["zero_shot"] |= accuracies.protocol
             for name, value in accuracies.values.items():
                 record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
@@ -176,8 +176,8 @@ class LanguageRun(Run):
         for index, block in enumerate(blocks.blocks):
             layers = linear_layers(block, blocks.block_name(index))
             layers = [layer for layer in layers if chosen(layer.name, pipeline.layers, pipeline.skip)]
-            of_block = saved_and_total(layers, reports, self.weights.at(index, "cpu"))
-            saved, total = saved + of_block[0], total + of_block[1]
+            block_saved, block_total = saved_and_total(layers, reports, self.weights.at(index, "cpu"))
+            saved, total = saved + block_saved, total + block_total
         return saved / total
 
     def save(self, place: Path) -> Path:
@@ -186,9 +186,9 @@ class LanguageRun(Run):
             reports = self.record.data["layers"]
             pruned = {report["name"] for report in reports if not report["fallback"]}
             layers = all_linear_layers(self.weights.blocks)
-            left = [layer.name for layer in layers if layer.name not in pruned] + ["lm_head"]
+            unpruned = [layer.name for layer in layers if layer.name not in pruned] + ["lm_head"]
             share = self.record.data["metrics"]["sparsity"]
-            description = sparsity_description(self.settings.sparsity.pattern, share, ["Linear"], left)
+            description = sparsity_description(self.settings.sparsity.pattern, share, ["Linear"], unpruned)
         if self.streamed is not None:
             return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description)
         return save_model(self.model.to("cpu"), self.tokenizer, place, description)
@@ -204,21 +204,21 @@ class LanguageRun(Run):
     def _measure_speed(self) -> None:
         """Measure the latency of the pruned model if the hardware supports its pattern, else record the reason."""
         settings, record = self.settings, self.record
-        wanted = settings.evaluation.speed
+        request = settings.evaluation.speed
         names = {layer["name"] for layer in record.data["layers"]}
         layers = [layer for layer in all_linear_layers(self.weights.blocks) if layer.name in names]
         pattern = settings.sparsity.parsed if settings.pruned else None
         if self.placed.by_blocks:
-            why = "the whole model does not fit on the device"
+            reason = "the whole model does not fit on the device"
         else:
-            why = speed.obstacle(pattern, self.device, self.model.dtype, layers)
-        self.protocol["speed"] = {"windows": wanted.windows, "window": wanted.window, "not_measured": why}
-        if why is not None:
-            log.warning("evaluation.speed: cannot be measured: %s", why)
+            reason = speed.obstacle(pattern, self.device, self.model.dtype, layers)
+        self.protocol["speed"] = {"windows": request.windows, "window": request.window, "not_measured": reason}
+        if reason is not None:
+            log.warning("evaluation.speed: cannot be measured: %s", reason)
             return
-        tokens = torch.zeros(wanted.windows, wanted.window, dtype=torch.int64, device=self.device)
-        found = speed.measure(self.model.to(self.device), layers, tokens, wanted.repeats)
-        for name, value in found.metrics().items():
+        tokens = torch.zeros(request.windows, request.window, dtype=torch.int64, device=self.device)
+        timing = speed.measure(self.model.to(self.device), layers, tokens, request.repeats)
+        for name, value in timing.metrics().items():
             record.measured(name, value)
 
 

@@ -42,7 +42,7 @@ class Footprint:
     def over(self, available: Footprint) -> list[str]:
         """Return the names of the fields that exceed those of ``available``."""
         pairs = [(name, getattr(self, name), getattr(available, name)) for name in ("device", "host", "disk")]
-        return [name for name, wanted, there in pairs if wanted is not None and there is not None and wanted > there]
+        return [name for name, needed, free in pairs if needed is not None and free is not None and needed > free]
 
     def __str__(self) -> str:
         device = f"{gib(self.device)} on the device, " if self.device is not None else ""
@@ -73,39 +73,39 @@ def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placeme
     width, kind = torch.finfo(shape.dtype).bits // 8, "cuda" if cuda else "cpu"
     whole, block, outside = (count * width for count in (shape.parameters, shape.largest, shape.outside))
     on_disk, place = placed.weights == "disk", settings.pipeline.activations
-    pruning, states, kept = 0, 0, 0
+    pruning, states, saved_state = 0, 0, 0
     if settings.pruned:
         calibration = settings.calibration
         batch = batch_size(settings.pipeline.batch, kind)
-        passing = calibration.window * batch * shape.widest * (4 * width + 4)
+        forward = calibration.window * batch * shape.widest * (4 * width + 4)
         streams = 2 if settings.target else 1  # the second stream has the dense model's hidden states and layer inputs
-        passing *= streams
-        pruning = _solving(settings, shape, passing, sums_dtype(kind, torch.float32).itemsize)
+        forward *= streams
+        pruning = _solving_bytes(settings, shape, forward, sums_dtype(kind, torch.float32).itemsize)
         if streams > 1 and settings.pipeline.true_sequential:
             pruning += block  # a dense copy of the block
         copies = 2 if streams > 1 or settings.allocation else 1  # the survey's copy is freed before the dense stream's
         states = copies * calibration.samples * calibration.window * shape.hidden * width
-        kept = _kept_on_disk(settings, shape, states // copies * streams, width)
-    measuring, texts = _measuring(settings, shape, width, kind)
+        saved_state = _state_bytes(settings, shape, states // copies * streams, width)
+    evaluating, texts = _evaluation_bytes(settings, shape, width, kind)
     texts = texts if placed.by_blocks else 0
     large = max(states, texts)
     if place == "device":
-        pruning, measuring = pruning + states, measuring + texts
-    disk = kept + (large if place == "disk" else 0) + (whole if settings.save else 0)
-    held = LIBRARIES + (outside + block if on_disk else whole)
+        pruning, evaluating = pruning + states, evaluating + texts
+    disk = saved_state + (large if place == "disk" else 0) + (whole if settings.save else 0)
+    host = LIBRARIES + (outside + block if on_disk else whole)
     if settings.pruned and on_disk:
-        held += block  # a copy of the block while it is written
+        host += block  # a copy of the block while it is written
     if cuda:
-        device = max(block + pruning, (block + outside if placed.by_blocks else whole) + measuring)
-        return Footprint(held + (large if place == "host" else 0), device, disk)
-    return Footprint(held + max(pruning, measuring) + (large if place == "host" else 0), None, disk)
+        device = max(block + pruning, (block + outside if placed.by_blocks else whole) + evaluating)
+        return Footprint(host + (large if place == "host" else 0), device, disk)
+    return Footprint(host + max(pruning, evaluating) + (large if place == "host" else 0), None, disk)
 
 
-def _solving(settings: Settings, shape: ModelShape, passing: int, sums: int) -> int:
+def _solving_bytes(settings: Settings, shape: ModelShape, forward: int, sums: int) -> int:
     """Return the peak bytes of moments plus the larger of a forward pass and of solving, over the groups of a block.
 
     Args:
-        passing: bytes of a forward pass.
+        forward: bytes of a forward pass.
         sums: bytes per element of the moments.
     """
     groups: dict[str, list[tuple[int, int]]] = {}
@@ -122,16 +122,16 @@ def _solving(settings: Settings, shape: ModelShape, passing: int, sums: int) -> 
         square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their changes
     if "permutation" in acting(settings.model_dump(mode="json")):
         square += 1  # a permuted copy of the input statistics
-    peak, left = passing + sum(moments.values()), sum(moments.values())
+    peak, remaining = forward + sum(moments.values()), sum(moments.values())
     for name, layers in groups.items():
         solving = square * layers[0][1] ** 2 * 4 + flat * 4 * sum(rows * columns for rows, columns in layers)
         rounded = moments[name] * 4 // sums  # see InputMoments.finish
-        peak = max(peak, left + rounded, left - moments[name] + rounded + int(solving))
-        left -= moments[name]
+        peak = max(peak, remaining + rounded, remaining - moments[name] + rounded + int(solving))
+        remaining -= moments[name]
     return peak
 
 
-def _kept_on_disk(settings: Settings, shape: ModelShape, states: int, width: int) -> int:
+def _state_bytes(settings: Settings, shape: ModelShape, states: int, width: int) -> int:
     """Return the bytes of the run's state: all pruned blocks, and the inputs of two blocks while it is updated."""
     if settings.pipeline.resume == "none" and settings.pipeline.weights != "disk":
         return 0
@@ -139,7 +139,7 @@ def _kept_on_disk(settings: Settings, shape: ModelShape, states: int, width: int
     return blocks + (2 * states if settings.pipeline.resume == "activations" else 0)
 
 
-def _measuring(settings: Settings, shape: ModelShape, width: int, kind: str) -> tuple[int, int]:
+def _evaluation_bytes(settings: Settings, shape: ModelShape, width: int, kind: str) -> tuple[int, int]:
     """Return the bytes of evaluation beyond the model, and of the longest text's hidden states, for evaluation by blocks."""
     evaluation = settings.evaluation
     windows = [text.window for text in evaluation.perplexity.values()] + ([512] if evaluation.zero_shot.tasks else [])
@@ -155,10 +155,10 @@ UNKNOWN_WINDOWS = 170  # assumed for a whole text; that of WikiText-2 with windo
 
 def choose(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> Placement:
     """Choose the placement: as the settings request; for ``auto``, in memory if it fits."""
-    wanted, by_blocks = settings.pipeline.weights, settings.pipeline.by_blocks
-    weights = [wanted] if wanted != "auto" else ["memory", "disk"]
-    ways = [by_blocks] if by_blocks != "auto" else [False, True]
-    placements = [Placement(w, b or w == "disk") for w in weights for b in ways]
+    requested, by_blocks = settings.pipeline.weights, settings.pipeline.by_blocks
+    weights = [requested] if requested != "auto" else ["memory", "disk"]
+    by_blocks_choices = [by_blocks] if by_blocks != "auto" else [False, True]
+    placements = [Placement(w, b or w == "disk") for w in weights for b in by_blocks_choices]
     fitting = [p for p in placements if not footprint(settings, shape, cuda, p).over(available)]
     return (fitting or placements[-1:])[0]
 
@@ -169,22 +169,22 @@ def check_fits(settings: Settings, shape: ModelShape, cuda: bool, available: Foo
     Raises:
         RoseExpError: the estimate exceeds what is available. The message suggests settings with which the run fits.
     """
-    placed = choose(settings, shape, cuda, available)
-    found = footprint(settings, shape, cuda, placed)
-    over = found.over(available)
+    placement = choose(settings, shape, cuda, available)
+    estimate = footprint(settings, shape, cuda, placement)
+    over = estimate.over(available)
     if not over or not settings.preflight:
-        return placed, found
-    way_out = _way_out(settings, shape, cuda, available)
+        return placement, estimate
+    suggestion = _suggestion(settings, shape, cuda, available)
     raise RoseExpError(
-        f"{settings.model.name} does not fit ({' and '.join(over)}): the run needs {found}; available: {available}. {way_out}. "
-        f"preflight=false skips this check"
+        f"{settings.model.name} does not fit ({' and '.join(over)}): the run needs {estimate}; available: {available}. "
+        f"{suggestion}. preflight=false skips this check"
     )
 
 
-def _way_out(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> str:
+def _suggestion(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> str:
     """Return a suggestion of settings with which the run fits. None of them is redundant."""
     changes: list[tuple[str, dict[str, Mapping[str, Any]]]] = []
-    tried = settings
+    candidate = settings
     for name, value in (
         ("pipeline.weights", "disk"),
         ("pipeline.by_blocks", True),
@@ -195,12 +195,12 @@ def _way_out(settings: Settings, shape: ModelShape, cuda: bool, available: Footp
         ("pipeline.resume", "recompute"),
         ("save", False),
     ):
-        tried = _changed(tried, name, value)
+        candidate = _changed(candidate, name, value)
         changes = [change for change in changes if change[0] != name] + [(name, value)]
-        if not footprint(tried, shape, cuda, choose(tried, shape, cuda, available)).over(available):
+        if not footprint(candidate, shape, cuda, choose(candidate, shape, cuda, available)).over(available):
             needed = [(n, v) for n, v in changes if not _fits_without(settings, changes, n, shape, cuda, available)]
             return "It would fit with " + " ".join(f"{n}={str(v).lower()}" for n, v in needed or changes)
-    least = footprint(tried, shape, cuda, choose(tried, shape, cuda, available))
+    least = footprint(candidate, shape, cuda, choose(candidate, shape, cuda, available))
     return f"No settings with an equal result make it fit: they need at least {least}. Reduce calibration.samples"
 
 
@@ -212,10 +212,10 @@ def _fits_without(settings, changes, left_out: str, shape: ModelShape, cuda: boo
 
 
 def _changed(settings: Settings, name: str, value: Any) -> Settings:
-    section, _, own = name.rpartition(".")
+    section, _, key = name.rpartition(".")
     if not section:
-        return settings.model_copy(update={own: value})
-    return settings.model_copy(update={section: changed(getattr(settings, section), **{own: value})})
+        return settings.model_copy(update={key: value})
+    return settings.model_copy(update={section: changed(getattr(settings, section), **{key: value})})
 
 
 def available(folder: Path, device: torch.device) -> Footprint:
@@ -229,17 +229,20 @@ def available(folder: Path, device: torch.device) -> Footprint:
     host = [psutil.virtual_memory().available + used.rss]
     for group, limit, current, cache in CONTROL_GROUPS:
         try:
-            most = Path(group, limit).read_text().strip()
+            maximum = Path(group, limit).read_text().strip()
             lines = Path(group, "memory.stat").read_text().splitlines()
             cached = sum(int(line.split()[1]) for line in lines if line.startswith(cache))
-            if most.isdigit():
-                host.append(int(most) - int(Path(group, current).read_text()) + cached + used.rss)
+            if maximum.isdigit():
+                host.append(int(maximum) - int(Path(group, current).read_text()) + cached + used.rss)
         except OSError:  # no such control group
             continue
-    for kind, here in ((resource.RLIMIT_AS, used.vms - used.rss), (resource.RLIMIT_DATA, getattr(used, "data", 0) - used.rss)):
+    for kind, used_bytes in (
+        (resource.RLIMIT_AS, used.vms - used.rss),
+        (resource.RLIMIT_DATA, getattr(used, "data", 0) - used.rss),
+    ):
         soft = resource.getrlimit(kind)[0]
         if soft != resource.RLIM_INFINITY:
-            host.append(soft - here)
+            host.append(soft - used_bytes)
     on_device = None
     if device.type == "cuda":
         on_device = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)

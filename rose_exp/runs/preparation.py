@@ -49,18 +49,20 @@ def resolved_backend(settings: Settings, device: torch.device) -> str:
 
 def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Windows:
     """Draw random windows from the calibration text."""
-    wanted = settings.calibration
-    text = load_text(wanted, "calibration")
-    return draw_windows(text, tokenizer, wanted.window, wanted.samples, settings.seed, wanted.draw, "calibration", bos)
+    calibration = settings.calibration
+    text = load_text(calibration, "calibration")
+    return draw_windows(
+        text, tokenizer, calibration.window, calibration.samples, settings.seed, calibration.draw, "calibration", bos
+    )
 
 
 def evaluation_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> dict[str, Windows]:
     """Cut each text on which perplexity is measured into windows; return them by the text's name."""
     windows = {}
-    for name, wanted in settings.evaluation.perplexity.items():
-        where = f"evaluation.perplexity.{name}"
-        limit = limited(settings, wanted.windows)
-        windows[name] = contiguous_windows(load_text(wanted, where), tokenizer, wanted.window, limit, where, bos)
+    for name, text in settings.evaluation.perplexity.items():
+        setting = f"evaluation.perplexity.{name}"
+        limit = limited(settings, text.windows)
+        windows[name] = contiguous_windows(load_text(text, setting), tokenizer, text.window, limit, setting, bos)
     return windows
 
 
@@ -77,14 +79,14 @@ def check_window_lengths(settings: Settings, model: torch.nn.Module) -> None:
         RoseExpError: a window is too long.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    wanted = {f"evaluation.perplexity.{name}.window": text.window for name, text in settings.evaluation.perplexity.items()}
+    windows = {f"evaluation.perplexity.{name}.window": text.window for name, text in settings.evaluation.perplexity.items()}
     if settings.pruned:
-        wanted["calibration.window"] = settings.calibration.window
+        windows["calibration.window"] = settings.calibration.window
     if settings.evaluation.speed is not None:
-        wanted["evaluation.speed.window"] = settings.evaluation.speed.window
-    for where, window in wanted.items():
+        windows["evaluation.speed.window"] = settings.evaluation.speed.window
+    for setting, window in windows.items():
         if limit is not None and window > limit:
-            raise RoseExpError(f"{where}: expected at most {limit}, the model's maximum sequence length, got {window}")
+            raise RoseExpError(f"{setting}: expected at most {limit}, the model's maximum sequence length, got {window}")
 
 
 def pruning_plan(settings: Settings) -> PruningPlan:
@@ -113,5 +115,5 @@ def first_key(settings: Settings, protocol: Mapping[str, Any]) -> str:
     evaluated = ("evaluation", "zero_shot", "speed", "seed")
     facts = {name: value for name, value in protocol.items() if name not in evaluated}
     config = settings.model_dump(mode="json")
-    own = {setting.name: setting.value for setting in settings_of(config) if setting.effect.moments}
-    return json.dumps([facts, own], sort_keys=True)
+    determining = {setting.name: setting.value for setting in settings_of(config) if setting.effect.moments}
+    return json.dumps([facts, determining], sort_keys=True)

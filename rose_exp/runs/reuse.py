@@ -32,14 +32,14 @@ def lacking(settings: Settings, record: Mapping[str, Any], folder: Path) -> list
         folder: the folder of the finished run.
     """
     saved = RunFolder(folder).model.is_dir()
-    followed = {
+    fulfilled = {
         "figures.study": _studied(settings, record, folder),
         "save": saved or not settings.save,
         "sparsity_config": _described(folder) == settings.sparsity_config or not (saved and settings.save),
         "evaluation.images.sheet": _has_sheet(settings, record, folder),
         "evaluation.speed": _timed(settings, record),
     }
-    return [name for name, done in followed.items() if not done]
+    return [name for name, done in fulfilled.items() if not done]
 
 
 def supplement(
@@ -102,9 +102,9 @@ def _timed(settings: Settings, record: Mapping[str, Any]) -> bool:
     """Return whether the speed was measured, or cannot be measured on this machine either."""
     if not any(within(name, "evaluation.speed") for name in effective(settings.model_dump(mode="json"))):
         return True
-    found = record["protocol"].get("speed")
+    measured = record["protocol"].get("speed")
     on_cuda = str(record["protocol"].get("device")).startswith("cuda")
-    return bool(found) and (not found["not_measured"] or on_cuda or not torch.cuda.is_available())
+    return bool(measured) and (not measured["not_measured"] or on_cuda or not torch.cuda.is_available())
 
 
 def _drawn(record: Mapping[str, Any], folder: Path) -> bool:
@@ -113,12 +113,12 @@ def _drawn(record: Mapping[str, Any], folder: Path) -> bool:
     return all((folder / FOLDER / f"{name}.png").is_file() for name in names)
 
 
-def _tracked(wanted: TrackingSettings, record: Mapping[str, Any]) -> bool:
+def _tracked(tracking: TrackingSettings, record: Mapping[str, Any]) -> bool:
     """Return whether the run was logged to the requested tracker, or no tracker is requested."""
-    if wanted.kind == "none" or (wanted.kind == "wandb" and wanted.mode == "disabled"):
+    if tracking.kind == "none" or (tracking.kind == "wandb" and tracking.mode == "disabled"):
         return True
     if record.get("tracking", {}).get("failure", "not started") is not None:
         return False
-    places = ("kind", "mode", "project", "entity", "save_model") if wanted.kind == "wandb" else ("kind",)
+    fields = ("kind", "mode", "project", "entity", "save_model") if tracking.kind == "wandb" else ("kind",)
     before = complete(record["config"])
-    return all(before[f"tracking.{name}"] == getattr(wanted, name) for name in places)
+    return all(before[f"tracking.{name}"] == getattr(tracking, name) for name in fields)

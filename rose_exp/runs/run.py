@@ -161,8 +161,8 @@ class Run(ABC):
             reports = self.prune_layers(context)
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(context.seconds).items()}
         engine = settings.engine
-        found = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
-        record.pruned([report.as_dict() for report in reports], found, bool(settings.reorder))
+        warnings = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
+        record.pruned([report.as_dict() for report in reports], warnings, bool(settings.reorder))
 
     def finish(self) -> None:
         """Save the model, log the results and draw the figures."""

@@ -20,33 +20,35 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
     model = sections.get("model")
     if model is None:
         return []
-    found = []
+    problems = []
     diffusion = model.kind == "diffusion"
     calibration, evaluation, method = (sections.get(name) for name in ("calibration", "evaluation", "method"))
     dense = method is not None and method.name == "dense"
     if calibration is not None and (calibration.draw == "prompts") != diffusion and not dense:
         expected = "prompts for a diffusion model" if diffusion else "windows or documents for a language model"
-        found.append(f"calibration.draw: expected {expected}, got {calibration.draw}")
+        problems.append(f"calibration.draw: expected {expected}, got {calibration.draw}")
     if evaluation is not None:
-        of_language = [name for name in ("perplexity", "speed") if getattr(evaluation, name)]
-        of_language += ["zero_shot"] if evaluation.zero_shot.tasks else []
-        if diffusion and of_language:
-            found.append(f"evaluation.{of_language[0]}: expected none for a diffusion model, got some; use evaluation.images")
+        language_metrics = [name for name in ("perplexity", "speed") if getattr(evaluation, name)]
+        language_metrics += ["zero_shot"] if evaluation.zero_shot.tasks else []
+        if diffusion and language_metrics:
+            problems.append(
+                f"evaluation.{language_metrics[0]}: expected none for a diffusion model, got some; use evaluation.images"
+            )
         if not diffusion and evaluation.images is not None:
-            found.append("evaluation.images: expected null for a language model, got some")
+            problems.append("evaluation.images: expected null for a language model, got some")
     if diffusion:
         for name in ("target", "allocation"):
             section = sections.get(name)
             if section:
-                found.append(f"{name}: expected none for a diffusion model, whose steps share all layers, got {section}")
+                problems.append(f"{name}: expected none for a diffusion model, whose steps share all layers, got {section}")
         if sections.get("sparsity_config"):
-            found.append("sparsity_config: expected false for a diffusion model, got true")
+            problems.append("sparsity_config: expected false for a diffusion model, got true")
         pipeline, figures = sections.get("pipeline"), sections.get("figures")
         if pipeline is not None and pipeline.permute:
-            found.append("pipeline.permute: expected false for a diffusion model, got true")
+            problems.append("pipeline.permute: expected false for a diffusion model, got true")
         if figures is not None and figures.study:
-            found.append(f"figures.study: expected none for a diffusion model, got {figures.study}")
-    return found
+            problems.append(f"figures.study: expected none for a diffusion model, got {figures.study}")
+    return problems
 
 
 def structured_problems(sections: Mapping[str, Any]) -> list[str]:
@@ -58,27 +60,27 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
     sparsity, method = sections.get("sparsity"), sections.get("method")
     if sparsity is None or method is None or sparsity.pattern != STRUCTURED or method.name not in METHODS:
         return []
-    found = []
+    problems = []
     if method.name not in METHODS_OF_GROUPS:
-        found.append(f"method: expected one of {', '.join(METHODS_OF_GROUPS)} with structured sparsity, got {method.name}")
+        problems.append(f"method: expected one of {', '.join(METHODS_OF_GROUPS)} with structured sparsity, got {method.name}")
     for name in ("reorder", "refine", "target", "allocation"):
         section = sections.get(name)
         if section:
-            found.append(f"{name}: expected none with structured sparsity, which updates the weights itself, got {section}")
+            problems.append(f"{name}: expected none with structured sparsity, which updates the weights itself, got {section}")
     pipeline, figures = sections.get("pipeline"), sections.get("figures")
     if pipeline is not None and pipeline.permute:
-        found.append("pipeline.permute: expected false with structured sparsity, got true")
+        problems.append("pipeline.permute: expected false with structured sparsity, got true")
     if figures is not None and figures.study:
-        found.append(f"figures.study: expected none with structured sparsity, got {figures.study}")
+        problems.append(f"figures.study: expected none with structured sparsity, got {figures.study}")
     if method.layer_options:
-        found.append(f"method.layer_options: expected none with structured sparsity, got {method.layer_options}")
+        problems.append(f"method.layer_options: expected none with structured sparsity, got {method.layer_options}")
     if sections.get("sparsity_config"):
-        found.append("sparsity_config: expected false with structured sparsity, which leaves no zeros, got true")
+        problems.append("sparsity_config: expected false with structured sparsity, which leaves no zeros, got true")
     model = sections.get("model")
     language = model is not None and model.kind == "language"
     if language and sections.get("save") and pipeline is not None and (pipeline.layers != ["*"] or pipeline.skip):
-        found.append(
+        problems.append(
             "save: expected false if structured sparsity excludes layers (pipeline.layers, pipeline.skip), because a language "
             "model's configuration has one width for all blocks, got true"
         )
-    return found
+    return problems

@@ -59,19 +59,19 @@ class ImagesSettings(PromptSettings):
     sheet: Count = 6  # prompts on the contact sheet, which compares dense and pruned images
 
     def problems(self, where: str) -> list[str]:
-        found = super().problems(where)
+        problems = super().problems(where)
         for name in self.metrics:
             if name not in LIBRARIES:
                 expected = f"some of {', '.join(LIBRARIES)}"
-                found.append(f"{where}.metrics: expected {expected}, got {name!r}{suggest(name, LIBRARIES)}")
+                problems.append(f"{where}.metrics: expected {expected}, got {name!r}{suggest(name, LIBRARIES)}")
                 continue
             missing = [library for library in LIBRARIES[name] if importlib.util.find_spec(library) is None]
             if missing:
                 package = missing[0].replace("_", "-").replace("ImageReward", "image-reward")
-                found.append(f"{where}.metrics: expected an installed package for {name}, got none: pip install {package}")
+                problems.append(f"{where}.metrics: expected an installed package for {name}, got none: pip install {package}")
         if "fid" in self.metrics and (self.reference is None or not Path(self.reference).expanduser().is_dir()):
-            found.append(f"{where}.reference: expected a folder of real images for fid, got {self.reference!r}")
-        return found
+            problems.append(f"{where}.reference: expected a folder of real images for fid, got {self.reference!r}")
+        return problems
 
     def fingerprints(self) -> dict[str, str | None]:
         """Return the fingerprints of the CLIP model and the real images, on which the scores depend.

@@ -148,14 +148,14 @@ def _source(group: str, modes: frozenset[Mode], recorded_as: str, **common: Any)
     from_hub = _when(*place, holds=lambda path, embedded: path is None and embedded is None)
     separator = {f"{group}.separator": Effect(modes, _when(kind, holds=lambda kind: kind == "language"), **common)}
     common |= {"recorded_as": recorded_as}
-    found = {
+    effects = {
         "path": Effect(modes, place="text", **common),
         "embedded": Effect(modes, unset, place="embedded", **common),
         "field": Effect(modes, _when(*place, holds=_has_rows), **common),
         "rows": Effect(modes, _when(kind, *place, holds=lambda kind, *p: kind == "diffusion" or _has_rows(*p)), **common),
     }
-    found |= {name: Effect(modes, from_hub, **common) for name in ("dataset", "subset", "data_files", "revision", "split")}
-    return separator | {f"{group}.{name}": effect for name, effect in found.items()}
+    effects |= {name: Effect(modes, from_hub, **common) for name in ("dataset", "subset", "data_files", "revision", "split")}
+    return separator | {f"{group}.{name}": effect for name, effect in effects.items()}
 
 
 PERPLEXITY, ZERO_SHOT, SPEED, IMAGES = ("perplexity.*",), ("zero_shot",), ("speed",), ("images",)
@@ -301,17 +301,17 @@ def settings_of(config: Mapping[str, Any], metric: str | None = None, assumed: s
         assumed: the setting or group whose values differ between the columns of a table. An option whose condition reads it
             counts as in effect, so that it is in all columns or in none.
     """
-    every = _read(config)
-    values = {setting.name: setting.value for setting in every}
-    mode, found = _mode(values), []
-    for setting in every:
+    all_settings = _read(config)
+    values = {setting.name: setting.value for setting in all_settings}
+    mode, effective_settings = _mode(values), []
+    for setting in all_settings:
         effect, when = setting.effect, setting.effect.when
         if mode not in effect.modes or not _changes(setting, metric, mode):
             continue
         reads = [name.replace("*", setting.chosen) for name in when.reads] if when is not None else []
         if when is None or any(within(name, assumed) for name in reads) or when.holds(*(_value(values, n) for n in reads)):
-            found.append(setting)
-    return found
+            effective_settings.append(setting)
+    return effective_settings
 
 
 def acting(config: Mapping[str, Any]) -> frozenset[str]:
@@ -368,23 +368,23 @@ def _value(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _read(config: Mapping[str, Any]) -> list[Setting]:
-    found: list[Setting] = []
+    settings: list[Setting] = []
     for leaf in leaves(Settings, {name: value for name, value in config.items() if name != "hydra"}):
         if leaf.known is None:
-            found.append(Setting(leaf.name, _plain(leaf.value), OF_ANOTHER_VERSION))
+            settings.append(Setting(leaf.name, _plain(leaf.value), OF_ANOTHER_VERSION))
         else:
-            found += _spread(leaf.name, leaf.value, effect_of(leaf.known), leaf.chosen)
-    return found
+            settings += _spread(leaf.name, leaf.value, effect_of(leaf.known), leaf.chosen)
+    return settings
 
 
 def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Setting]:
     """Yield a setting or, if it is a mapping whose order does not matter, the settings in it."""
     if isinstance(value, Mapping) and not effect.ordered:
-        for below, own in flat(_plain(value), f"{name}.").items():
-            yield Setting(below, own, effect, chosen)
+        for item_name, item in flat(_plain(value), f"{name}.").items():
+            yield Setting(item_name, item, effect, chosen)
         return
     if isinstance(value, Mapping):
-        plain: Any = [[key, _plain(own)] for key, own in value.items()]
+        plain: Any = [[key, _plain(item)] for key, item in value.items()]
     else:
         plain = _plain(value)
     if effect.unordered and isinstance(plain, list):

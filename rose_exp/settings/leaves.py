@@ -45,8 +45,8 @@ def leaves(section: type, values: Mapping[str, Any], name: str = "", known: str 
                 value = field.read(values[key]) if key in values else field.default
                 yield Leaf(name + key, known + key, value, chosen)
         elif field.named:
-            for own, below in (values.get(key) or {}).items():
-                yield from leaves(field.inner, below, f"{name}{key}.{own}.", f"{known}{key}.*.", own)
+            for chosen_name, inner_values in (values.get(key) or {}).items():
+                yield from leaves(field.inner, inner_values, f"{name}{key}.{chosen_name}.", f"{known}{key}.*.", chosen_name)
         elif values.get(key) is not None or field.required or field.default is not None:
             yield from leaves(field.inner, values.get(key) or {}, f"{name}{key}.", f"{known}{key}.", chosen)
     for other, value in flat({key: value for key, value in values.items() if key not in fields}, name).items():
@@ -55,13 +55,13 @@ def leaves(section: type, values: Mapping[str, Any], name: str = "", known: str 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``. Lists and empty mappings stay unchanged."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
+            flattened |= flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            flattened[f"{prefix}{name}"] = value
+    return flattened
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,18 @@ class _Field:
 
 @cache
 def _fields(section: type) -> dict[str, _Field]:
-    found = {}
+    fields = {}
     for key, field in fields_of(section).items():
         kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        found[key] = _Field(TypeAdapter(kind), *_inner(field.annotation), field.is_required(), default)
-    return found
+        fields[key] = _Field(TypeAdapter(kind), *_inner(field.annotation), field.is_required(), default)
+    return fields
 
 
 def _inner(annotation: Any) -> tuple[type | None, bool]:
     for kind in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
         named = get_origin(kind) is dict
-        held = get_args(kind)[1] if named else kind
-        if is_section(held):
-            return held, named
+        section = get_args(kind)[1] if named else kind
+        if is_section(section):
+            return section, named
     return None, False

@@ -18,20 +18,20 @@ from .section import fields_of, is_section
 
 def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
     """Return one of pydantic's errors about ``root`` in the form "setting: expected …, got …"."""
-    where = ".".join(str(part) for part in mistake["loc"])
+    setting = ".".join(str(part) for part in mistake["loc"])
     got = f"got {mistake['input']!r}"
     kind, context = mistake["type"], mistake.get("ctx", {})
     if mistake["loc"][-1] in ("str", "list[str]"):  # the setting is a union of two types
-        return f"{where.rpartition('.')[0]}: expected text or a list of texts, {got}"
+        return f"{setting.rpartition('.')[0]}: expected text or a list of texts, {got}"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: no such setting, {got}{_nearest_setting(mistake['loc'], root)}"
+        return f"{setting}: no such setting, {got}{_nearest_setting(mistake['loc'], root)}"
     if kind == "missing":
-        return f"{where}: expected a value, got none"
+        return f"{setting}: expected a value, got none"
     if kind == "value_error":  # raised by an option class, whose message starts with the field's name
-        return f"{where}.{context['error']}{_nearest_choice(str(context['error']))}"
+        return f"{setting}.{context['error']}{_nearest_choice(str(context['error']))}"
     if kind == "literal_error":
         hint = suggest(mistake["input"], re.findall(r"'([^']+)'", context["expected"]))
-        return f"{where}: expected {context['expected']}, {got}{hint}"
+        return f"{setting}: expected {context['expected']}, {got}{hint}"
     bounds = {
         "greater_than_equal": "at least {ge:g}",
         "less_than_equal": "at most {le:g}",
@@ -42,15 +42,15 @@ def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
     if kind == "less_than" and math.isinf(context["lt"]):
         kind = "finite_number"
     if kind in bounds:
-        return f"{where}: expected {bounds[kind].format(**context)}, {got}"
+        return f"{setting}: expected {bounds[kind].format(**context)}, {got}"
     expected = mistake["msg"].removeprefix("Input should be ").split(",")[0]
-    return f"{where}: expected {expected}, {got}"
+    return f"{setting}: expected {expected}, {got}"
 
 
 def _nearest_choice(message: str) -> str:
     """Return a hint with the most similar of the choices in "setting: expected one of a, b, got 'c'"."""
-    found = re.fullmatch(r"\w+: expected one of (.+), got '(.+)'", message)
-    return suggest(found[2], found[1].split(", ")) if found else ""
+    choices = re.fullmatch(r"\w+: expected one of (.+), got '(.+)'", message)
+    return suggest(choices[2], choices[1].split(", ")) if choices else ""
 
 
 def _nearest_setting(location: tuple, root: type[BaseModel]) -> str:
@@ -84,8 +84,8 @@ def file_problem(where: str, path: str, folder: bool = True) -> list[str]:
     place = Path(path).expanduser()
     if place.is_file() or (folder and place.is_dir()):
         return []
-    what = "a folder or file" if folder else "a file"
-    near = ""
+    expected = "a folder or file" if folder else "a file"
+    hint = ""
     if place.parent.is_dir():
-        near = suggest(place.name, [entry.name for entry in place.parent.iterdir()])
-    return [f"{where}: expected {what} that exists, got {str(path)!r}{near}"]
+        hint = suggest(place.name, [entry.name for entry in place.parent.iterdir()])
+    return [f"{where}: expected {expected} that exists, got {str(path)!r}{hint}"]

@@ -38,12 +38,12 @@ class SparsitySettings(GroupOptions):
             except ValueError as error:
                 return [f"{where}.{error}"]
             return []
-        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        if not found:
+        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        if not match:
             hint = suggest(self.pattern, ["unstructured", STRUCTURED, "2:4", "4:8"])
             expected = "'unstructured', 'structured' or 'N:M' such as 2:4"
             return [f"{where}.pattern: expected {expected}, got {self.pattern!r}{hint}"]
-        pruned, group = int(found[1]), int(found[2])
+        pruned, group = int(match[1]), int(match[2])
         if group < 1 or pruned > group:
             return [f"{where}.pattern: expected N:M with N at most M and M at least 1, got {self.pattern!r}"]
         if self.ratio is not None and not math.isclose(self.ratio, pruned / group):
@@ -71,13 +71,13 @@ class MethodSettings(Section):
         known = [DENSE, *METHODS]
         if self.name not in known:
             return [f"{where}.name: expected one of {', '.join(known)}, got {self.name!r}{suggest(self.name, known)}"]
-        found = []
-        for place, options in [
+        problems = []
+        for part, options in [
             ("options", self.options),
             *((f"layer_options.{p}", o) for p, o in self.layer_options.items()),
         ]:
-            found += self._option_problems(f"{where}.{place}", options)
-        return found
+            problems += self._option_problems(f"{where}.{part}", options)
+        return problems
 
     def _option_problems(self, where: str, options: dict[str, Any]) -> list[str]:
         if self.name == DENSE:

@@ -72,16 +72,18 @@ class ZeroShotSettings(Section):
     data_dir: str | None = None  # a folder with files of the papers' seven tasks; takes precedence over data
 
     def problems(self, where: str) -> list[str]:
-        found = []
+        problems = []
         for name in ("include_path", "data_dir"):
             path = getattr(self, name)
             if path is not None and not Path(path).expanduser().is_dir():
-                found.append(f"{where}.{name}: expected a folder that exists, got {path!r}")
+                problems.append(f"{where}.{name}: expected a folder that exists, got {path!r}")
         if len(set(self.tasks)) != len(self.tasks):
-            found.append(f"{where}.tasks: expected each task once, got {', '.join(self.tasks)}")
+            problems.append(f"{where}.tasks: expected each task once, got {', '.join(self.tasks)}")
         if self.few_shot and (self.data_dir is not None or self.data == "embedded"):
-            found.append(f"{where}.few_shot: expected 0 or null with local rows, which have no examples, got {self.few_shot}")
-        return found
+            problems.append(
+                f"{where}.few_shot: expected 0 or null with local rows, which have no examples, got {self.few_shot}"
+            )
+        return problems
 
 
 class SpeedSettings(Section):
@@ -99,9 +101,9 @@ class EvaluationSettings(Section):
     limit: Positive | None = None  # limit of windows per text and of questions per task; null: only their own limits
 
     def problems(self, where: str) -> list[str]:
-        found = [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
-        found += self.images.problems(f"{where}.images") if self.images is not None else []
-        return found + self.zero_shot.problems(f"{where}.zero_shot")
+        problems = [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
+        problems += self.images.problems(f"{where}.images") if self.images is not None else []
+        return problems + self.zero_shot.problems(f"{where}.zero_shot")
 
 
 class TrackingSettings(Section):
@@ -115,10 +117,10 @@ class TrackingSettings(Section):
     save_model: bool = False  # upload the pruned model as an artifact
 
     def problems(self, where: str) -> list[str]:
-        needed = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(self.kind)
-        if needed is None or importlib.util.find_spec(needed):
+        package = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(self.kind)
+        if package is None or importlib.util.find_spec(package):
             return []
-        return [f"{where}.kind: expected an installed package, got {self.kind}: pip install {needed}"]
+        return [f"{where}.kind: expected an installed package, got {self.kind}: pip install {package}"]
 
 
 class FiguresSettings(Section):
@@ -196,7 +198,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: the configuration has errors. The message lists all of them.
     """
-    problems = [f"{where}: expected a value, got none" for where in _missing(config)]
+    problems = [f"{setting}: expected a value, got none" for setting in _missing(config)]
     if problems:
         raise SettingsError(problems)
     try:
@@ -204,10 +206,10 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         settings = None
         problems += dict.fromkeys(explain(mistake, Settings) for mistake in error.errors())
-    wrong = {problem.split(".")[0].split(":")[0] for problem in problems}
+    invalid = {problem.split(".")[0].split(":")[0] for problem in problems}
     sections = {}
     for name, field in Settings.model_fields.items():
-        if name not in wrong and is_section(field.annotation):
+        if name not in invalid and is_section(field.annotation):
             sections[name] = TypeAdapter(field.annotation).validate_python(config.get(name, {}))
             problems += problems_of(sections[name], name)
     problems += _cross_problems(sections | {name: config.get(name) for name in ("save", "sparsity_config")})
@@ -216,15 +218,15 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _missing(config: Mapping[str, Any], where: str = "") -> list[str]:
+def _missing(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the names of required settings ('???') that have no value."""
-    found = []
+    missing = []
     for name, value in config.items():
         if isinstance(value, Mapping):
-            found += _missing(value, f"{where}{name}.")
+            missing += _missing(value, f"{prefix}{name}.")
         elif value == "???":
-            found.append(f"{where}{name}")
-    return found
+            missing.append(f"{prefix}{name}")
+    return missing
 
 
 def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
@@ -233,10 +235,10 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     Args:
         sections: the sections without errors of their own, by name.
     """
-    found = _order_problems(sections) + kind_problems(sections) + structured_problems(sections)
+    problems = _order_problems(sections) + kind_problems(sections) + structured_problems(sections)
     method, refine = sections.get("method"), sections.get("refine")
     if method is not None and refine and method.name in METHODS and not METHODS[method.name].sparse:
-        found.append(
+        problems.append(
             f"refine: expected none with {method.name}, whose result is not sparse, got {refine.steps} steps and "
             f"{refine.mask_iterations} mask_iterations"
         )
@@ -244,15 +246,15 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
     sparsity = sections.get("sparsity")
     allocation = sections.get("allocation")
     if allocation and sparsity is not None and sparsity.pattern != "unstructured":
-        found.append(
+        problems.append(
             f"allocation.rule: expected uniform with pattern {sparsity.pattern}, which requires equal sparsity in every layer, "
             f"got {allocation.rule}"
         )
     if sections["sparsity_config"] and (not sections["save"] or (sparsity is not None and sparsity.pattern == "unstructured")):
-        found.append("sparsity_config: expected false unless save=true and sparsity is N:M, got true")
+        problems.append("sparsity_config: expected false unless save=true and sparsity is N:M, got true")
     if tracking is not None and tracking.save_model and not sections["save"]:
-        found.append("tracking.save_model: expected false without save=true, got true")
-    return found
+        problems.append("tracking.save_model: expected false without save=true, got true")
+    return problems
 
 
 def _order_problems(sections: Mapping[str, Any]) -> list[str]:

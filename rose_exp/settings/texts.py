@@ -82,8 +82,8 @@ class TextSettings(Section):
     def _format_problem(self, where: str) -> list[str]:
         if text_format(self.path) in self.formats:
             return []
-        known = {"text": "plain text (.txt)", "json": f"JSON rows ({', '.join(JSON_SUFFIXES)})", "tsv": "a table (.tsv)"}
-        expected = ", ".join(known[name] for name in self.formats)
+        descriptions = {"text": "plain text (.txt)", "json": f"JSON rows ({', '.join(JSON_SUFFIXES)})", "tsv": "a table (.tsv)"}
+        expected = ", ".join(descriptions[name] for name in self.formats)
         return [f"{where}: expected a supported format, which is {expected}, got {self.path!r}"]
 
 
