@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..pruning import LayerReport, PruneContext, PruningPlan
 from ..pruning.collect import Calibration, Clock, GroupInputs
 from ..pruning.components import components_for
 from ..pruning.loop import Pruner, Unit
+from ..runtime.errors import RoseExpError
 from . import denoiser
 from .denoiser import tokens_of
 from .sampling import Sampler
@@ -71,7 +72,9 @@ class PackagePruner(Pruner):
         weights: StepWeights,
         context: PruneContext | None = None,
     ):
-        context = context or PruneContext()
+        if plan.true_sequential:
+            raise RoseExpError("pipeline.true_sequential: expected false for a diffusion model, got true")
+        context = replace(context or PruneContext(), first_block=None)  # its key does not cover the options of sampling
         super().__init__(plan, context, components_for(plan, context))
         self.sampler, self.layers, self.packages = sampler, layers, packages
         self.prompts, self.seeds, self.weights = prompts, seeds, weights

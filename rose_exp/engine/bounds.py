@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
+from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,14 @@ NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
 AboveZero = Annotated[float, Gt(0), Lt(math.inf)]
 
 
+TYPES: dict[type, tuple[str, type]] = {
+    bool: ("true or false", bool),
+    int: ("an integer", Integral),
+    float: ("a number", Real),
+}
+"""For the types of options, what an error says that it expects, and which values are accepted. A bool is no number."""
+
+
 def check_options(options: Any) -> None:
     """Check the fields of a dataclass against the bounds and choices in their annotations.
 
@@ -25,7 +34,7 @@ def check_options(options: Any) -> None:
     defined once.
 
     Raises:
-        ValueError: a field is outside its bounds or none of its choices. The message names the field.
+        ValueError: a field has the wrong type, is outside its bounds or none of its choices. The message names the field.
     """
     for name, kind in _annotations(type(options)):
         value = getattr(options, name)
@@ -45,8 +54,13 @@ def _expectation(kind: Any, value: Any) -> str | None:
     options = get_args(kind)
     if get_origin(kind) is Literal:
         return None if value in options else f"one of {', '.join(map(str, options))}"
+    if kind in TYPES:
+        expected, accepted = TYPES[kind]
+        return None if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)) else expected
     if get_origin(kind) is Annotated:
-        bounds = list(options[1:])
+        bounds, problem = list(options[1:]), _expectation(options[0], value)
+        if problem is not None:
+            return problem
         return None if all(_within(bound, value) for bound in bounds) else describe(options[0], bounds)
     if NoneType in options:  # an optional field
         inner = [of for of in options if of is not NoneType]

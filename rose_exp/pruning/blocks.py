@@ -51,8 +51,11 @@ def prune_model(model: nn.Module, tokens: Tensor, plan: PruningPlan, context: Pr
     pruner = BlockPruner(model, plan, context)
     probed = pruner.probe(tokens)
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=context.scratch) as folder:
-        pruner.enter(tokens, probed, Path(folder))
-        return pruner.run()
+        try:
+            pruner.enter(tokens, probed, Path(folder))
+            return pruner.run()
+        finally:
+            pruner.release()
 
 
 @dataclass
@@ -144,6 +147,11 @@ class BlockPruner(Pruner):
             if not torch.isfinite(batch).all():
                 name = self.blocks.block_name(0)
                 raise RoseExpError(f"{name}: expected finite inputs, got NaN or infinity: damaged embeddings")
+
+    def release(self) -> None:
+        """Free the hidden states and the arguments of the blocks, which components may still refer to."""
+        self.hidden = self.dense = None
+        self.calls, self.dense_calls = {}, {}
 
     @property
     def units(self) -> int:

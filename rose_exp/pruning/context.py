@@ -54,8 +54,8 @@ class PruneContext:
         seconds: timings to add to.
         weights: where the weights of a language model's blocks are stored; None for in memory.
         state: checkpoint to write each pruned unit to; units that it already holds are restored.
-        first_block: cache for the moments of the first block, reused by runs with the same ``first_key``. The key must
-            distinguish everything the moments depend on.
+        first_block: cache for the moments of a language model's first block, reused by runs with the same ``first_key``. The
+            key must distinguish everything the moments depend on. Denoisers ignore the cache.
         on_layer: called with the index of each pruned layer, starting at 0, and its report, once its unit is pruned.
         on_study: called with the name of each studied layer and the result, on the rank that solves the layer.
     """

@@ -34,6 +34,7 @@ class Unit:
     """Layers that are calibrated together.
 
     Attributes:
+        index: position among the units of the model.
         name: name for progress bars and messages.
         module: module that contains the layers.
         module_name: full name of the module in the model; empty for the model itself.
@@ -199,10 +200,19 @@ class Pruner(ABC):
             inputs: statistics of the inputs by layer name; emptied, so that each is freed after its last use.
             before: reports of the unit's layers that are already pruned.
         """
+        owners = self.context.ranks.owners([solving_cost(group) for group in groups])
+        self._reduce(groups, owners, inputs)
+        done, failure = self._solve_own(unit, groups, owners, inputs, before)
+        return self._exchange(unit, groups, owners, done, failure)
+
+    def _reduce(self, groups: Sequence[Group], owners: Sequence[int], inputs: dict[str, GroupInputs]) -> None:
+        """Sum the statistics over all ranks on the owner of each group, and drop those of other ranks' groups.
+
+        This happens before any group is solved, because each reduction waits for all ranks.
+        """
         ranks = self.context.ranks
-        owners = ranks.owners([solving_cost(group) for group in groups])
         reduced: set[int] = set()
-        for group, owner in zip(groups, owners, strict=True):  # reduce all before solving: each reduction waits for all ranks
+        for group, owner in zip(groups, owners, strict=True):
             for name in names_of(group):
                 layer_inputs = inputs.get(name)
                 if layer_inputs is not None and id(layer_inputs) not in reduced:
@@ -212,20 +222,46 @@ class Pruner(ABC):
                         ranks.reduce_cross_moments(layer_inputs.cross_moments, owner)
                 if owner != ranks.rank:
                     inputs.pop(name, None)
+
+    def _solve_own(
+        self,
+        unit: Unit,
+        groups: Sequence[Group],
+        owners: Sequence[int],
+        inputs: dict[str, GroupInputs],
+        before: Sequence[LayerReport],
+    ) -> tuple[dict[int, list[LayerReport]], RoseExpError | None]:
+        """Prune this rank's groups; return their reports by position, and the error of the group that failed, if any."""
+        ranks = self.context.ranks
         last_use = {name: place for place, group in enumerate(groups) for name in names_of(group)}
         done: dict[int, list[LayerReport]] = {}
-        failure = None
         for place, owner in enumerate(owners):
-            if owner != ranks.rank or failure is not None:
+            if owner != ranks.rank:
                 continue
             try:
                 done[place] = self._solve_group(unit, groups[place], inputs)
             except RoseExpError as error:
-                failure = error
+                return done, error
             for name in [name for name in names_of(groups[place]) if last_use[name] == place]:
                 inputs.pop(name, None)
-            if ranks.size == 1 and failure is None and interruption.stop_requested():
+            if ranks.size == 1 and interruption.stop_requested():
                 self.stop_inside(unit, [*before, *(report for reports in done.values() for report in reports)])
+        return done, None
+
+    def _exchange(
+        self,
+        unit: Unit,
+        groups: Sequence[Group],
+        owners: Sequence[int],
+        done: dict[int, list[LayerReport]],
+        failure: RoseExpError | None,
+    ) -> list[LayerReport]:
+        """Distribute the pruned weights and the reports to all ranks.
+
+        Raises:
+            RoseExpError: a group failed on any rank.
+        """
+        ranks = self.context.ranks
         outgoing = [component.outgoing(unit) for component in self.components]
         answers = ranks.gather((done, outgoing, None if failure is None else str(failure)))
         if failure is not None:

@@ -106,7 +106,7 @@ class RunState:
             )
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             problem = (
-                f"{self.folder} holds {progress.blocks} blocks of a run that would end differently: "
+                f"{self.folder} holds {progress.blocks} blocks or packages of a run with another result: "
                 f"{changes}{more}; {self._hint}"
             )
         self._raise_on_all_ranks(problem)

@@ -24,7 +24,7 @@ from ..diffusion.sheet import draw_sheet
 from ..models import LinearLayer, Structure
 from ..pruning import LayerReport, PruneContext, chosen, saved_and_total
 from ..pruning.plan import check_patterns
-from ..pruning.structured import wanted_structures
+from ..pruning.structured import check_structures, wanted_structures
 from ..report.figures import FOLDER, SHEET
 from ..runtime.errors import RoseExpError
 from .preparation import limited, pruning_plan
@@ -103,6 +103,7 @@ class DiffusionRun(Run):
         pruned, plan = set(self.chosen), pruning_plan(self.settings)
         if plan.structured:
             self.structures = wanted_structures(denoiser, "", plan)
+            check_structures(self.structures, plan.sparsity)
             pruned = {part.layer.name for structure in self.structures for part in structure.consumers}
         if not pruned:
             raise RoseExpError("pipeline.layers, pipeline.skip: expected patterns that select a layer, got none")
@@ -191,4 +192,5 @@ class DiffusionRun(Run):
         return save_pipeline(self.pipeline, place)
 
     def release(self) -> None:
-        del self.pipeline, self.sampler
+        self.structures, self.distances, self.dense = [], None, None
+        del self.pipeline, self.sampler, self.layers

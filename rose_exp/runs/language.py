@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from .preparation import (
     calibration_windows,
     check_window_lengths,
     evaluation_windows,
+    first_key,
     limited,
     pruning_plan,
 )
@@ -123,7 +125,8 @@ class LanguageRun(Run):
         return self.protocol["calibration"]["tokens_sha256"]
 
     def prune_layers(self, context: PruneContext) -> Sequence[LayerReport]:
-        context.weights = self.weights
+        key = first_key(self.settings, self.protocol) if self.first_block is not None else None
+        context = replace(context, weights=self.weights, first_block=self.first_block, first_key=key)
         return prune_model(self.model, self.calibration.tokens, pruning_plan(self.settings), context)
 
     def measure(self) -> None:

@@ -76,7 +76,7 @@ def _studied(settings: Settings, record: Mapping[str, Any], folder: Path) -> boo
     """Return whether all matching layers were studied. False if a pattern matches none: running again reports the error."""
     for pattern in settings.figures.study:
         layers = [layer for layer in record["layers"] if fnmatchcase(layer["name"], pattern)]
-        pruned = [layer["name"] for layer in layers if layer.get("fallback") != "dense"]
+        pruned = [layer["name"] for layer in layers if not layer.get("fallback")]
         if not layers or not all((folder / FOLDER / f"{name}.json").is_file() for name in pruned):
             return False
     return True

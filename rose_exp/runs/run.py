@@ -22,7 +22,7 @@ from ..settings.schema import Settings
 from ..tracking import FailSafeTracker, Identity, RunRecord, Stopwatch, environment
 from .folder import RunFolder
 from .identity import identifying, run_id
-from .preparation import find_device, first_key, resolved_backend
+from .preparation import find_device, resolved_backend
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,6 @@ class Run(ABC):
             ranks=self.ranks,
             scratch=self.folder.root,
             state=self.state,
-            first_block=self.first_block,
-            first_key=first_key(settings, self.protocol) if self.first_block is not None else None,
             on_layer=lambda step, report: self.tracker.log("layer", step, report.as_dict()),
             on_study=lambda name, study: write_study(self.folder.root, name, study.as_dict()),
         )

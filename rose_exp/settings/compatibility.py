@@ -40,12 +40,15 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
         for name in ("target", "allocation"):
             section = sections.get(name)
             if section:
-                problems.append(f"{name}: expected none for a diffusion model, whose steps share all layers, got {section}")
+                problems.append(
+                    f"{name}: expected none for a diffusion model, whose steps share all layers, got {values_of(section)}"
+                )
         if sections.get("sparsity_config"):
             problems.append("sparsity_config: expected false for a diffusion model, got true")
         pipeline, figures = sections.get("pipeline"), sections.get("figures")
-        if pipeline is not None and pipeline.permute:
-            problems.append("pipeline.permute: expected false for a diffusion model, got true")
+        for name in ("permute", "true_sequential"):
+            if pipeline is not None and getattr(pipeline, name):
+                problems.append(f"pipeline.{name}: expected false for a diffusion model, got true")
         if figures is not None and figures.study:
             problems.append(f"figures.study: expected none for a diffusion model, got {figures.study}")
     return problems
@@ -66,7 +69,8 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
     for name in ("reorder", "refine", "target", "allocation"):
         section = sections.get(name)
         if section:
-            problems.append(f"{name}: expected none with structured sparsity, which updates the weights itself, got {section}")
+            expected = "none with structured sparsity, which updates the weights itself"
+            problems.append(f"{name}: expected {expected}, got {values_of(section)}")
     pipeline, figures = sections.get("pipeline"), sections.get("figures")
     if pipeline is not None and pipeline.permute:
         problems.append("pipeline.permute: expected false with structured sparsity, got true")
@@ -84,3 +88,8 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
             "model's configuration has one width for all blocks, got true"
         )
     return problems
+
+
+def values_of(options: Any) -> str:
+    """Return the values of an option class as text, such as "strength=0.5, residual=0.0"."""
+    return ", ".join(f"{name}={value}" for name, value in vars(options).items())

@@ -25,6 +25,8 @@ def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
         return f"{setting.rpartition('.')[0]}: expected text or a list of texts, {got}"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{setting}: no such setting, {got}{_nearest_setting(mistake['loc'], root)}"
+    if kind in ("dataclass_type", "model_type"):
+        return f"{setting}: expected a group of settings, {got}"
     if kind == "missing":
         return f"{setting}: expected a value, got none"
     if kind == "value_error":  # raised by an option class, whose message starts with the field's name

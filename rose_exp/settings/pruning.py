@@ -8,15 +8,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ..engine import METHODS, Method, SemiStructured, Sparsity, Structured, Unstructured
 from ..engine.bounds import Fraction, Positive
 from ..engine.groups import GroupOptions
 from ..runtime.errors import suggest
 from .compatibility import STRUCTURED
+from .messages import explain
 from .section import Section
 
 DENSE = "dense"
@@ -88,9 +90,9 @@ class MethodSettings(Section):
             expected = f"one of {', '.join(known)}" if known else f"none, because {self.name} has no options"
             return [f"{where}.{name}: expected {expected}{suggest(name, known)}" for name in unknown]
         try:
-            METHODS[self.name](**options)
-        except (TypeError, ValueError) as error:
-            return [f"{where}.{error}"]
+            _create(self.name, options)
+        except ValidationError as error:
+            return [f"{where}.{explain(problem, METHODS[self.name]).removeprefix('.')}" for problem in error.errors()]
         return []
 
     def create(self, patterns: tuple[str, ...] = ()) -> Method:
@@ -98,7 +100,16 @@ class MethodSettings(Section):
         options = dict(self.options)
         for pattern in patterns:
             options |= self.layer_options[pattern]
-        return METHODS[self.name](**options)
+        return _create(self.name, options)
+
+
+def _create(name: str, options: Mapping[str, Any]) -> Method:
+    """Return a method with the given options, converted to the types of its fields like the settings.
+
+    Raises:
+        ValidationError: an option has the wrong type or is outside its bounds.
+    """
+    return TypeAdapter(METHODS[name]).validate_python(dict(options))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

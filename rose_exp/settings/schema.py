@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -88,7 +88,7 @@ class ZeroShotSettings(Section):
 
 class SpeedSettings(Section):
     windows: Positive = 1  # batch size
-    window: Annotated[int, Field(ge=1)] = 2048  # tokens
+    window: Positive = 2048  # tokens
     repeats: Positive = 10
 
 
@@ -161,7 +161,8 @@ class Settings(Section):
             return "Dense"
         parts = acting(self.model_dump(mode="json"))
         label = self._method_label("order" in parts)
-        if label == "ROSE" and {"target", "refinement"} <= parts:
+        extended = {"target", "refinement"} <= parts and parts & {"allocation", "permutation"} and self.refine.mask_iterations
+        if label == "ROSE" and extended:
             return "ROSE+"
         names = {"allocation": "OWL" if self.allocation.rule == "owl" else self.allocation.rule, "permutation": "permuted"}
         names |= {"target": "target", "refinement": "ADMM" if self.refine.mask_iterations else "CG"}

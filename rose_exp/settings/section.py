@@ -44,7 +44,7 @@ def _field_info(kind: Any, field: Field) -> FieldInfo:
 
 
 def changed(section: Any, **values: Any) -> Any:
-    """Return a copy of a section or option class with other values, without checking them."""
+    """Return a copy of a section or option class with other values. Only option classes check them."""
     return replace(section, **values) if is_dataclass(section) else section.model_copy(update=values)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from rose_exp.engine import InputMoments, Unstructured
+from rose_exp.engine.weighting import StepWeighting
 from rose_exp.pruning import FirstBlock, PassSeconds, PruneContext, prune_model
 
+from ..diffusion import pipelines
 from ..models.families import build, tokens
 from .test_loop import plan
 
@@ -61,3 +63,24 @@ def test_true_sequential_runs_do_not_share_moments():
     shared = FirstBlock()
     weights_after(shared, tokens(), true_sequential=True)
     assert shared.find("k", "cpu") is None
+
+
+def test_denoisers_do_not_share_the_moments_of_their_first_package():
+    """The key does not cover the options of sampling, such as the weights of the steps."""
+    shared = FirstBlock()
+    context = PruneContext(first_block=shared, first_key="k")
+    weights = []
+    for weighting in ("log_decrease", "linear_increase"):
+        pruner = pipelines.pruner_of("sd3", weights=lambda step, steps, kind=weighting: step_weight(kind, step, steps))
+        pruner = type(pruner)(
+            pruner.sampler, pruner.layers, pruner.packages, pruner.plan, pruner.prompts, pruner.seeds, pruner.weights, context
+        )
+        pruner.run()
+        weights.append({name: layer.weight.clone() for name, layer in pruner.layers.items()})
+    first = pruner.packages[0][0].names
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in first)
+    assert shared.find("k", "cpu") is None
+
+
+def step_weight(weighting: str, step: int, steps: int) -> float:
+    return StepWeighting(weighting=weighting).weights(steps)[step]

@@ -110,7 +110,7 @@ def test_interrupted_run_saves_the_solved_layers_of_its_block(tmp_path, sequenti
 def test_state_of_another_run_raises_an_error_with_the_differences(tmp_path):
     prune(tmp_path)
     RunState(tmp_path, FINGERPRINT)
-    with pytest.raises(RoseExpError, match=r"3 blocks of a run that would end differently: code: a, now b; delete .* anew"):
+    with pytest.raises(RoseExpError, match=r"of a run with another result: code: a, now b; delete .* anew"):
         RunState(tmp_path, FINGERPRINT | {"code": "b"})
     with pytest.raises(RoseExpError, match=r"settings.seed: 0, now 1"):
         RunState(tmp_path, {"settings": {"seed": 1}, "code": "a"})

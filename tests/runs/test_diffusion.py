@@ -212,6 +212,7 @@ def test_report_of_several_runs(tmp_path):
         (["calibration.embedded=calibration_promts"], "did you mean 'calibration_prompts'?"),
         (["evaluation.images.metrics=[distance,psnr]"], "evaluation.images.metrics: expected some of distance"),
         (["pipeline.permute=true", "sparsity=2:4"], "pipeline.permute: expected false for a diffusion model"),
+        (["pipeline.true_sequential=true"], "pipeline.true_sequential: expected false for a diffusion model"),
         (["sparsity=2:4", "sparsity_config=true", "save=true"], "sparsity_config: expected false for a diffusion model"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, get_origin
 
@@ -108,3 +109,39 @@ def test_engine_and_settings_reject_the_same_values(group, name, value):
 def test_new_engine_options_have_an_effect_without_an_entry(name):
     assert effect_of(f"{name}.new_option") is effect_of(name)
     assert effect_of(name).modes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("method.options.max_cycles=2.5", "method.options.max_cycles: expected a valid integer"),
+        ("method.options.max_cycles=many", "method.options.max_cycles: expected a valid integer"),
+        ("method.options.max_cycles=-1", "method.options.max_cycles: expected at least 0, got -1"),
+        ("method.options.same_sign=perhaps", "method.options.same_sign: expected a valid boolean"),
+        ("method.options.initial=random", "method.options.initial: expected 'wanda', 'magnitude' or 'sparsegpt', got 'random'"),
+        ("method.options.cycles=3", "method.options.cycles: expected one of initial, max_cycles"),
+    ],
+)
+def test_options_of_methods_are_checked_like_settings(options, message):
+    with pytest.raises(SettingsError, match=message):
+        read_settings(composed("method=dsnot", f"++{options}"))
+
+
+def test_options_of_methods_are_converted_like_settings():
+    settings = read_settings(composed("method=dsnot", "method.options.max_cycles='7'", "method.options.same_sign='false'"))
+    method = settings.method.create()
+    assert (method.max_cycles, method.same_sign) == (7, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"block_size": 2.5}, "block_size: expected an integer, got 2.5"),
+        ({"block_size": True}, "block_size: expected an integer, got True"),
+        ({"damping": "0.1"}, "damping: expected a number, got '0.1'"),
+        ({"backend": "cuda"}, "backend: expected one of auto, torch, numba, triton, got 'cuda'"),
+    ],
+)
+def test_the_engine_checks_types(options, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        EngineOptions(**options)

@@ -80,7 +80,7 @@ class Layer:
 
 def resolve_orders(layers: Sequence[Layer]) -> None:
     """Set ``reordered`` of each layer, with one device synchronisation for all of them."""
-    if layers[0].ordering is None:
+    if not layers[0].ordering:
         flags = [False] * len(layers)
     else:
         flags = torch.stack([layer.order.reordered for layer in layers]).tolist()
