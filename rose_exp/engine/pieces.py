@@ -54,8 +54,8 @@ class TokenPieces:
     def rest(self) -> Iterator[tuple[list[Tensor], float]]:
         """Yield the current piece, if there is one, and start a new one."""
         if self.held:
-            held, self.held = self.held, 0
-            yield [buffer[:held] for buffer in self._buffers], self.weight
+            count, self.held = self.held, 0
+            yield [buffer[:count] for buffer in self._buffers], self.weight
         self._buffers = []
 
     def _hold(self, parts: Sequence[Tensor]) -> None:

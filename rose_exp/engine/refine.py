@@ -99,9 +99,9 @@ def refine(
     chosen, first = mask, start
     if how.mask_iterations:
         first, chosen = _choose_again(start, target, hessian, sparsities, rows, how)
-    found = conjugate_gradient(first, target, chosen, hessian, how.steps, how.tolerance)
+    solved = conjugate_gradient(first, target, chosen, hessian, how.steps, how.tolerance)
     refined = []
-    layers = zip(*(x.split(rows) for x in (target, start, mask, found, chosen)), targets, weights, strict=True)
+    layers = zip(*(x.split(rows) for x in (target, start, mask, solved, chosen)), targets, weights, strict=True)
     for goal, old, old_mask, new, new_mask, plain, pruned in layers:
         error = quadratic_form(goal - new, hessian)
         better = (error <= quadratic_form(goal - old, hessian)) & torch.isfinite(error)
