@@ -300,9 +300,8 @@ class _Attempt:
         Raises:
             ValueError: if the result or its error exceeds the range of the dtype.
         """
-        failed, loss, power, goal_loss, goal_power, unrefined, mask_changes, rejected, relative_range, dead, is_solved, fits = (
-            facts
-        )
+        failed, loss, power, goal_loss, goal_power, unrefined, mask_changes, rejected = facts[:8]
+        relative_range, dead, is_solved, fits = facts[8:]
         inverted = bool(self.solution.factor or self.solution.damped)
         if failed or (not is_solved and inverted):
             return None
