@@ -113,16 +113,16 @@ def open_model(settings: ModelSettings) -> tuple[LoadedModel, StreamedModel]:
 
 
 def _warnings(streamed: StreamedModel) -> list[tuple[str, str]]:
-    found = []
+    warnings = []
     if streamed.matched.unused:
         names = streamed.matched.unused
         detail = f"{len(names)} tensors of the checkpoint are not used by the model: {', '.join(names[:5])}"
-        found.append(("unused_weights", detail))
+        warnings.append(("unused_weights", detail))
     if streamed.untied:
         names = ", ".join(streamed.untied)
         detail = f"the configuration ties {names} to other weights, but the checkpoint stores different values, which are used"
-        found.append(("untied_weights", detail))
-    return found
+        warnings.append(("untied_weights", detail))
+    return warnings
 
 
 def _finder(source: str, settings: ModelSettings, config: Any) -> Callable[[str], Path | None]:
