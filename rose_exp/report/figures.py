@@ -19,10 +19,10 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#b
 MARKERS = "osD^vP*X"
 
 
-def write_study(folder: Path, name: str, found: Mapping[str, Any]) -> Path:
+def write_study(folder: Path, name: str, study: Mapping[str, Any]) -> Path:
     """Save the results of a study of the layer ``name`` for later drawing, and return the path."""
     path = folder / FOLDER / f"{name}.json"
-    write_atomically(path, json.dumps({"layer": name, **found}) + "\n")
+    write_atomically(path, json.dumps({"layer": name, **study}) + "\n")
     return path
 
 

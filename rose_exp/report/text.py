@@ -47,19 +47,19 @@ def reordered(cell: Cell) -> str:
     return f"{count} of {' or '.join(map(str, sorted(layers)))}"
 
 
-def difference(found: Difference) -> str:
+def difference(comparison: Difference) -> str:
     """Format the mean with its confidence interval, and relative to the baseline."""
-    digits = ".2g" if 0 < abs(found.mean) < 0.1 else ".2f"
-    interval = f" [{found.low:+{digits}}, {found.high:+{digits}}]" if found.low is not None else ""
-    return f"{found.mean:+{digits}}{interval} ({found.relative:+.1%})"
+    digits = ".2g" if 0 < abs(comparison.mean) < 0.1 else ".2f"
+    interval = f" [{comparison.low:+{digits}}, {comparison.high:+{digits}}]" if comparison.low is not None else ""
+    return f"{comparison.mean:+{digits}}{interval} ({comparison.relative:+.1%})"
 
 
-def beside(found: Published, points: bool) -> str:
+def beside(published: Published, points: bool) -> str:
     """Format a published value, our deviation from it, and whether that is within tolerance."""
-    away = f"{found.deviation:+.2f}" if points else f"{found.deviation:+.1%}"
-    judged = {True: "within", False: "outside", None: "not judged"}[found.within]
-    mark = "" if found.trust == "primary" else f", {found.trust}"
-    return f"{number(found.value)}{mark} (ours {away}, {judged})"
+    away = f"{published.deviation:+.2f}" if points else f"{published.deviation:+.1%}"
+    judged = {True: "within", False: "outside", None: "not judged"}[published.within]
+    mark = "" if published.trust == "primary" else f", {published.trust}"
+    return f"{number(published.value)}{mark} (ours {away}, {judged})"
 
 
 def caption(table: Table) -> str:
@@ -100,13 +100,13 @@ def _bos(known: Mapping[str, Any], part: str) -> str:
 
 def _sampling(known: Mapping[str, Any]) -> str:
     """Describe calibration and sampling of a diffusion model."""
-    told = {name: known.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
-    parts = [f"{told['steps']} steps, guidance {told['guidance']}"]
+    options = {name: known.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
+    parts = [f"{options['steps']} steps, guidance {options['guidance']}"]
     if "calibration.samples" in known:
         parts = [
             f"calibrated on {known['calibration.samples']} prompts",
             *parts,
-            f"steps weighted {told['weighting']}, {told['packages']} packages",
+            f"steps weighted {options['weighting']}, {options['packages']} packages",
         ]
     if "protocol.images.prompts" in known:
         parts.append(f"measured on {known['protocol.images.prompts']} prompts")
@@ -140,9 +140,9 @@ def values_of(table: Table) -> Callable[[Cell], str]:
 
 def notes(table: Table) -> list[str]:
     """Return the sources of published values, why some are not judged, rows without a reordered layer, and warnings."""
-    found = [cell.published for row in table.cells.values() for cell in row.values() if cell.published]
-    lines = dict.fromkeys(f"published: {p.source} ({p.trust})" for p in found)
-    lines |= dict.fromkeys(f"not judged: {p.why_not}" for p in found if p.why_not)
+    published = [cell.published for row in table.cells.values() for cell in row.values() if cell.published]
+    lines = dict.fromkeys(f"published: {p.source} ({p.trust})" for p in published)
+    lines |= dict.fromkeys(f"not judged: {p.why_not}" for p in published if p.why_not)
     for name, row in table.cells.items():
         runs = {record["run_id"]: record for cell in row.values() for record in cell.runs.values()}
         lines |= dict.fromkeys([*_not_reordered(name, runs), *_events(name, runs)])
@@ -165,11 +165,11 @@ def _some(runs: Sequence[str]) -> str:
 
 def _events(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a note that counts a row's warnings by kind: layers with a warning, and runs with a warning of the whole run."""
-    found = [(run, event) for run, record in runs.items() for event in record.get("events", [])]
-    layers = Counter(event["kind"] for _, event in found if event["layer"] is not None)
-    whole = Counter(kind for _, kind in {(run, event["kind"]) for run, event in found if event["layer"] is None})
-    parts = [f"{kind.replace('_', ' ')} in {n} layer(s)" for kind, n in layers.items()]
-    parts += [f"{kind.replace('_', ' ')} in {n} run(s)" for kind, n in sorted(whole.items())]
+    run_events = [(run, event) for run, record in runs.items() for event in record.get("events", [])]
+    layer_counts = Counter(event["kind"] for _, event in run_events if event["layer"] is not None)
+    run_counts = Counter(kind for _, kind in {(run, event["kind"]) for run, event in run_events if event["layer"] is None})
+    parts = [f"{kind.replace('_', ' ')} in {n} layer(s)" for kind, n in layer_counts.items()]
+    parts += [f"{kind.replace('_', ' ')} in {n} run(s)" for kind, n in sorted(run_counts.items())]
     return [f"{name}: {', '.join(parts)} of {len(runs)} runs (events in {_some(sorted(runs))})"] if parts else []
 
 
@@ -190,8 +190,8 @@ def markdown(report: Report) -> str:
 
 def _remarks(report: Report) -> list[str]:
     lines = []
-    for where, settings in report.differences.items():
-        lines += [f"## Not in one table: {where}", "", "These settings differ between the protocols A, B and so on:", ""]
+    for title, settings in report.differences.items():
+        lines += [f"## Not in one table: {title}", "", "These settings differ between the protocols A, B and so on:", ""]
         lines += [f"* `{name}`: {' | '.join(str(value) for value in values)}" for name, values in settings.items()]
         lines.append("")
     if report.allowed:
@@ -202,12 +202,12 @@ def _remarks(report: Report) -> list[str]:
 
 
 def _rows(table: Table, show: Callable[[Cell], str], bold: tuple[str, str]) -> list[list[str]]:
-    found = []
+    rows = []
     for row, cells in table.cells.items():
         texts = [show(cells[name]) if name in cells else NOTHING for name in table.names]
         marked = [name in cells and cells[name].best for name in table.names]
-        found.append([row, *(f"{bold[0]}{t}{bold[1]}" if best else t for t, best in zip(texts, marked, strict=True))])
-    return found
+        rows.append([row, *(f"{bold[0]}{t}{bold[1]}" if best else t for t, best in zip(texts, marked, strict=True))])
+    return rows
 
 
 def _line(cells: list[str]) -> str:
@@ -223,11 +223,11 @@ def comma_separated(report: Report) -> str:
         for row, cells in table.cells.items():
             for name, cell in cells.items():
                 d, p = cell.difference, cell.published
-                own = (table.model, table.metric, table.letter, table.at or "", row, name)
+                location = (table.model, table.metric, table.letter, table.at or "", row, name)
                 values = (" ".join(map(str, sorted(cell.values))), cell.mean, cell.deviation, cell.best)
                 away = (report.baseline, d.mean, d.low, d.high, d.pairs) if d else ("",) * 5
                 paper = (p.value, p.source, p.trust, p.deviation, p.within) if p else ("",) * 5
-                writer.writerow([*own, *values, *away, *paper])
+                writer.writerow([*location, *values, *away, *paper])
     return file.getvalue()
 
 
