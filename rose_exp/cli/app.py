@@ -58,10 +58,10 @@ class _Checked:
 
     def check(self, settings: Settings) -> None:
         """Raise RoseExpError if ``settings`` are not those of a checked job."""
-        own = run_id(settings)
-        if self.run_ids is not None and own not in self.run_ids:
+        identity = run_id(settings)
+        if self.run_ids is not None and identity not in self.run_ids:
             raise RoseExpError(
-                f"expected one of the {len(self.run_ids)} runs of the checked command, got {own} ({settings.label}): the "
+                f"expected one of the {len(self.run_ids)} runs of the checked command, got {identity} ({settings.label}): the "
                 "configuration or a file that it names has changed since the check"
             )
 
@@ -119,9 +119,9 @@ def main() -> None:
 def _print_outcomes(command: Command, started: str) -> bool:
     """Print the table at the end of a sweep. Return whether every job is done."""
     rerun = any(job.settings.rerun for job in command.jobs)
-    found = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
-    print(f"\n{format_outcomes(found)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
-    return all(outcome.state in ("ran", "reused") for outcome in found)
+    results = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
+    print(f"\n{format_outcomes(results)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
+    return all(outcome.state in ("ran", "reused") for outcome in results)
 
 
 def _identity(hydra_config: DictConfig) -> Identity | None:
@@ -133,9 +133,9 @@ def _identity(hydra_config: DictConfig) -> Identity | None:
         return None
     swept = os.environ.get(SWEPT, "").split()
     task = hydra_config.overrides.task
-    own = [text for text in task if text.partition("=")[0].lstrip("+~") in swept] or task
+    overrides = [text for text in task if text.partition("=")[0].lstrip("+~") in swept] or task
     return Identity(
-        " ".join(own), hydra_config.runtime.choices.get("experiment") or "/".join(Path(hydra_config.sweep.dir).parts[-2:])
+        " ".join(overrides), hydra_config.runtime.choices.get("experiment") or "/".join(Path(hydra_config.sweep.dir).parts[-2:])
     )
 
 
