@@ -57,9 +57,9 @@ def contiguous_windows(
     width = _text_tokens(length, bos)
     count = len(tokens) // width
     if count < (limit or 1):
-        wanted = f"{limit} windows" if limit else "one window"
+        required = f"{limit} windows" if limit else "one window"
         raise RoseExpError(
-            f"{where}.window: expected a text of at least {wanted} of {length} tokens, "
+            f"{where}.window: expected a text of at least {required} of {length} tokens, "
             f"got {len(tokens)} tokens from {text.source}"
         )
     count = limit or count

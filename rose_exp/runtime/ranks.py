@@ -39,11 +39,11 @@ class Ranks:
     def owners(self, costs: Sequence[float]) -> list[int]:
         """Return the rank of each task: assigns tasks in order of decreasing cost to the rank with the least load."""
         loads = [0.0] * self.size
-        found = [0] * len(costs)
+        owners = [0] * len(costs)
         for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            found[task] = min(range(self.size), key=lambda rank: loads[rank])
-            loads[found[task]] += costs[task]
-        return found
+            owners[task] = min(range(self.size), key=lambda rank: loads[rank])
+            loads[owners[task]] += costs[task]
+        return owners
 
     def reduce(self, moments: InputMoments, owner: int) -> None:
         """Sum the moments of all ranks on ``owner``. On the other ranks they are undefined afterwards."""
@@ -79,9 +79,9 @@ class Ranks:
         """Return the values of all ranks, ordered by rank. Values must be picklable."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def first_rank_first(self) -> Iterator[None]:
