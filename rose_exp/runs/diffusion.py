@@ -157,8 +157,8 @@ class DiffusionRun(Run):
         if settings.evaluation.images is None:
             return
         with self.watch.stage("evaluation"):
-            what = "images of the pruned model" if settings.pruned else "images"
-            pruned = self._render(what, self.distances and self.distances.compare)
+            description = "images of the pruned model" if settings.pruned else "images"
+            pruned = self._render(description, self.distances and self.distances.compare)
             record.data["images"] = {"denoiser_ms": pruned.milliseconds}
             if self.dense is not None:
                 self._compare(self.dense, pruned)
