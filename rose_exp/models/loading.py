@@ -99,9 +99,9 @@ def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
     try:
         return auto.from_pretrained(source, **options)
     except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
-        what = source if settings.path is not None else settings.embedded
+        model_name = source if settings.path is not None else settings.embedded
         hint = "" if Path(source).exists() else " (no such local folder, and not available from the hub)"
-        raise RoseExpError(f"{setting_of(settings)}: cannot load {what!r}{hint}: {_first_lines(error)}") from error
+        raise RoseExpError(f"{setting_of(settings)}: cannot load {model_name!r}{hint}: {_first_lines(error)}") from error
 
 
 def located(settings: ModelSettings) -> tuple[str, str | None]:

@@ -143,19 +143,19 @@ def convert(model: PreTrainedModel, tensors: dict[str, Any], device: str) -> Any
     plan = model._get_dtype_plan(model.dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
     settings = {"dtype": model.dtype, "dtype_plan": plan, "weight_mapping": get_model_conversion_mapping(model)}
     settings["device_map"] = {"": torch.device(device)}
-    config = LoadStateDictConfig(**_known(LoadStateDictConfig, settings))
+    config = LoadStateDictConfig(**_supported(LoadStateDictConfig, settings))
     arguments = {"model": model, "state_dict": tensors, "load_config": config, "tp_plan": None, "dtype_plan": plan}
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # otherwise one is shown for each block
     try:
-        result = convert_and_load_state_dict_in_model(**_known(convert_and_load_state_dict_in_model, arguments))
+        result = convert_and_load_state_dict_in_model(**_supported(convert_and_load_state_dict_in_model, arguments))
     finally:
         if shown:
             logging.enable_progress_bar()
     return result[0]
 
 
-def _known(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _supported(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
 
@@ -176,7 +176,7 @@ def _places(model: PreTrainedModel, names: Iterable[str], expected: dict[str, to
         "prefix": model.base_model_prefix,
         "meta_state_dict": model.state_dict(),
     }
-    arguments = _known(rename_source_key, arguments)
+    arguments = _supported(rename_source_key, arguments)
     renamed_keys = {name: rename_source_key(name, **arguments) for name in names}
     places = {name: name if place not in expected and name in expected else place for name, (place, _) in renamed_keys.items()}
     return places, [name for name, (_, converter) in renamed_keys.items() if converter is None and places[name] in expected]

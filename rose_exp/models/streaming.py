@@ -57,10 +57,10 @@ class StreamedModel:
         """Return whether the parameter ``name`` belongs to a block."""
         return name.startswith(f"{self.blocks.name}.")
 
-    def _check_filled(self, tensors: Mapping[str, Tensor], what: str) -> None:
+    def _check_filled(self, tensors: Mapping[str, Tensor], part: str) -> None:
         missing = [name for name, value in tensors.items() if value.is_meta]
         if missing:
-            raise RoseExpError(f"{self.checkpoint.where}: the checkpoint lacks tensors of {what}: {', '.join(missing[:3])}")
+            raise RoseExpError(f"{self.checkpoint.where}: the checkpoint lacks tensors of {part}: {', '.join(missing[:3])}")
 
 
 def let_go(block: nn.Module) -> None:
