@@ -95,7 +95,7 @@ def main() -> None:
     os.environ[SWEPT] = " ".join(sorted(command.swept))
     _checked.run_ids = None if command.searched or not command.jobs else frozenset(job.run_id for job in command.jobs)
     if launched()[0]:
-        _be_quiet()
+        _silence_hydra()
     started = now()
     try:
         on_cpu = bool(command.jobs) and all(job.settings.device == "cpu" for job in command.jobs)
@@ -105,14 +105,14 @@ def main() -> None:
         print(redacted(str(error)), file=sys.stderr)
         sys.exit(1)
     except Interrupted as stop:
-        anew = any(job.settings.rerun for job in command.jobs)
-        hint = "to resume, run the same command without rerun=true" if anew else "run the same command again to resume"
+        rerun = any(job.settings.rerun for job in command.jobs)
+        hint = "to resume, run the same command without rerun=true" if rerun else "run the same command again to resume"
         print(f"{stop}; {hint}", file=sys.stderr)
         sys.exit(EXIT_STATUS)
     finally:
         if command.sweep is not None and not command.searched and not launched()[0]:
-            whole = _print_outcomes(command, started)
-            if not whole and sys.exc_info()[0] is None:
+            complete = _print_outcomes(command, started)
+            if not complete and sys.exc_info()[0] is None:
                 sys.exit(1)
 
 
@@ -139,7 +139,7 @@ def _identity(hydra_config: DictConfig) -> Identity | None:
     )
 
 
-def _be_quiet() -> None:
+def _silence_hydra() -> None:
     """Disable Hydra's output of this process, because only the first rank prints and writes files."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
     scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra always writes a file of the sweep

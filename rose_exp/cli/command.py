@@ -90,7 +90,7 @@ def check_command(arguments: Sequence[str]) -> Command:
     if any((parsed.help, parsed.hydra_help, parsed.cfg, parsed.info, parsed.shell_completion)):
         return Command([], set(), None, False)
     composer = _Composer(parsed)
-    overrides, problems = _sound_overrides(composer, parsed.overrides)
+    overrides, problems = _valid_overrides(composer, parsed.overrides)
     hydra_config = _hydra_config(composer, overrides) if composer.multirun else None
     single, axes = _axes(composer, overrides, hydra_config)
     jobs = []
@@ -192,9 +192,9 @@ def _search_path(parsed: argparse.Namespace) -> Any:
     return search_path
 
 
-def _sound_overrides(composer: _Composer, texts: Sequence[str]) -> tuple[list[Override], list[str]]:
+def _valid_overrides(composer: _Composer, texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     """Separate the overrides that can be composed from the errors of the others."""
-    sound: list[Override] = []
+    valid: list[Override] = []
     problems: list[str] = []
     parsed: list[Override] = []
     for text in texts:
@@ -207,14 +207,14 @@ def _sound_overrides(composer: _Composer, texts: Sequence[str]) -> tuple[list[Ov
         parsed = [o for o in parsed if o.is_delete() or o.get_key_element() != key]  # the last one counts
         parsed.append(override)
     groups = {override.key_or_group for override in parsed if composer.options(override.key_or_group)}
-    known = _settings_of(composer, [o for o in parsed if o.key_or_group in groups and not _group_problems(composer, o)])
+    config = _settings_of(composer, [o for o in parsed if o.key_or_group in groups and not _group_problems(composer, o)])
     for override in parsed:
         in_group = override.key_or_group in groups
-        override_problems = _group_problems(composer, override) if in_group else _key_problems(composer, override, known)
+        override_problems = _group_problems(composer, override) if in_group else _key_problems(composer, override, config)
         problems += override_problems
         if not override_problems:
-            sound.append(override)
-    return sound, problems
+            valid.append(override)
+    return valid, problems
 
 
 def _group_problems(composer: _Composer, override: Override) -> list[str]:
@@ -225,7 +225,7 @@ def _group_problems(composer: _Composer, override: Override) -> list[str]:
     problems = []
     for choice in _choices(override):
         if isinstance(choice, list) and group not in SEVERAL:
-            problems.append(_several(group, [str(name) for name in choice]))
+            problems.append(_choices_error(group, [str(name) for name in choice]))
             continue
         for name in choice if isinstance(choice, list) else [choice]:
             if name is not None and str(name) not in options:
@@ -234,7 +234,7 @@ def _group_problems(composer: _Composer, override: Override) -> list[str]:
     return problems
 
 
-def _several(group: str, names: Sequence[str]) -> str:
+def _choices_error(group: str, names: Sequence[str]) -> str:
     """Return the error of a run with several choices of a group."""
     listed = f"{group}: expected one choice, got the list [{', '.join(names)}]"
     if len(names) == 1:
@@ -260,12 +260,12 @@ def _settings_of(composer: _Composer, groups: Sequence[Override]) -> DictConfig:
         return composer.compose([])
 
 
-def _key_problems(composer: _Composer, override: Override, known: DictConfig) -> list[str]:
+def _key_problems(composer: _Composer, override: Override, config: DictConfig) -> list[str]:
     key = override.key_or_group
     if override.is_add() or override.is_force_add() or key.split(".")[0] == "hydra":
         return []
-    names = _all_names({name: known._get_node(name) for name in known if name != "hydra"})
-    if key in names or OmegaConf.select(known, key, throw_on_missing=False) is not None:
+    names = _all_names({name: config._get_node(name) for name in config if name != "hydra"})
+    if key in names or OmegaConf.select(config, key, throw_on_missing=False) is not None:
         return []
     groups = composer.options("", ObjectType.GROUP)
     return [f"{key}: no such setting{suggest(key, [*names, *groups])}"]
@@ -319,7 +319,7 @@ def _job(composer: _Composer, overrides: Sequence[str], swept: Sequence[str]) ->
     try:
         composed = composer.compose(overrides)
         if mixed := {group: names for group, names in composer.merged().items() if group not in SEVERAL}:
-            return [_several(group, names) for group, names in mixed.items()]
+            return [_choices_error(group, names) for group, names in mixed.items()]
         config = composer.resolve(composed)
         settings = read_settings(config)
     except SettingsError as error:

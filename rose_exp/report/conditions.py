@@ -38,9 +38,9 @@ def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str
     """Return everything that a metric depends on except the seed, the setting ``columns`` and what rows compare."""
     settings = settings_of(record["config"], metric, assumed=columns)
     facts = {name: value for name, value in _facts(record["protocol"], metric).items() if _covered(name, settings)}
-    kept = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
+    setting_values = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
     sources = [name for name in facts if name.endswith(".source") and f"{name.rpartition('.')[0]}.sha256" in facts]
-    return without(kept | facts, [*sources, *OF_SEED, columns, *FOLLOWING.get(columns, ())])
+    return without(setting_values | facts, [*sources, *OF_SEED, columns, *FOLLOWING.get(columns, ())])
 
 
 def _facts(protocol: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return all(second[name] == value for name, value in first.items() if name in second)
 
 
-def differing(several: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def differing(condition_sets: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the names with differing values, each with the value in every set; ``None`` for a set without the name."""
-    names: Iterable[str] = dict.fromkeys(name for conditions in several for name in conditions)
-    values = {name: [conditions.get(name) for conditions in several] for name in names}
+    names: Iterable[str] = dict.fromkeys(name for conditions in condition_sets for name in conditions)
+    values = {name: [conditions.get(name) for conditions in condition_sets] for name in names}
     return {
         name: setting_values
         for name, setting_values in values.items()
@@ -111,8 +111,8 @@ def column_of(record: Mapping[str, Any], columns: str) -> str:
         return pattern if values.get("sparsity.ratio") is None or ":" in pattern else _short(values["sparsity.ratio"])
     if columns in values:
         return str(values[columns])
-    below = {name.removeprefix(f"{columns}."): value for name, value in values.items() if within(name, columns)}
-    return ", ".join(f"{name}={value}" for name, value in below.items()) or "None"
+    parts = {name.removeprefix(f"{columns}."): value for name, value in values.items() if within(name, columns)}
+    return ", ".join(f"{name}={value}" for name, value in parts.items()) or "None"
 
 
 def _short(number: float) -> str:

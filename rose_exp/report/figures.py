@@ -91,8 +91,8 @@ def orders_figure(study: Mapping[str, Any]) -> Figure:
     left.set(xlabel="blocks pruned", ylabel="cumulative relative error (damped)", title="order of all blocks")
     left.legend(fontsize=8)
     right.plot(range(1, len(study["moved"]) + 1), study["moved"], color=COLOURS[0], marker="o", ms=3, lw=1.2)
-    own = study["worst"] + 1
-    right.axvline(own, color="black", lw=0.8, ls="--", label=f"original position {own}")
+    original = study["worst"] + 1
+    right.axvline(original, color="black", lw=0.8, ls="--", label=f"original position {original}")
     right.set(xlabel="position of the costliest block", ylabel="relative error", title="one block moved, others left to right")
     right.legend(fontsize=8)
     for axes in (left, right):

@@ -128,8 +128,8 @@ def gather(
 
 def _why_not(record: Mapping[str, Any]) -> str:
     """Return the reason why a run is in no table."""
-    why = f"failed: {record['error']}" if record["status"] == "failed" else "not finished, or still running"
-    return f"{record['label']} {record.get('run_id')} {why}"
+    reason = f"failed: {record['error']}" if record["status"] == "failed" else "not finished, or still running"
+    return f"{record['label']} {record.get('run_id')} {reason}"
 
 
 def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str, allowed: Sequence[str]) -> list[str]:
@@ -217,9 +217,9 @@ def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
     names = {}
     for label, variants in by_label.items():
         values = [flat(json.loads(kind)) for kind in variants]
-        apart = differing(values)
+        differences = differing(values)
         for kind, value in zip(variants, values, strict=True):
-            suffix = ", ".join(f"{name.rpartition('.')[2]}={value[name]}" for name in apart if name in value)
+            suffix = ", ".join(f"{name.rpartition('.')[2]}={value[name]}" for name in differences if name in value)
             names[kind] = f"{label} ({suffix})" if suffix else label
     return [names[kind] for kind in kinds]
 

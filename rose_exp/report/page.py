@@ -46,13 +46,13 @@ def web_page(report: Report, studies: Sequence[dict[str, Any]] = (), sheets: Seq
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     return page.render(
         report=report,
-        tables=[_shown(report, table) for table in report.tables],
+        tables=[_table_context(report, table) for table in report.tables],
         sheets=sheets,
         studies=[{"layer": s["layer"], "figures": [_embedded(draw(s)) for draw in STUDIES.values()]} for s in studies],
     )
 
 
-def _shown(report: Report, table: Table) -> dict[str, Any]:
+def _table_context(report: Report, table: Table) -> dict[str, Any]:
     shown = []
     for heading, show in blocks(report, table):
         rows = [

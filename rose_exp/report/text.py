@@ -56,66 +56,68 @@ def difference(comparison: Difference) -> str:
 
 def beside(published: Published, points: bool) -> str:
     """Format a published value, our deviation from it, and whether that is within tolerance."""
-    away = f"{published.deviation:+.2f}" if points else f"{published.deviation:+.1%}"
-    judged = {True: "within", False: "outside", None: "not judged"}[published.within]
+    deviation = f"{published.deviation:+.2f}" if points else f"{published.deviation:+.1%}"
+    verdict = {True: "within", False: "outside", None: "not judged"}[published.within]
     mark = "" if published.trust == "primary" else f", {published.trust}"
-    return f"{number(published.value)}{mark} (ours {away}, {judged})"
+    return f"{number(published.value)}{mark} (ours {deviation}, {verdict})"
 
 
 def caption(table: Table) -> str:
     """Return a description of the protocol of a table."""
-    known = table.conditions
+    conditions = table.conditions
     parts = []
-    if "protocol.calibration.windows" in known or (
-        "calibration.samples" in known and known.get("calibration.draw") != "prompts"
+    if "protocol.calibration.windows" in conditions or (
+        "calibration.samples" in conditions and conditions.get("calibration.draw") != "prompts"
     ):
-        samples, window = known.get("calibration.samples", "varying"), known.get("calibration.window", "varying")
-        cut = known.get("protocol.calibration.cut")
-        parts.append(f"calibrated on {samples} windows of {window} tokens{_bos(known, 'calibration')}, cut as {cut}")
-        parts.append(f"blocks of {known.get('engine.block_size', 'varying')}, damping {known.get('engine.damping', 'varying')}")
-    if known.get("protocol.calibration.prompts") or "protocol.images.prompts" in known:
-        parts.append(_sampling(known))
-    if "protocol.evaluation.windows" in known:
+        samples, window = conditions.get("calibration.samples", "varying"), conditions.get("calibration.window", "varying")
+        cut = conditions.get("protocol.calibration.cut")
+        parts.append(f"calibrated on {samples} windows of {window} tokens{_bos(conditions, 'calibration')}, cut as {cut}")
         parts.append(
-            f"measured on {known['protocol.evaluation.windows']} windows of {known['protocol.evaluation.window']} tokens"
-            f"{_bos(known, 'evaluation')}"
+            f"blocks of {conditions.get('engine.block_size', 'varying')}, damping {conditions.get('engine.damping', 'varying')}"
+        )
+    if conditions.get("protocol.calibration.prompts") or "protocol.images.prompts" in conditions:
+        parts.append(_sampling(conditions))
+    if "protocol.evaluation.windows" in conditions:
+        parts.append(
+            f"measured on {conditions['protocol.evaluation.windows']} windows of "
+            f"{conditions['protocol.evaluation.window']} tokens{_bos(conditions, 'evaluation')}"
         )
     if table.metric == "zero_shot":
-        limit = known.get("protocol.zero_shot.limit")
+        limit = conditions.get("protocol.zero_shot.limit")
         parts.append("accuracy in %, " + (f"the first {limit} questions of each task" if limit else "all questions"))
-        parts[-1] += _bos(known, "zero_shot")
+        parts[-1] += _bos(conditions, "zero_shot")
     seeds = ", ".join(map(str, table.seeds))
     parts.append(f"seeds {seeds}" if seeds else "no seed")
     if len(table.seeds) > 1:
         parts.append("mean ± standard deviation over the seeds")
-    versions = [f"{name} {known.get(f'protocol.versions.{name}')}" for name in ("torch", "transformers", "rose_exp")]
-    parts.append(", ".join(versions) + f", {known.get('protocol.device')}, {_revision(known)}")
+    versions = [f"{name} {conditions.get(f'protocol.versions.{name}')}" for name in ("torch", "transformers", "rose_exp")]
+    parts.append(", ".join(versions) + f", {conditions.get('protocol.device')}, {_revision(conditions)}")
     return "; ".join(parts)
 
 
-def _bos(known: Mapping[str, Any], part: str) -> str:
+def _bos(conditions: Mapping[str, Any], part: str) -> str:
     """Describe the position of BOS in a part of the protocol; empty if the tokenizer decides."""
-    return {"windows": ", each after BOS", "none": " without BOS"}.get(known.get(f"protocol.{part}.bos"), "")
+    return {"windows": ", each after BOS", "none": " without BOS"}.get(conditions.get(f"protocol.{part}.bos"), "")
 
 
-def _sampling(known: Mapping[str, Any]) -> str:
+def _sampling(conditions: Mapping[str, Any]) -> str:
     """Describe calibration and sampling of a diffusion model."""
-    options = {name: known.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
+    options = {name: conditions.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
     parts = [f"{options['steps']} steps, guidance {options['guidance']}"]
-    if "calibration.samples" in known:
+    if "calibration.samples" in conditions:
         parts = [
-            f"calibrated on {known['calibration.samples']} prompts",
+            f"calibrated on {conditions['calibration.samples']} prompts",
             *parts,
             f"steps weighted {options['weighting']}, {options['packages']} packages",
         ]
-    if "protocol.images.prompts" in known:
-        parts.append(f"measured on {known['protocol.images.prompts']} prompts")
+    if "protocol.images.prompts" in conditions:
+        parts.append(f"measured on {conditions['protocol.images.prompts']} prompts")
     return "; ".join(parts)
 
 
-def _revision(known: Mapping[str, Any]) -> str:
+def _revision(conditions: Mapping[str, Any]) -> str:
     """Return the revision, shortened for a caption."""
-    commit, sign, changes = (known.get("protocol.revision") or "no revision known").partition("+")
+    commit, sign, changes = (conditions.get("protocol.revision") or "no revision known").partition("+")
     return f"revision {commit[:10]}{sign}{changes}" if " " not in commit else commit
 
 
@@ -151,15 +153,16 @@ def notes(table: Table) -> list[str]:
 
 def _not_reordered(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a note on the runs of a row that reordered no layer."""
-    equal = sorted(run for run, record in runs.items() if record["metrics"].get(REORDERED) == 0)
-    if not equal:
+    unordered = sorted(run for run, record in runs.items() if record["metrics"].get(REORDERED) == 0)
+    if not unordered:
         return []
     return [
-        f"{name}: no layer reordered in {len(equal)} of {len(runs)} runs ({_some(equal)}), which equal runs without an ordering"
+        f"{name}: no layer reordered in {len(unordered)} of {len(runs)} runs ({_first_names(unordered)}), "
+        "which equal runs without an ordering"
     ]
 
 
-def _some(runs: Sequence[str]) -> str:
+def _first_names(runs: Sequence[str]) -> str:
     return ", ".join(runs[:3]) + (" …" if len(runs) > 3 else "")
 
 
@@ -170,7 +173,7 @@ def _events(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     run_counts = Counter(kind for _, kind in {(run, event["kind"]) for run, event in run_events if event["layer"] is None})
     parts = [f"{kind.replace('_', ' ')} in {n} layer(s)" for kind, n in layer_counts.items()]
     parts += [f"{kind.replace('_', ' ')} in {n} run(s)" for kind, n in sorted(run_counts.items())]
-    return [f"{name}: {', '.join(parts)} of {len(runs)} runs (events in {_some(sorted(runs))})"] if parts else []
+    return [f"{name}: {', '.join(parts)} of {len(runs)} runs (events in {_first_names(sorted(runs))})"] if parts else []
 
 
 def markdown(report: Report) -> str:
@@ -225,9 +228,9 @@ def comma_separated(report: Report) -> str:
                 d, p = cell.difference, cell.published
                 location = (table.model, table.metric, table.letter, table.at or "", row, name)
                 values = (" ".join(map(str, sorted(cell.values))), cell.mean, cell.deviation, cell.best)
-                away = (report.baseline, d.mean, d.low, d.high, d.pairs) if d else ("",) * 5
-                paper = (p.value, p.source, p.trust, p.deviation, p.within) if p else ("",) * 5
-                writer.writerow([*location, *values, *away, *paper])
+                difference_fields = (report.baseline, d.mean, d.low, d.high, d.pairs) if d else ("",) * 5
+                published_fields = (p.value, p.source, p.trust, p.deviation, p.within) if p else ("",) * 5
+                writer.writerow([*location, *values, *difference_fields, *published_fields])
     return file.getvalue()
 
 

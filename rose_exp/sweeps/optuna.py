@@ -89,20 +89,20 @@ class OptunaSweeper(Sweeper):
             trials = [study.ask(space) for _ in range(min(self.n_jobs, remaining))]
             overrides = [[*fixed, *(f"{name}={value}" for name, value in trial.params.items())] for trial in trials]
             self.validate_batch_is_legal(overrides)
-            answers = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
-            values = [self._value(answer) for answer in answers]
+            results = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+            values = [self._value(result) for result in results]
             for trial, value in zip(trials, values, strict=True):
                 self._report(study, trial, value)
             failed = 0 if any(value is not None for value in values) else failed + len(trials)
             if failed >= MAX_FAILED:
                 raise SearchError(f"hydra.sweeper: the last {failed} trials of study {self.study_name} have failed")
         best = study.best_trial
-        shown = " ".join(f"{name}={value}" for name, value in best.params.items())
-        print(f"\nbest of {self.n_trials} trials: {self.metric} {best.value:.4g} with {shown}\nstudy: {self.storage}")
+        settings = " ".join(f"{name}={value}" for name, value in best.params.items())
+        print(f"\nbest of {self.n_trials} trials: {self.metric} {best.value:.4g} with {settings}\nstudy: {self.storage}")
 
-    def _value(self, answer: Any) -> float | None:
+    def _value(self, job_result: Any) -> float | None:
         """Return the metric of a finished job, or None if the job failed or the metric is not finite."""
-        metrics = answer.return_value  # raises the job's exception, if any
+        metrics = job_result.return_value  # raises the job's exception, if any
         if metrics is None:
             return None
         if self.metric not in metrics:

@@ -50,13 +50,13 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
     for name, identity in jobs:
         path = folders[identity] / FILE_NAME
         record = read_record(path) if path.exists() else None
-        state, why = _state(record, started, rerun)
+        state, reason = _state(record, started, rerun)
         if state == "reused" and rerun:
-            state, why = "not run", "its record is from an earlier command"
+            state, reason = "not run", "its record is from an earlier command"
         if identity in seen and state == "ran":
             state = "reused"  # equal to an earlier job
         seen.add(identity)
-        results.append(Outcome(name, state, why, folders[identity], record))
+        results.append(Outcome(name, state, reason, folders[identity], record))
     return results
 
 
@@ -69,8 +69,8 @@ def _state(record: dict[str, Any] | None, started: str, rerun: bool) -> tuple[st
     if record["status"] == "failed" and not before:
         return "failed", record["error"]
     words = {"running": "its process ended unexpectedly", "interrupted": f"interrupted ({record['error']})"}
-    why = words.get(record["status"], "not repeated")
-    return "unfinished", f"{why}; to resume, run the same command again{' without rerun=true' if rerun else ''}"
+    reason = words.get(record["status"], "not repeated")
+    return "unfinished", f"{reason}; to resume, run the same command again{' without rerun=true' if rerun else ''}"
 
 
 def _other_versions(record: dict[str, Any]) -> str | None:
@@ -90,6 +90,6 @@ def format_outcomes(results: Sequence[Outcome]) -> str:
     for state in ("reused", *ORDER):
         for outcome in results:
             if outcome.state == state:
-                why = f": {outcome.why}" if outcome.why else ""
-                lines.append(f"  {outcome.name.ljust(width)}  {outcome.folder}  {state}{why}")
+                reason = f": {outcome.why}" if outcome.why else ""
+                lines.append(f"  {outcome.name.ljust(width)}  {outcome.folder}  {state}{reason}")
     return "\n".join(lines)
