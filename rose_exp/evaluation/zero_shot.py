@@ -73,9 +73,9 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
     for noisy in ("lm_eval", "datasets"):  # they log every step, and the stock tasks' defaults
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
-        has_files, protocol = _task_files(settings, Path(folder))
+        file_names, protocol = _task_files(settings, Path(folder))
         fingerprint: dict[str, str] = {}
-        paths = [folder] if has_files else []
+        paths = [folder] if file_names else []
         if settings.include_path is not None:
             paths.append(str(Path(settings.include_path).expanduser()))
         log.info("reading the tasks %s", ", ".join(settings.tasks))

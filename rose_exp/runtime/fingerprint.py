@@ -83,8 +83,8 @@ def model_sha256(path: Path) -> str:
     and configuration files next to it."""
     if not path.is_file():
         return folder_sha256(path)
-    beside = [file for file in path.parent.iterdir() if file.name in BESIDE_GGUF and file.is_file()]
-    return _files_sha256([path, *beside], path.parent) if beside else content_sha256(path)
+    companions = [file for file in path.parent.iterdir() if file.name in BESIDE_GGUF and file.is_file()]
+    return _files_sha256([path, *companions], path.parent) if companions else content_sha256(path)
 
 
 def _files_sha256(files: list[Path], folder: Path) -> str:
