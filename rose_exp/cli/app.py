@@ -70,7 +70,7 @@ _checked = _Checked()
 
 
 def main() -> None:
-    """Check the whole command, so that no error shows up after hours of work. Then let Hydra run its jobs."""
+    """Check the whole command, so that errors are reported before any job runs. Then let Hydra run its jobs."""
     try:
         command = check_command(sys.argv[1:])
     except SettingsError as error:

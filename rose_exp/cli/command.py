@@ -54,7 +54,7 @@ class Command:
         jobs: all jobs; empty for a command that only prints information. For a search, the jobs at the ends of the searched
             intervals.
         swept: settings with several values.
-        sweep: the folder that holds the folders of a sweep's jobs; None: a single run.
+        sweep: the folder that holds the folders of a sweep's jobs; None for a single run.
         searched: whether a sweeper chooses the jobs while it runs.
     """
 

@@ -46,7 +46,7 @@ def contiguous_windows(
 
     Args:
         length: tokens per window, BOS included.
-        limit: number of windows to keep; None: all.
+        limit: number of windows to keep; if None, all windows.
         where: name of the text's settings, for errors.
         bos: where a BOS token stands, see :data:`rose_exp.settings.texts.Bos`.
 

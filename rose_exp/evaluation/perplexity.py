@@ -49,7 +49,7 @@ def perplexity(
         model: a causal language model, on the device to run on.
         tokens: (windows, length) int64.
         batch: windows per forward pass on a GPU, see :func:`rose_exp.runtime.batches.batch_size`.
-        ranks: processes that share the windows, each with a copy of the model; None: a single process.
+        ranks: processes that share the windows, each with a copy of the model; if None, a single process.
         answers: function that yields batches of windows and their logits, to replace the forward pass of the whole model.
 
     Raises:

@@ -61,7 +61,7 @@ class Accuracies:
 
 @contextmanager
 def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
-    """Find the tasks and read their rows, before any long work starts.
+    """Find the tasks and read their rows, before any expensive work starts.
 
     Raises:
         RoseExpError: a task is unknown, or its rows are unavailable.

@@ -252,7 +252,7 @@ def _unexpected(
 
 
 def _is_other_modality(name: str) -> bool:
-    """Return whether a name belongs to a part next to the language model, such as a vision tower that is not built."""
+    """Return whether a tensor belongs to another modality of the model, such as a vision tower that is not built."""
     return bool(re.search(r"(^|\.)(vision|visual|audio|speech|image)[a-z_]*\.", name))
 
 

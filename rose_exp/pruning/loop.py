@@ -94,7 +94,7 @@ class Pruner(ABC):
         return
 
     def stop_inside(self, unit: Unit, reports: Sequence[LayerReport]) -> None:
-        """React to a stop request between two groups: save the pruned layers and stop, or finish the unit first."""
+        """Handle a stop request between two groups: save the pruned layers and stop, or finish the unit first."""
         return
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ class RunState:
         folder: a folder used only by this run; created if it does not exist.
         fingerprint: everything the result depends on, by section. A state with another fingerprint is rejected.
         resume: ``activations`` keeps the inputs of the next block; ``recompute`` runs the pruned blocks again instead.
-        ranks: the processes that share the run and the folder; None: this process alone.
+        ranks: the processes that share the run and the folder; if None, only this process.
 
     Raises:
         RoseExpError: the folder holds the state of another run, or ``state.json`` is damaged or of another version.

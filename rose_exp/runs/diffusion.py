@@ -51,7 +51,7 @@ class DiffusionRun(Run):
         self.structures: list[Structure] = []
 
     def read_inputs(self, stack: ExitStack) -> None:
-        """Read the prompts and load the image metrics, so that errors show up early."""
+        """Read the prompts and load the image metrics, so that errors are reported early."""
         settings, images = self.settings, self.settings.evaluation.images
         self.protocol |= {"calibration": None, "evaluation": {}, "images": None}
         self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dense-", dir=self.folder.root)))

@@ -98,7 +98,7 @@ def code_sha256(package: Path | None = None) -> str:
     """Return one fingerprint of all source files of this package, except the parts that cannot change a result.
 
     Args:
-        package: the folder of the package; None: the running package.
+        package: the folder of the package; if None, the running package.
     """
     package = package or Path(__file__).parent.parent
     files = [file for file in package.rglob("*") if file.suffix in CODE and file.is_file()]

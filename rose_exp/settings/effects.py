@@ -49,8 +49,8 @@ class Effect:
 
     Attributes:
         modes: the runs that it can change.
-        when: the condition under which it has an effect; None: always.
-        metrics: the metrics, or groups of metrics, that it can change; None: all of them, and the pruned model. Settings with
+        when: the condition under which it has an effect; if None, always.
+        metrics: the metrics, or groups of metrics, that it can change; if None, all of them and the pruned model. Settings with
             an empty tuple only select metrics.
         of_dense: the same for dense models, if it differs.
         role: ``condition``: all results in a table have the same value of this setting; ``row``: the rows of a table compare
@@ -287,7 +287,7 @@ def effective(config: Mapping[str, Any], metric: str | None = None) -> dict[str,
     Equal settings have equal values with equal serializations.
 
     Args:
-        metric: return only the settings that can change this metric; None: all settings with an effect.
+        metric: return only the settings that can change this metric; if None, all settings with an effect.
     Raises:
         LookupError: :data:`EFFECTS` lacks a setting.
     """

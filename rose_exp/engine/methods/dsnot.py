@@ -33,7 +33,7 @@ class DSnoT(Method):
         max_cycles: maximum number of cycles; each swaps one weight per row.
         update_threshold: a row stops once its absolute error is at most this value.
         variance_power: exponent of the input variance that divides the benefit of regrowing a weight; 0 ignores it.
-        same_sign: whether a row stops before its error changes sign; None: only for N:M, as in the authors' code.
+        same_sign: whether a row stops before its error changes sign; if None, only for N:M, as in the authors' code.
     """
 
     initial: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
