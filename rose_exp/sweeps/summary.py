@@ -21,7 +21,7 @@ class Outcome:
     Attributes:
         name: the overrides that differ from the other jobs.
         state: ran, reused, failed, unfinished (interrupted, or its process was killed) or not run.
-        why: the reason for the state, or the different versions of a reused record; None: nothing to report.
+        why: the reason for the state, or the different versions of a reused record; None if there is nothing to report.
         record: the run record, if there is one.
     """
 
