@@ -58,10 +58,10 @@ class _Checked:
 
     def check(self, settings: Settings) -> None:
         """Raise RoseExpError if ``settings`` are not those of a checked job."""
-        own = run_id(settings)
-        if self.run_ids is not None and own not in self.run_ids:
+        identity = run_id(settings)
+        if self.run_ids is not None and identity not in self.run_ids:
             raise RoseExpError(
-                f"expected one of the {len(self.run_ids)} runs of the checked command, got {own} ({settings.label}): the "
+                f"expected one of the {len(self.run_ids)} runs of the checked command, got {identity} ({settings.label}): the "
                 "configuration or a file that it names has changed since the check"
             )
 
@@ -70,7 +70,7 @@ _checked = _Checked()
 
 
 def main() -> None:
-    """Check the whole command, so that no error shows up after hours of work. Then let Hydra run its jobs."""
+    """Check the whole command, so that errors are reported before any job runs. Then let Hydra run its jobs."""
     try:
         command = check_command(sys.argv[1:])
     except SettingsError as error:
@@ -95,7 +95,7 @@ def main() -> None:
     os.environ[SWEPT] = " ".join(sorted(command.swept))
     _checked.run_ids = None if command.searched or not command.jobs else frozenset(job.run_id for job in command.jobs)
     if launched()[0]:
-        _be_quiet()
+        _silence_hydra()
     started = now()
     try:
         on_cpu = bool(command.jobs) and all(job.settings.device == "cpu" for job in command.jobs)
@@ -105,23 +105,23 @@ def main() -> None:
         print(redacted(str(error)), file=sys.stderr)
         sys.exit(1)
     except Interrupted as stop:
-        anew = any(job.settings.rerun for job in command.jobs)
-        hint = "to resume, run the same command without rerun=true" if anew else "run the same command again to resume"
+        rerun = any(job.settings.rerun for job in command.jobs)
+        hint = "to resume, run the same command without rerun=true" if rerun else "run the same command again to resume"
         print(f"{stop}; {hint}", file=sys.stderr)
         sys.exit(EXIT_STATUS)
     finally:
         if command.sweep is not None and not command.searched and not launched()[0]:
-            whole = _print_outcomes(command, started)
-            if not whole and sys.exc_info()[0] is None:
+            complete = _print_outcomes(command, started)
+            if not complete and sys.exc_info()[0] is None:
                 sys.exit(1)
 
 
 def _print_outcomes(command: Command, started: str) -> bool:
     """Print the table at the end of a sweep. Return whether every job is done."""
     rerun = any(job.settings.rerun for job in command.jobs)
-    found = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
-    print(f"\n{format_outcomes(found)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
-    return all(outcome.state in ("ran", "reused") for outcome in found)
+    results = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
+    print(f"\n{format_outcomes(results)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
+    return all(outcome.state in ("ran", "reused") for outcome in results)
 
 
 def _identity(hydra_config: DictConfig) -> Identity | None:
@@ -133,13 +133,13 @@ def _identity(hydra_config: DictConfig) -> Identity | None:
         return None
     swept = os.environ.get(SWEPT, "").split()
     task = hydra_config.overrides.task
-    own = [text for text in task if text.partition("=")[0].lstrip("+~") in swept] or task
+    overrides = [text for text in task if text.partition("=")[0].lstrip("+~") in swept] or task
     return Identity(
-        " ".join(own), hydra_config.runtime.choices.get("experiment") or "/".join(Path(hydra_config.sweep.dir).parts[-2:])
+        " ".join(overrides), hydra_config.runtime.choices.get("experiment") or "/".join(Path(hydra_config.sweep.dir).parts[-2:])
     )
 
 
-def _be_quiet() -> None:
+def _silence_hydra() -> None:
     """Disable Hydra's output of this process, because only the first rank prints and writes files."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
     scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra always writes a file of the sweep

@@ -54,7 +54,7 @@ class Command:
         jobs: all jobs; empty for a command that only prints information. For a search, the jobs at the ends of the searched
             intervals.
         swept: settings with several values.
-        sweep: the folder that holds the folders of a sweep's jobs; None: a single run.
+        sweep: the folder that holds the folders of a sweep's jobs; None for a single run.
         searched: whether a sweeper chooses the jobs while it runs.
     """
 
@@ -90,14 +90,14 @@ def check_command(arguments: Sequence[str]) -> Command:
     if any((parsed.help, parsed.hydra_help, parsed.cfg, parsed.info, parsed.shell_completion)):
         return Command([], set(), None, False)
     composer = _Composer(parsed)
-    overrides, problems = _sound_overrides(composer, parsed.overrides)
+    overrides, problems = _valid_overrides(composer, parsed.overrides)
     hydra_config = _hydra_config(composer, overrides) if composer.multirun else None
     single, axes = _axes(composer, overrides, hydra_config)
     jobs = []
     for combination in itertools.product(*axes):
-        found = _job(composer, [*single, *combination], list(combination))
-        jobs += [found] if isinstance(found, Job) else []
-        problems += [p for p in found if p not in problems] if isinstance(found, list) else []
+        result = _job(composer, [*single, *combination], list(combination))
+        jobs += [result] if isinstance(result, Job) else []
+        problems += [p for p in result if p not in problems] if isinstance(result, list) else []
     if problems:
         raise SettingsError(problems)
     swept = {axis[0].partition("=")[0].lstrip("+~") for axis in axes if axis}
@@ -146,8 +146,8 @@ class _Composer:
         before = HydraConfig.instance().cfg
         HydraConfig.instance().set_config(config)  # for ${hydra:…}
         try:
-            own = {name: config._get_node(name) for name in config if name != "hydra"}
-            return OmegaConf.to_container(OmegaConf.masked_copy(config, list(own)), resolve=True)
+            nodes = {name: config._get_node(name) for name in config if name != "hydra"}
+            return OmegaConf.to_container(OmegaConf.masked_copy(config, list(nodes)), resolve=True)
         finally:
             HydraConfig.instance().cfg = before
 
@@ -163,8 +163,8 @@ class _Composer:
 
     def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Return the choices of a group."""
-        found = self.loader.get_group_options(group, kind, self.name, self.always)
-        return [name for name in found if not name.startswith("_")]
+        names = self.loader.get_group_options(group, kind, self.name, self.always)
+        return [name for name in names if not name.startswith("_")]
 
     def _mode(self, overrides: Sequence[str]) -> RunMode | None:
         """Return ``hydra.mode`` if the configuration sets it."""
@@ -183,18 +183,18 @@ def _search_path(parsed: argparse.Namespace) -> Any:
     """Return Hydra's search path for ``--config-path`` and ``--config-dir``."""
     path = parsed.config_path or str(config_folder())
     validate_config_path(path)
-    found = create_automatic_config_search_path(*detect_calling_file_or_module_from_task_function(JOB), path)
+    search_path = create_automatic_config_search_path(*detect_calling_file_or_module_from_task_function(JOB), path)
     if parsed.config_dir is not None:
         folder = os.path.abspath(parsed.config_dir)
         if not os.path.isdir(folder):
             raise SettingsError([f"--config-dir: expected a folder that exists, got {parsed.config_dir!r}"])
-        found.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
-    return found
+        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    return search_path
 
 
-def _sound_overrides(composer: _Composer, texts: Sequence[str]) -> tuple[list[Override], list[str]]:
+def _valid_overrides(composer: _Composer, texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     """Separate the overrides that can be composed from the errors of the others."""
-    sound: list[Override] = []
+    valid: list[Override] = []
     problems: list[str] = []
     parsed: list[Override] = []
     for text in texts:
@@ -203,18 +203,18 @@ def _sound_overrides(composer: _Composer, texts: Sequence[str]) -> tuple[list[Ov
         except HydraException as error:
             problems.append(f"{text!r} is no override: expected setting=value ({str(error).splitlines()[0]})")
             continue
-        own = override.get_key_element()
-        parsed = [o for o in parsed if o.is_delete() or o.get_key_element() != own]  # the last one counts
+        key = override.get_key_element()
+        parsed = [o for o in parsed if o.is_delete() or o.get_key_element() != key]  # the last one counts
         parsed.append(override)
     groups = {override.key_or_group for override in parsed if composer.options(override.key_or_group)}
-    known = _settings_of(composer, [o for o in parsed if o.key_or_group in groups and not _group_problems(composer, o)])
+    config = _settings_of(composer, [o for o in parsed if o.key_or_group in groups and not _group_problems(composer, o)])
     for override in parsed:
         in_group = override.key_or_group in groups
-        found = _group_problems(composer, override) if in_group else _key_problems(composer, override, known)
-        problems += found
-        if not found:
-            sound.append(override)
-    return sound, problems
+        override_problems = _group_problems(composer, override) if in_group else _key_problems(composer, override, config)
+        problems += override_problems
+        if not override_problems:
+            valid.append(override)
+    return valid, problems
 
 
 def _group_problems(composer: _Composer, override: Override) -> list[str]:
@@ -225,7 +225,7 @@ def _group_problems(composer: _Composer, override: Override) -> list[str]:
     problems = []
     for choice in _choices(override):
         if isinstance(choice, list) and group not in SEVERAL:
-            problems.append(_several(group, [str(name) for name in choice]))
+            problems.append(_choices_error(group, [str(name) for name in choice]))
             continue
         for name in choice if isinstance(choice, list) else [choice]:
             if name is not None and str(name) not in options:
@@ -234,7 +234,7 @@ def _group_problems(composer: _Composer, override: Override) -> list[str]:
     return problems
 
 
-def _several(group: str, names: Sequence[str]) -> str:
+def _choices_error(group: str, names: Sequence[str]) -> str:
     """Return the error of a run with several choices of a group."""
     listed = f"{group}: expected one choice, got the list [{', '.join(names)}]"
     if len(names) == 1:
@@ -260,12 +260,12 @@ def _settings_of(composer: _Composer, groups: Sequence[Override]) -> DictConfig:
         return composer.compose([])
 
 
-def _key_problems(composer: _Composer, override: Override, known: DictConfig) -> list[str]:
+def _key_problems(composer: _Composer, override: Override, config: DictConfig) -> list[str]:
     key = override.key_or_group
     if override.is_add() or override.is_force_add() or key.split(".")[0] == "hydra":
         return []
-    names = _all_names({name: known._get_node(name) for name in known if name != "hydra"})
-    if key in names or OmegaConf.select(known, key, throw_on_missing=False) is not None:
+    names = _all_names({name: config._get_node(name) for name in config if name != "hydra"})
+    if key in names or OmegaConf.select(config, key, throw_on_missing=False) is not None:
         return []
     groups = composer.options("", ObjectType.GROUP)
     return [f"{key}: no such setting{suggest(key, [*names, *groups])}"]
@@ -297,11 +297,11 @@ def _axes(
     Includes the settings in ``hydra.sweeper.params``.
     """
     single = [o.input_line for o in overrides if not o.is_sweep_override()]
-    given = {override.key_or_group for override in overrides}
+    names_given = {override.key_or_group for override in overrides}
     params = (hydra_config.sweeper.get("params") or {}) if hydra_config is not None else {}
-    brought = [composer.parser.parse_override(f"{name}={values}") for name, values in params.items() if name not in given]
-    swept = [override for override in [*overrides, *brought] if override.is_sweep_override()]
-    single += [override.input_line for override in brought if not override.is_sweep_override()]
+    added = [composer.parser.parse_override(f"{name}={values}") for name, values in params.items() if name not in names_given]
+    swept = [override for override in [*overrides, *added] if override.is_sweep_override()]
+    single += [override.input_line for override in added if not override.is_sweep_override()]
     return single, [[_as_text(override, value) for value in _choices(override)] for override in swept]
 
 
@@ -314,19 +314,19 @@ def _as_text(override: Override, value: Any) -> str:
     return f"{key}={quoted}"
 
 
-def _job(composer: _Composer, overrides: Sequence[str], own: Sequence[str]) -> Job | list[str]:
+def _job(composer: _Composer, overrides: Sequence[str], swept: Sequence[str]) -> Job | list[str]:
     """Return one job, or its errors."""
     try:
         composed = composer.compose(overrides)
         if mixed := {group: names for group, names in composer.merged().items() if group not in SEVERAL}:
-            return [_several(group, names) for group, names in mixed.items()]
+            return [_choices_error(group, names) for group, names in mixed.items()]
         config = composer.resolve(composed)
         settings = read_settings(config)
     except SettingsError as error:
         return error.problems
     except (HydraException, OmegaConfBaseException) as error:
         return [_one_line(error)]
-    name = " ".join(own) or f"{settings.label} {settings.model.name} {settings.sparsity.parsed}"
+    name = " ".join(swept) or f"{settings.label} {settings.model.name} {settings.sparsity.parsed}"
     return Job(name, settings, config)
 
 

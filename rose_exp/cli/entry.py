@@ -47,14 +47,14 @@ def main() -> None:
     if parsed.help:
         print(help_text())
     elif parsed.shell_completion:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_nothing)()
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_no_task)()
     else:
         from .app import main as run  # slow to import
 
         run()
 
 
-def _nothing(_: DictConfig) -> None:
+def _no_task(_: DictConfig) -> None:
     """Do nothing: Hydra needs a task function even if it only completes a command line."""
 
 
@@ -64,10 +64,10 @@ def help_text() -> str:
     The first sentence of a choice's file describes it.
     """
     lines = [USAGE]
-    for group, what in GROUPS.items():
+    for group, description in GROUPS.items():
         choices = sorted(p for p in (config_folder() / group).glob("*.yaml") if not p.stem.startswith("_"))
         width = max(len(path.stem) for path in choices)
-        lines.append(f"{group}: {what}")
+        lines.append(f"{group}: {description}")
         lines += [f"  {path.stem.ljust(width)}  {_first_sentence(path)}" for path in choices]
         lines.append("")
     lines += ["Ungrouped settings with their defaults (--hydra-help lists Hydra's own options):", *_single_settings()]

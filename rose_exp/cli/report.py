@@ -54,15 +54,15 @@ def write_report(
     for folder in folders:
         if not folder.is_dir():
             raise RoseExpError(f"DIR: expected a folder that exists, got {folder}")
-    found = list({path.resolve(): (path, record) for folder in folders for path, record in collect_records(folder)}.values())
-    if not found:
+    runs = list({path.resolve(): (path, record) for folder in folders for path, record in collect_records(folder)}.values())
+    if not runs:
         raise RoseExpError(f"DIR: expected folders with {FILE_NAME} in them, got none in {', '.join(map(str, folders))}")
-    report = gather([record for _, record in found], columns, baseline, allowed)
+    report = gather([record for _, record in runs], columns, baseline, allowed)
     output = output or folders[0] / "report"
     text = markdown(report)
     write_atomically(output / "report.md", text)
     write_atomically(output / "report.csv", comma_separated(report))
     write_atomically(output / "report.tex", latex(report))
-    sheets = sheets_of([(path.parent, record) for path, record in found])
-    write_atomically(output / "report.html", web_page(report, studies_of([path.parent for path, _ in found]), sheets))
+    sheets = sheets_of([(path.parent, record) for path, record in runs])
+    write_atomically(output / "report.html", web_page(report, studies_of([path.parent for path, _ in runs]), sheets))
     return f"{text}\nwritten to {output.resolve()}: report.md, report.csv, report.tex, report.html"

@@ -144,10 +144,10 @@ def _looks_like_json(content: str) -> bool:
         return False
     for candidate in (start.partition("\n")[0], start):
         try:
-            found = json.loads(candidate)
+            parsed = json.loads(candidate)
         except (json.JSONDecodeError, RecursionError):
             continue
-        if isinstance(found, dict) or candidate is start:
+        if isinstance(parsed, dict) or candidate is start:
             return True
     return False
 

@@ -46,7 +46,7 @@ def contiguous_windows(
 
     Args:
         length: tokens per window, BOS included.
-        limit: number of windows to keep; None: all.
+        limit: number of windows to keep; if None, all windows.
         where: name of the text's settings, for errors.
         bos: where a BOS token stands, see :data:`rose_exp.settings.texts.Bos`.
 
@@ -57,9 +57,9 @@ def contiguous_windows(
     width = _text_tokens(length, bos)
     count = len(tokens) // width
     if count < (limit or 1):
-        wanted = f"{limit} windows" if limit else "one window"
+        required = f"{limit} windows" if limit else "one window"
         raise RoseExpError(
-            f"{where}.window: expected a text of at least {wanted} of {length} tokens, "
+            f"{where}.window: expected a text of at least {required} of {length} tokens, "
             f"got {len(tokens)} tokens from {text.source}"
         )
     count = limit or count

@@ -60,15 +60,15 @@ def _listed(folder: Path) -> dict[str, type]:
     except (OSError, ValueError, AttributeError) as error:
         reason = f"no readable model_index.json: {error}"
         raise RoseExpError(f"model.path: cannot load the pipeline {str(folder)!r}: {reason}") from error
-    found = {}
+    classes = {}
     for name, (library, kind) in listed.items():
         try:
-            found[name] = getattr(importlib.import_module(library), kind)
+            classes[name] = getattr(importlib.import_module(library), kind)
         except (ImportError, AttributeError) as error:
             raise RoseExpError(f"model.path: {folder} uses {library}.{kind} as its {name}, which is not installed") from error
         if not (folder / name).is_dir():
             raise RoseExpError(f"model.path: expected a folder {name} in {folder}, as listed in model_index.json, got none")
-    return found
+    return classes
 
 
 def _check_index(folder: Path) -> None:

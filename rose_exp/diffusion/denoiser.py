@@ -70,29 +70,29 @@ def candidate_layers(denoiser: nn.Module, convolutions: bool) -> list[LinearLaye
 
     Input and output layers of the denoiser are left out.
     """
-    found: dict[str, LinearLayer] = {}
+    layers: dict[str, LinearLayer] = {}
     for root in _blocks(denoiser):
         for name, module in denoiser.get_submodule(root).named_modules():
             if isinstance(module, nn.Linear):
-                found[f"{root}.{name}"] = LinearLayer(f"{root}.{name}", module)
+                layers[f"{root}.{name}"] = LinearLayer(f"{root}.{name}", module)
     if convolutions:
         for name, module in denoiser.named_modules():
             if isinstance(module, nn.Conv2d) and module.groups == 1 and re.search(r"\.\d+\.", name):
-                found[name] = ConvLayer(name, module)
-    return list(found.values())
+                layers[name] = ConvLayer(name, module)
+    return list(layers.values())
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
     """Yield the names of the outermost modules that contain attention."""
-    found: list[str] = []
+    roots: list[str] = []
     for name, module in denoiser.named_modules():
         if not hasattr(module, "to_q"):
             continue
         above = name.rpartition(".")[0]
         root = name if isinstance(denoiser.get_submodule(above), nn.ModuleList) else above
-        if not any(root == other or root.startswith(f"{other}.") for other in found):
-            found.append(root)
-    return iter(found)
+        if not any(root == other or root.startswith(f"{other}.") for other in roots):
+            roots.append(root)
+    return iter(roots)
 
 
 def find_units(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearLayer]) -> list[Unit]:
@@ -114,10 +114,10 @@ def find_units(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearL
         denoiser(*call.args, **call.kwargs)
     levels: dict[str, int] = {}
     by_level: dict[int, dict[int, list[str]]] = {}
-    for fed in probe.found.values():
-        levels[fed.name] = level = 1 + max((levels[name] for name in fed.hangs_on), default=-1)
-        if fed.tokens:
-            by_level.setdefault(level, {}).setdefault(fed.group, []).append(fed.name)
+    for layer_call in probe.calls.values():
+        levels[layer_call.name] = level = 1 + max((levels[name] for name in layer_call.depends_on), default=-1)
+        if layer_call.tokens:
+            by_level.setdefault(level, {}).setdefault(layer_call.group, []).append(layer_call.name)
     if not by_level:
         raise RoseExpError(f"{type(denoiser).__name__} has no attention or feed-forward layer with tokens as input")
     return [Unit(tuple(tuple(names) for names in by_level[level].values())) for level in sorted(by_level)]
@@ -131,13 +131,13 @@ def split_into_packages(units: Sequence[Unit], count: int) -> list[list[Unit]]:
 
 
 @dataclass(frozen=True)
-class _Fed:
+class _LayerCall:
     """One call of a layer. Layers with the same input tensor share a ``group``."""
 
     name: str
     group: int
     tokens: bool
-    hangs_on: frozenset[str]
+    depends_on: frozenset[str]
 
 
 class _Probe:
@@ -147,19 +147,19 @@ class _Probe:
     """
 
     def __init__(self):
-        self.found: dict[str, _Fed] = {}
+        self.calls: dict[str, _LayerCall] = {}
         self.inputs: list[weakref.ref] = []  # one per group; the address of a freed tensor is reused
 
     def watch(self, layer: LinearLayer, stack: ExitStack) -> None:
         def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs = args[0]
-            if layer.name in self.found:
+            if layer.name in self.calls:
                 raise RoseExpError(f"{layer.name} is called twice in one step and cannot be pruned; add it to pipeline.skip")
             group = next((i for i, kept in enumerate(self.inputs) if kept() is inputs), len(self.inputs))
             if group == len(self.inputs):
                 self.inputs.append(weakref.ref(inputs))
             tokens = isinstance(layer, ConvLayer) or inputs.ndim > 2
-            self.found[layer.name] = _Fed(layer.name, group, tokens, frozenset(_makers(inputs)))
+            self.calls[layer.name] = _LayerCall(layer.name, group, tokens, frozenset(_makers(inputs)))
 
         def after(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             leaf = output.detach().requires_grad_()
@@ -172,15 +172,15 @@ class _Probe:
 
 def _makers(tensor: Tensor) -> set[str]:
     """Return the names of the watched layers that a tensor directly depends on."""
-    found: set[str] = set()
-    known, waiting = set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in known:
+    makers: set[str] = set()
+    visited, pending = set(), [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
             continue
-        known.add(node)
+        visited.add(node)
         name = getattr(getattr(node, "variable", None), "made_by", None)
         if name is not None:
-            found.add(name)
-        waiting += [before for before, _ in node.next_functions]
-    return found
+            makers.add(name)
+        pending += [before for before, _ in node.next_functions]
+    return makers

@@ -50,7 +50,7 @@ def render(
     clock = _Clock(sampler.denoiser)
     with ExitStack() as stack:
         if on_batch is not None:
-            stack.enter_context(sampler.latents(lambda found: latents.append(found.float().cpu())))
+            stack.enter_context(sampler.latents(lambda step_latents: latents.append(step_latents.float().cpu())))
         stack.enter_context(sampler.steps(lambda _step, _steps: None))
         clock.attach(stack)
         for numbers, batch in sampler.run(prompts, seeds, what, decode=True):
@@ -96,7 +96,7 @@ class Distances:
 
     def __init__(self, folder: Path, vae: nn.Module | None = None):
         self.folder, self.vae = folder, vae if hasattr(getattr(vae, "encoder", None), "down_blocks") else None
-        self.found: dict[str, list[Tensor]] = {}
+        self.values: dict[str, list[Tensor]] = {}
         self.by_step: list[Tensor] = []
 
     def keep(self, number: int, images: Tensor, latents: Tensor) -> None:
@@ -107,15 +107,15 @@ class Distances:
         """Compare a batch of the pruned model with the stored one of the same ``number``, and delete the latter."""
         dense = load_file(self._file(number))
         self._file(number).unlink()
-        found, by_step = distances(dense["images"], images, dense["latents"], latents, self.vae)
-        for name, values in found.items():
-            self.found.setdefault(name, []).append(values)
+        image_distances, by_step = distances(dense["images"], images, dense["latents"], latents, self.vae)
+        for name, values in image_distances.items():
+            self.values.setdefault(name, []).append(values)
         self.by_step.append(by_step)
 
     def metrics(self) -> dict[str, tuple[float, float | None]]:
         """Return the mean over the images and its standard error for each metric of :func:`distances`."""
-        of_images = {name: torch.cat(values) for name, values in self.found.items()}
-        return {n: (float(v.mean()), float(v.std() / len(v) ** 0.5) if len(v) > 1 else None) for n, v in of_images.items()}
+        joined = {name: torch.cat(values) for name, values in self.values.items()}
+        return {n: (float(v.mean()), float(v.std() / len(v) ** 0.5) if len(v) > 1 else None) for n, v in joined.items()}
 
     def latent_mse(self) -> list[float]:
         """Return the mean squared difference of the latents after each step, averaged over the images."""
@@ -141,13 +141,13 @@ def distances(
     averaged over positions and summed over stages. The metric is not calibrated against human judgement.
     """
     by_step = (dense_latents - pruned_latents).square().flatten(2).mean(dim=2)
-    found = {"latent_mse": by_step[:, -1], "latent_mse_all": by_step.mean(dim=1)}
+    values = {"latent_mse": by_step[:, -1], "latent_mse_all": by_step.mean(dim=1)}
     pairs = list(zip(dense[:, None], pruned[:, None], strict=True))
-    found["psnr"] = torch.stack([peak_signal_noise_ratio(b, a, data_range=1.0) for a, b in pairs])
-    found["ssim"] = torch.stack([structural_similarity_index_measure(b, a, data_range=1.0) for a, b in pairs])
+    values["psnr"] = torch.stack([peak_signal_noise_ratio(b, a, data_range=1.0) for a, b in pairs])
+    values["ssim"] = torch.stack([structural_similarity_index_measure(b, a, data_range=1.0) for a, b in pairs])
     if vae is not None:
-        found["vae_distance"] = _encoder_distance(vae, dense, pruned)
-    return found, by_step
+        values["vae_distance"] = _encoder_distance(vae, dense, pruned)
+    return values, by_step
 
 
 def _encoder_distance(vae: nn.Module, first: Tensor, second: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
     """Load a pipeline in evaluation mode on the CPU, and describe its weights for the run record.
 
     Args:
-        scheduler: name of a diffusers class that replaces the pipeline's scheduler and keeps its noise schedule; None: no
-            replacement.
+        scheduler: name of a diffusers class that replaces the pipeline's scheduler and keeps its noise schedule; if
+            None, the scheduler is not replaced.
     Raises:
         RoseExpError: the pipeline is unavailable or has no known denoiser.
     """

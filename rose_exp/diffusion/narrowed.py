@@ -27,20 +27,20 @@ def widths(denoiser: nn.Module, kinds: Collection[str] = ("heads", "neurons")) -
     return {key_of(structure): structure.groups for structure in find_structures(denoiser, kinds=kinds)}
 
 
-def narrow(denoiser: nn.Module, wanted: Mapping[str, int]) -> None:
-    """Shrink structures to the numbers of heads or neurons in ``wanted``, by name and kind; weights do not matter.
+def narrow(denoiser: nn.Module, kept_counts: Mapping[str, int]) -> None:
+    """Shrink structures to the numbers of heads or neurons in ``kept_counts``, by name and kind; weights do not matter.
 
     Raises:
-        ValueError: a structure does not exist, or is smaller than its wanted number.
+        ValueError: a structure does not exist, or is smaller than its number in ``kept_counts``.
     """
-    kinds = {key.rpartition("/")[2] for key in wanted}
+    kinds = {key.rpartition("/")[2] for key in kept_counts}
     known = widths(denoiser, kinds)
-    for key, count in wanted.items():
+    for key, count in kept_counts.items():
         if not 1 <= count <= known.get(key, 0):
             raise ValueError(f"narrowed.{key}: expected 1 to {known.get(key, 0)}, got {count}")
-    for key in wanted:  # searched again each time, because structures may share a layer
+    for key in kept_counts:  # searched again each time, because structures may share a layer
         structure = _structure(denoiser, key)
-        structure.keep(torch.arange(structure.groups) < wanted[key])
+        structure.keep(torch.arange(structure.groups) < kept_counts[key])
 
 
 def remove_masked(pipeline: Any, counts: Mapping[str, int]) -> None:
@@ -75,8 +75,9 @@ def narrowed_class(original: str) -> type:
         self.register_to_config(narrowed=narrowed)
 
     parameters = list(inspect.signature(base.__init__).parameters.values())
-    own = inspect.Parameter("narrowed", inspect.Parameter.KEYWORD_ONLY, default=None)
-    __init__.__signature__ = inspect.Signature([*parameters, own])  # diffusers derives the valid configuration entries from it
+    parameter = inspect.Parameter("narrowed", inspect.Parameter.KEYWORD_ONLY, default=None)
+    # diffusers derives the valid configuration entries from the signature
+    __init__.__signature__ = inspect.Signature([*parameters, parameter])
     return type(f"{PREFIX}{original}", (base,), {"__init__": __init__, "__module__": __name__})
 
 
@@ -85,8 +86,8 @@ def key_of(structure: Structure) -> str:
 
 
 def _structure(denoiser: nn.Module, key: str) -> Structure:
-    found = find_structures(denoiser, kinds=(key.rpartition("/")[2],))
-    return next(structure for structure in found if key_of(structure) == key)
+    structures = find_structures(denoiser, kinds=(key.rpartition("/")[2],))
+    return next(structure for structure in structures if key_of(structure) == key)
 
 
 def __getattr__(name: str) -> type:

@@ -115,9 +115,9 @@ class PackagePruner(Pruner):
         return reports
 
     def calibrate(self, unit: Unit, calibration: Calibration) -> list[GroupInputs]:
-        found = self.collect_moments(calibration.groups, unit.name, calibration.clock)
-        self.moments_bytes = sum(moments.gram.numel() * moments.gram.element_size() for moments in found)
-        return [GroupInputs(moments) for moments in found]
+        collected = self.collect_moments(calibration.groups, unit.name, calibration.clock)
+        self.moments_bytes = sum(moments.gram.numel() * moments.gram.element_size() for moments in collected)
+        return [GroupInputs(moments) for moments in collected]
 
     def collect_moments(self, groups: Sequence[Sequence[LinearLayer]], what: str, clock: Clock) -> list[InputMoments]:
         """Return the input moments of each group, weighted by step, from one denoising of all prompts.
@@ -125,7 +125,7 @@ class PackagePruner(Pruner):
         Args:
             what: name of the progress bar.
         """
-        found: list[InputMoments] = []
+        collected: list[InputMoments] = []
         alpha = 1.0
 
         def on_step(step: int, steps: int) -> None:
@@ -143,11 +143,11 @@ class PackagePruner(Pruner):
             stack.enter_context(self.sampler.steps(on_step))
             for layer, *_ in groups:
                 moments = InputMoments(layer.columns, device=layer.weight.device, precision=self.plan.precision)
-                found.append(moments)
+                collected.append(moments)
                 stack.callback(layer.module.register_forward_pre_hook(hook_of(layer, moments)).remove)
             for _ in self.sampler.run(self.prompts, self.seeds, what, decode=False):
                 pass
-        return found
+        return collected
 
     def commit(self, unit: Unit, reports: Sequence[LayerReport]) -> None:
         self.context.state.commit(unit.index, self._changed_modules(unit), [], reports, vars(self.context.seconds))

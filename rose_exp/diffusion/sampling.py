@@ -45,10 +45,10 @@ class Sampler:
     ):
         self.pipeline, self.batch = pipeline, batch
         self.accepted = inspect.signature(pipeline.__call__).parameters
-        wanted = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": text_length}
-        wanted |= dict(zip(("height", "width"), size or (None, None), strict=True))
-        self.options = {name: value for name, value in wanted.items() if value is not None and name in self.accepted}
-        self.ignored = sorted(name for name, value in wanted.items() if value is not None and name not in self.accepted)
+        arguments = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": text_length}
+        arguments |= dict(zip(("height", "width"), size or (None, None), strict=True))
+        self.options = {name: value for name, value in arguments.items() if value is not None and name in self.accepted}
+        self.ignored = sorted(name for name, value in arguments.items() if value is not None and name not in self.accepted)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -82,30 +82,30 @@ class Sampler:
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], decode: bool) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        own = {"prompt": list(prompts)} if self.conditioned else {"batch_size": len(prompts)}
+        inputs = {"prompt": list(prompts)} if self.conditioned else {"batch_size": len(prompts)}
         kind = "np" if decode or not self.conditioned else "latent"
-        images = self.pipeline(**own, generator=generators, output_type=kind, **self.options).images
+        images = self.pipeline(**inputs, generator=generators, output_type=kind, **self.options).images
         if kind == "np":
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
         return images.float().cpu()
 
     def first_call(self, prompt: str) -> DenoiserCall:
         """Return the arguments of the denoiser in the first step for ``prompt``."""
-        found: list[DenoiserCall] = []
+        calls: list[DenoiserCall] = []
 
-        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(DenoiserCall(args, kwargs))
-            raise _Enough
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(DenoiserCall(args, kwargs))
+            raise _StopPipeline
 
-        hook = self.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+        hook = self.denoiser.register_forward_pre_hook(record, with_kwargs=True)
         try:
             self.pipeline.set_progress_bar_config(disable=True)
             self._batch([prompt], [0], decode=False)
-        except _Enough:
+        except _StopPipeline:
             pass
         finally:
             hook.remove()
-        return found[0]
+        return calls[0]
 
     @contextmanager
     def steps(self, on_step: Callable[[int, int], None]) -> Iterator[None]:
@@ -137,9 +137,9 @@ class Sampler:
 
         @functools.wraps(step)  # pipelines inspect its signature
         def watched(*args: Any, **kwargs: Any) -> Any:
-            found = step(*args, **kwargs)
-            on_latents(found[0] if isinstance(found, tuple) else found.prev_sample)
-            return found
+            result = step(*args, **kwargs)
+            on_latents(result[0] if isinstance(result, tuple) else result.prev_sample)
+            return result
 
         with ExitStack() as stack:
             scheduler.step = watched
@@ -147,7 +147,7 @@ class Sampler:
             yield
 
 
-class _Enough(Exception):
+class _StopPipeline(Exception):
     """Stops a pipeline when it calls its denoiser."""
 
 
@@ -159,7 +159,7 @@ def denoiser_name(pipeline: Any) -> str | None:
 def noise_seeds(seed: int, count: int) -> list[int]:
     """Return ``count`` distinct noise seeds; a larger count extends the list without changing its start."""
     generator = torch.Generator().manual_seed(seed)
-    found: dict[int, None] = {}
-    while len(found) < count:
-        found[int(torch.randint(2**62, (1,), generator=generator))] = None
-    return list(found)
+    seeds: dict[int, None] = {}
+    while len(seeds) < count:
+        seeds[int(torch.randint(2**62, (1,), generator=generator))] = None
+    return list(seeds)

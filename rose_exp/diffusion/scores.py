@@ -26,16 +26,16 @@ def load_scores(settings: ImagesSettings, device: torch.device) -> dict[str, Sco
         RoseExpError: weights or packages are unavailable.
     """
     makers = {"clip_score": _clip_score, "image_reward": _image_reward, "fid": _fid}
-    found = {}
+    scores = {}
     for name in settings.metrics:
         if name not in makers:
             continue
         try:
-            found[name] = makers[name](settings, device)
+            scores[name] = makers[name](settings, device)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise RoseExpError(f"evaluation.images.metrics: {name} is unavailable: {reason}") from error
-    return found
+    return scores
 
 
 def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
@@ -47,14 +47,14 @@ def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
 
     @torch.no_grad()
     def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
-        found = []
+        similarities = []
         for start in tqdm(range(0, len(images), BATCH), "CLIP score", unit="batch", disable=None):
             batch = [image.permute(1, 2, 0).numpy() for image in images[start : start + BATCH]]
             texts = list(prompts[start : start + BATCH])
             inputs = processor(text=texts, images=batch, return_tensors="pt", padding=True, truncation=True)
-            answer = model(**inputs.to(device))
-            found.append(functional.cosine_similarity(answer.image_embeds, answer.text_embeds).cpu())
-        return _mean(torch.cat(found))
+            output = model(**inputs.to(device))
+            similarities.append(functional.cosine_similarity(output.image_embeds, output.text_embeds).cpu())
+        return _mean(torch.cat(similarities))
 
     return score
 
@@ -68,10 +68,10 @@ def _image_reward(_settings: ImagesSettings, device: torch.device) -> Score:
     def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
         from PIL import Image
 
-        found = []
+        rewards = []
         for image, prompt in zip(tqdm(images, "ImageReward", unit="image", disable=None), prompts, strict=True):
-            found.append(model.score(prompt, Image.fromarray(image.permute(1, 2, 0).numpy())))
-        return _mean(torch.tensor(found))
+            rewards.append(model.score(prompt, Image.fromarray(image.permute(1, 2, 0).numpy())))
+        return _mean(torch.tensor(rewards))
 
     return score
 

@@ -66,11 +66,11 @@ class Allocation:
         if self.rule == "uniform":
             return dict.fromkeys(sizes, ratio)
         if self.rule == "losses":
-            found = loss_shares([h for block in blocks for h in block.histograms.values()], ratio, self.spread)
+            shares = loss_shares([h for block in blocks for h in block.histograms.values()], ratio, self.spread)
         else:
             outliers = [block.outliers for block in blocks for _ in block.sizes]
-            found = owl_shares(outliers, list(sizes.values()), ratio, self.spread)
-        return dict(zip(sizes, found, strict=True))
+            shares = owl_shares(outliers, list(sizes.values()), ratio, self.spread)
+        return dict(zip(sizes, shares, strict=True))
 
 
 def outlier_share(scores: Sequence[Tensor], multiple: float) -> float:
@@ -132,9 +132,9 @@ def owl_shares(outliers: Sequence[float], sizes: Sequence[int], ratio: float, sp
         sizes: number of weights of each layer.
         ratio: overall fraction to prune, from 0 to 1.
     """
-    found = torch.tensor(outliers, dtype=torch.float64)
-    width = found.max() - found.min()
-    kept = (found - found.min()) * (2 * spread / width) if width > 0 else torch.zeros_like(found)
+    values = torch.tensor(outliers, dtype=torch.float64)
+    width = values.max() - values.min()
+    kept = (values - values.min()) * (2 * spread / width) if width > 0 else torch.zeros_like(values)
     return _exact(lambda shift: (shift - kept).clamp(0, 1), 0.0, 1.0 + 2 * spread, sizes, ratio)
 
 
@@ -150,9 +150,9 @@ def _exact(shares: Callable[[float], Tensor], low: float, high: float, sizes: Se
             low = middle
         else:
             high = middle
-    wanted = shares(high) * weights
-    counts = wanted.floor()
-    for layer in (wanted - counts).argsort(descending=True, stable=True).tolist():
+    exact_counts = shares(high) * weights
+    counts = exact_counts.floor()
+    for layer in (exact_counts - counts).argsort(descending=True, stable=True).tolist():
         missing = total - counts.sum()
         counts[layer] += missing.clamp(-counts[layer], weights[layer] - counts[layer]).clamp(-1, 1)
     return [_share(int(count), size) for count, size in zip(counts.tolist(), sizes, strict=True)]

@@ -63,9 +63,9 @@ def _expectation(kind: Any, value: Any) -> str | None:
             return problem
         return None if all(_within(bound, value) for bound in bounds) else describe(options[0], bounds)
     if NoneType in options:  # an optional field
-        inner = [of for of in options if of is not NoneType]
-        found = [] if value is None else [_expectation(of, value) for of in inner]
-        return f"{found[0]} or None" if found and None not in found else None
+        inner_kinds = [inner_kind for inner_kind in options if inner_kind is not NoneType]
+        expectations = [] if value is None else [_expectation(inner_kind, value) for inner_kind in inner_kinds]
+        return f"{expectations[0]} or None" if expectations and None not in expectations else None
     return None
 
 

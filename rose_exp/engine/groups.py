@@ -139,27 +139,27 @@ def prune_groups(
     """
     _check(layers, count, method, damping)
     try:
-        return _removed(layers, count, method, saliency, damping, at_once)
+        return _remove(layers, count, method, saliency, damping, at_once)
     except torch.linalg.LinAlgError as error:
         columns = layers[0].moments.columns
         raise NotPositiveDefiniteError(f"the Hessian of {columns} columns cannot be solved: {error}") from error
 
 
-def _removed(
+def _remove(
     layers: Sequence[GroupedLayer], count: int, method: str, saliency: Saliency, damping: float, at_once: int
 ) -> PrunedGroups:
     works = [_Work(layer) for layer in layers]
-    used = 0.0
+    used_damping = 0.0
     if method == "sparsegpt":
-        used = _invert(works, damping)
+        used_damping = _invert(works, damping)
         order = _greedy(works, count, saliency, at_once)
     else:
-        order = _fused([work.plain_scores(method) for work in works])[:count].tolist()
+        order = _ranked([work.plain_scores(method) for work in works])[:count].tolist()
     removed = torch.zeros(len(layers[0].columns), dtype=torch.bool, device=layers[0].weight.device)
     removed[order] = True
     weights = [work.finished(removed, compensated=method == "sparsegpt") for work in works]
     errors = [work.error(weight) for work, weight in zip(works, weights, strict=True)]
-    return PrunedGroups(removed, order, weights, errors, used)
+    return PrunedGroups(removed, order, weights, errors, used_damping)
 
 
 class _Work:
@@ -193,42 +193,42 @@ class _Work:
         """Return the loss of each group, (groups,): ½ Σ ‖W_:k‖² / [H⁻¹]_kk over its columns, or ½ tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ)."""
         columns = self.layer.columns
         if saliency == "diagonal" or columns.shape[1] == 1:
-            of_columns = self.weight.square().sum(dim=0) / self.inverse.diagonal()
-            return of_columns[columns].sum(dim=1) / 2
+            column_losses = self.weight.square().sum(dim=0) / self.inverse.diagonal()
+            return column_losses[columns].sum(dim=1) / 2
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # (groups, width, width)
         weights = self.weight[:, columns].permute(1, 2, 0)  # (groups, width, rows)
         return (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2)) / 2
 
-    def eliminate(self, gone: Tensor) -> None:
+    def eliminate(self, columns: Tensor) -> None:
         """Remove columns: W ← W − W_:g [H⁻¹]_gg⁻¹ [H⁻¹]_g:, and likewise for H⁻¹."""
-        rows = self.inverse[gone]  # (gone, columns)
-        solved = torch.linalg.solve(rows[:, gone], rows)
-        self.weight -= self.weight[:, gone] @ solved
+        rows = self.inverse[columns]  # (removed columns, all columns)
+        solved = torch.linalg.solve(rows[:, columns], rows)
+        self.weight -= self.weight[:, columns] @ solved
         self.inverse = self.inverse - rows.T @ solved
-        self.weight[:, gone] = 0
-        self.inverse[gone, :], self.inverse[:, gone] = 0, 0
-        self.inverse.diagonal()[gone] = 1  # avoids division by zero
+        self.weight[:, columns] = 0
+        self.inverse[columns, :], self.inverse[:, columns] = 0, 0
+        self.inverse.diagonal()[columns] = 1  # avoids division by zero
 
     def plain_scores(self, method: str) -> Tensor:
         """Return the scores of methods without weight updates, (groups,)."""
         magnitudes = self.dense.abs()
         if method == "wanda":
             magnitudes = magnitudes * self.layer.moments.mean_square().sqrt().double()
-        of_groups = magnitudes.sum(dim=0)[self.layer.columns].sum(dim=1)
+        group_scores = magnitudes.sum(dim=0)[self.layer.columns].sum(dim=1)
         if method == "magnitude" and self.layer.coupled is not None:
-            of_groups = of_groups + self.layer.coupled.double()
-        return of_groups
+            group_scores = group_scores + self.layer.coupled.double()
+        return group_scores
 
     def finished(self, removed: Tensor, compensated: bool) -> Tensor:
-        gone = torch.zeros(self.dense.shape[1], dtype=torch.bool, device=self.dense.device)
-        gone[self.layer.gone.to(gone.device)] = True
-        gone[self.layer.columns[removed].flatten()] = True
-        result = self.dense.masked_fill(gone, 0)
+        pruned = torch.zeros(self.dense.shape[1], dtype=torch.bool, device=self.dense.device)
+        pruned[self.layer.gone.to(pruned.device)] = True
+        pruned[self.layer.columns[removed].flatten()] = True
+        result = self.dense.masked_fill(pruned, 0)
         if compensated and removed.any():
-            stay = ~gone
-            lower = torch.linalg.cholesky(self.damped[stay][:, stay])
-            lost = self.dense[:, gone] @ self.damped[gone][:, stay]
-            result[:, stay] += torch.cholesky_solve(lost.T, lower).T
+            kept = ~pruned
+            lower = torch.linalg.cholesky(self.damped[kept][:, kept])
+            lost = self.dense[:, pruned] @ self.damped[pruned][:, kept]
+            result[:, kept] += torch.cholesky_solve(lost.T, lower).T
         returned = result.to(self.layer.weight.dtype)
         if not torch.isfinite(returned).all():
             raise ValueError(
@@ -242,9 +242,9 @@ class _Work:
 
 
 def _invert(works: Sequence[_Work], damping: float) -> float:
-    for tried in dampings(damping):
-        if all(work.damp(tried) for work in works):
-            return tried
+    for candidate in dampings(damping):
+        if all(work.damp(candidate) for work in works):
+            return candidate
     raise NotPositiveDefiniteError(
         f"the Hessian of {works[0].layer.moments.columns} columns is not positive definite at damping "
         f"{', '.join(f'{d:g}' for d in dampings(damping))}: the calibration inputs have values too large or too small"
@@ -258,14 +258,14 @@ def _greedy(works: Sequence[_Work], count: int, saliency: Saliency, at_once: int
             work.scores(saliency).index_fill(0, torch.tensor(order, device=work.weight.device, dtype=torch.int64), torch.inf)
             for work in works
         ]
-        chosen = _fused(losses)[: min(at_once, count - len(order))]
+        chosen = _ranked(losses)[: min(at_once, count - len(order))]
         order += chosen.tolist()
         for work in works:
             work.eliminate(work.layer.columns[chosen].flatten())
     return order
 
 
-def _fused(losses: Sequence[Tensor]) -> Tensor:
+def _ranked(losses: Sequence[Tensor]) -> Tensor:
     """Return the groups in order of removal, (groups,) int64.
 
     Groups are sorted by loss, or for several layers by the sum of 1/(60 + rank), where the smallest loss has rank 1 (Eq. 8);
@@ -274,9 +274,9 @@ def _fused(losses: Sequence[Tensor]) -> Tensor:
     if len(losses) == 1:
         return losses[0].argsort(stable=True)
     fused = torch.zeros_like(losses[0])
-    for of_layer in losses:
+    for layer_losses in losses:
         ranks = torch.empty_like(fused)
-        ranks[of_layer.argsort(stable=True)] = torch.arange(1, len(fused) + 1, device=fused.device, dtype=fused.dtype)
+        ranks[layer_losses.argsort(stable=True)] = torch.arange(1, len(fused) + 1, device=fused.device, dtype=fused.dtype)
         fused += 1 / (FUSION + ranks)
     return fused.masked_fill(losses[0] == torch.inf, -torch.inf).argsort(descending=True, stable=True)
 

@@ -87,8 +87,8 @@ class InputMoments:
             raise ValueError(f"weight: expected a number of at least 0, got {weight}")
         tokens = inputs.reshape(-1, self.columns).to(self.device)  # (tokens, columns)
         if self.device.type == "cpu":
-            for (piece,), of_piece in self._pieces.push([tokens], weight):
-                self._add(piece, of_piece)
+            for (piece,), piece_weight in self._pieces.push([tokens], weight):
+                self._add(piece, piece_weight)
         else:
             self._add(tokens, weight)
         self.weight += weight * len(tokens)

@@ -107,10 +107,10 @@ def expected_losses(scores: Tensor, sparsity: Sparsity, block_size: int) -> Expe
     columns = len(scores)
     width = min(sparsity.block_width(block_size), columns)
     lost = sparsity.expected_column_losses(scores, width)
-    whole = columns - columns % width
-    blocks = lost[:whole].unflatten(0, (-1, width)).sum(dim=1) / width
-    if whole < columns:
-        blocks = torch.cat([blocks, lost[whole:].mean(dim=0, keepdim=True)])
+    full = columns - columns % width
+    blocks = lost[:full].unflatten(0, (-1, width)).sum(dim=1) / width
+    if full < columns:
+        blocks = torch.cat([blocks, lost[full:].mean(dim=0, keepdim=True)])
     return ExpectedLosses(lost, blocks, width)
 
 

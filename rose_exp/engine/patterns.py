@@ -90,12 +90,12 @@ class SemiStructured:
     def select(self, scores: Tensor) -> Tensor:
         """Return the mask of adjacent groups, (..., rows, columns) to bool of the same shape."""
         columns = scores.shape[-1]
-        whole = columns - columns % self.group
-        grouped = scores[..., :whole].unflatten(-1, (-1, self.group))
+        full = columns - columns % self.group
+        grouped = scores[..., :full].unflatten(-1, (-1, self.group))
         mask = smallest(grouped, self.pruned).flatten(-2)
-        if whole < columns:
-            rest = smallest(scores[..., whole:], self.count(columns - whole))
-            mask = torch.cat([mask, rest], dim=-1)
+        if full < columns:
+            remainder = smallest(scores[..., full:], self.count(columns - full))
+            mask = torch.cat([mask, remainder], dim=-1)
         return mask
 
     select_by_row = select  # a group never spans rows

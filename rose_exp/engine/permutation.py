@@ -33,26 +33,27 @@ def channel_order(scores: Tensor, sparsity: SemiStructured) -> Tensor:
 
     channels, group = scores.shape[1], sparsity.group
     natural = torch.arange(channels, device=scores.device)
-    groups, kept = channels // group, group - sparsity.pruned
-    if groups < 2 or kept in (0, group):
+    groups, keep_count = channels // group, group - sparsity.pruned
+    if groups < 2 or keep_count in (0, group):
         return natural
-    whole = scores[:, : groups * group].T.contiguous()  # a channel is contiguous
-    members = whole.sum(dim=1).argsort(descending=True, stable=True).view(group, groups)
+    grouped = scores[:, : groups * group].T.contiguous()  # a channel is contiguous
+    members = grouped.sum(dim=1).argsort(descending=True, stable=True).view(group, groups)
     members[1::2] = members[1::2].flip(1)  # the group of the largest gets the smallest of the next
     for place in list(range(group)) * ROUNDS:
         moving, others = members[place], torch.cat([members[:place], members[place + 1 :]])
         # a group keeps the kept−1 largest of the others, and the larger of the next one and the new member
-        threshold = whole[others].topk(kept, dim=0).values[-1]
-        gain = torch.cdist(whole[moving], threshold, p=1) + whole[moving].sum(dim=1, keepdim=True)  # 2 Σ max, but for constants
+        threshold = grouped[others].topk(keep_count, dim=0).values[-1]
+        # 2 Σ max, but for constants
+        gain = torch.cdist(grouped[moving], threshold, p=1) + grouped[moving].sum(dim=1, keepdim=True)
         _, places = linear_sum_assignment(gain.T.cpu().double().numpy(), maximize=True)
         members[place] = moving[torch.as_tensor(places, device=members.device)]
-    found = members.T.sort(dim=1).values  # the order within a group is irrelevant
-    found = found[found[:, 0].argsort()].flatten()
-    better = _kept(whole[found], sparsity) > _kept(whole, sparsity)
-    return torch.cat([found if better else natural[: len(found)], natural[len(found) :]])
+    order = members.T.sort(dim=1).values  # the order within a group is irrelevant
+    order = order[order[:, 0].argsort()].flatten()
+    better = _kept_score(grouped[order], sparsity) > _kept_score(grouped, sparsity)
+    return torch.cat([order if better else natural[: len(order)], natural[len(order) :]])
 
 
-def _kept(channels: Tensor, sparsity: SemiStructured) -> float:
+def _kept_score(channels: Tensor, sparsity: SemiStructured) -> float:
     """Return the sum of the scores (channels, rows) that N:M pruning keeps."""
     return float(
         channels.unflatten(0, (-1, sparsity.group)).topk(sparsity.group - sparsity.pruned, dim=1).values.double().sum()

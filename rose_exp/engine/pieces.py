@@ -47,18 +47,18 @@ class TokenPieces:
             if count == self.length:
                 yield [aligned(part.to(self.dtype)) for part in parts], weight
                 continue
-            self._hold(parts)
+            self._append(parts)
             if self.held == self.length:
                 yield from self.rest()
 
     def rest(self) -> Iterator[tuple[list[Tensor], float]]:
         """Yield the current piece, if there is one, and start a new one."""
         if self.held:
-            held, self.held = self.held, 0
-            yield [buffer[:held] for buffer in self._buffers], self.weight
+            count, self.held = self.held, 0
+            yield [buffer[:count] for buffer in self._buffers], self.weight
         self._buffers = []
 
-    def _hold(self, parts: Sequence[Tensor]) -> None:
+    def _append(self, parts: Sequence[Tensor]) -> None:
         if not self._buffers:
             self._buffers = [torch.empty(self.length, part.shape[1], dtype=self.dtype, device=part.device) for part in parts]
         for buffer, part in zip(self._buffers, parts, strict=True):

@@ -102,8 +102,10 @@ def prune_layer(
     """
     if isinstance(refine, int):
         refine = Refine(refine, tolerance=0)
-    chosen = SolverOptions(refine=refine, **options)
-    return prune_layers([weight], moments, methods=[method], sparsity=sparsity, options=chosen, cross_moments=cross_moments)[0]
+    solver_options = SolverOptions(refine=refine, **options)
+    return prune_layers(
+        [weight], moments, methods=[method], sparsity=sparsity, options=solver_options, cross_moments=cross_moments
+    )[0]
 
 
 @torch.no_grad()
@@ -152,9 +154,9 @@ def prune_layers(
     curvature = Curvature(moments, options.damping, dtype)
     problems = _problems(weights, chosen, patterns, curvature, cross_moments, options)
     results: list[PruneResult | None] = [None] * len(weights)
-    for tried in dampings(options.damping):
-        if tried != curvature.damping:
-            curvature = Curvature(moments, tried, dtype)
+    for damping in dampings(options.damping):
+        if damping != curvature.damping:
+            curvature = Curvature(moments, damping, dtype)
         pending = [i for i, result in enumerate(results) if result is None]
         layers = [problems[i].layer(curvature, options) for i in pending]
         resolve_orders(layers)
@@ -166,11 +168,11 @@ def prune_layers(
                 results[i] = attempt.result([next(values) for _ in attempt.facts])
         if None not in results:
             return results
-    why = next((f"; {attempt}" for attempt in attempts if isinstance(attempt, torch.linalg.LinAlgError)), "")
+    reason = next((f"; {attempt}" for attempt in attempts if isinstance(attempt, torch.linalg.LinAlgError)), "")
     raise NotPositiveDefiniteError(
         f"the Hessian of {moments.columns} columns is not positive definite at damping "
         f"{', '.join(f'{d:g}' for d in dampings(options.damping))}: the calibration inputs have values too large or too small "
-        f"for {str(dtype).removeprefix('torch.')}{why}"
+        f"for {str(dtype).removeprefix('torch.')}{reason}"
     )
 
 
@@ -218,14 +220,14 @@ def _problems(
     parts = [[finite(tensor) for _, tensor in named], extents(dense, curvature)]
     parts += [[finite(goal) for goal in goals], extents(goals, curvature)] if options.target else []
     values = iter(torch.stack([fact for part in parts for fact in part]).tolist())
-    flags, of_dense, *of_goals = [[next(values) for _ in part] for part in parts]
+    flags, dense_values, *goal_values = [[next(values) for _ in part] for part in parts]
     _check_finite([name for name, _ in named], flags)
-    found = read_extents(of_dense, curvature.dtype)
-    if of_goals:
-        _check_finite(["target"] * len(goals), of_goals[0])
-        pairs = zip(found, read_extents(of_goals[1], curvature.dtype), strict=True)
-        found = [max(pair, key=lambda extent: extent.output) for pair in pairs]
-    return [_Problem(*of_layer) for of_layer in zip(weights, dense, goals, methods, patterns, found, strict=True)]
+    layer_extents = read_extents(dense_values, curvature.dtype)
+    if goal_values:
+        _check_finite(["target"] * len(goals), goal_values[0])
+        pairs = zip(layer_extents, read_extents(goal_values[1], curvature.dtype), strict=True)
+        layer_extents = [max(pair, key=lambda extent: extent.output) for pair in pairs]
+    return [_Problem(*fields) for fields in zip(weights, dense, goals, methods, patterns, layer_extents, strict=True)]
 
 
 def _check_finite(names: Sequence[str], flags: Sequence[float]) -> None:
@@ -276,19 +278,20 @@ class _Attempt:
                 self.returned = exact
         self.dense = layer.weight if problem.goal is problem.dense else scaled(problem.dense, problem.extent.shift)
         hessian, moved = layer.curvature.hessian, self.dense is not layer.weight
-        before = solution.lost  # of the regression target
-        if before is None:
-            before = quadratic_form(layer.weight - solution.weight, hessian)
-        missed = before
+        unrefined = solution.lost  # of the regression target
+        if unrefined is None:
+            unrefined = quadratic_form(layer.weight - solution.weight, hessian)
+        goal_loss = unrefined
         if self.returned is not solution.weight:
-            missed = quadratic_form(layer.weight - self.returned, hessian)
-        asked = quadratic_form(layer.weight, hessian)
-        lost = quadratic_form(self.dense - self.returned, hessian) if moved else missed
-        total = quadratic_form(self.dense, hessian) if moved else asked
-        none = torch.zeros_like(lost)
+            goal_loss = quadratic_form(layer.weight - self.returned, hessian)
+        goal_power = quadratic_form(layer.weight, hessian)
+        loss = quadratic_form(self.dense - self.returned, hessian) if moved else goal_loss
+        power = quadratic_form(self.dense, hessian) if moved else goal_power
+        none = torch.zeros_like(loss)
         failed = solution.factor.failed if solution.factor else none
-        mask_changes, left = (none, none) if refined is None else (refined.mask_changes, ~refined.taken)
-        facts = (failed, lost, total, missed, asked, before, mask_changes, left, layer.order.relative_range, layer.dead.sum())
+        mask_changes, rejected = (none, none) if refined is None else (refined.mask_changes, ~refined.taken)
+        facts = (failed, loss, power, goal_loss, goal_power, unrefined, mask_changes, rejected)
+        facts = (*facts, layer.order.relative_range, layer.dead.sum())
         self.facts = [fact.double() for fact in (*facts, finite(self.solved), finite(self.weight))]
 
     def result(self, facts: Sequence[float]) -> PruneResult | None:
@@ -297,7 +300,8 @@ class _Attempt:
         Raises:
             ValueError: if the result or its error exceeds the range of the dtype.
         """
-        failed, lost, total, missed, asked, before, mask_changes, left, relative_range, dead, is_solved, fits = facts
+        failed, loss, power, goal_loss, goal_power, unrefined, mask_changes, rejected = facts[:8]
+        relative_range, dead, is_solved, fits = facts[8:]
         inverted = bool(self.solution.factor or self.solution.damped)
         if failed or (not is_solved and inverted):
             return None
@@ -307,10 +311,10 @@ class _Attempt:
                 f"largest value {self.solved.abs().max():g}"
             )
         layer, goal, moved = self.layer, self.layer.weight, self.problem.method.sequential and bool(self.layer.reordered)
-        missed_share = self._share(missed, asked, goal, self.returned)
-        unrefined_share = missed_share
-        if self.refined is not None and not left:
-            unrefined_share = self._share(before, asked, goal, self.solution.weight)
+        goal_error = self._share(goal_loss, goal_power, goal, self.returned)
+        unrefined_error = goal_error
+        if self.refined is not None and not rejected:
+            unrefined_error = self._share(unrefined, goal_power, goal, self.solution.weight)
         columns = layer.weight.shape[1]
         return PruneResult(
             weight=self.weight,
@@ -318,14 +322,14 @@ class _Attempt:
             order=layer.order.order if moved else torch.arange(columns, device=self.weight.device),
             relative_range=relative_range,
             reordered=moved,
-            error=missed_share if self.dense is goal else self._share(lost, total, self.dense, self.returned),
+            error=goal_error if self.dense is goal else self._share(loss, power, self.dense, self.returned),
             damping=layer.curvature.damping if inverted else 0.0,
             rank=self.solution.rank,
             dead_columns=int(dead),
-            target_error=missed_share,
-            unrefined_error=unrefined_share,
+            target_error=goal_error,
+            unrefined_error=unrefined_error,
             mask_changes=int(mask_changes),
-            refinement_rejected=bool(left),
+            refinement_rejected=bool(rejected),
             requested=self.problem.sparsity.ratio,
         )
 

@@ -51,12 +51,12 @@ def extents(weights: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:
     """Return the inputs of :func:`read_extents` as scalar float64 tensors, without synchronising the device."""
     diagonal, norms = curvature.hessian.diagonal(), curvature.norms.double()
     lost = (diagonal == 0) & (curvature.moments.sum != 0)  # columns of inputs whose squares are rounded to zero
-    found = [finite(curvature.hessian), diagonal.double().mean(), lost.any().double()]
+    statistics = [finite(curvature.hessian), diagonal.double().mean(), lost.any().double()]
     for weight in weights:
         low, high = torch.aminmax(weight, dim=0)
         largest = torch.maximum(-low, high).double()  # (columns,)
-        found += [largest.max(), (largest * norms).max(), largest.masked_fill(~lost, 0).max()]
-    return found
+        statistics += [largest.max(), (largest * norms).max(), largest.masked_fill(~lost, 0).max()]
+    return statistics
 
 
 def read_extents(values: Sequence[float], dtype: torch.dtype) -> list[Extent]:
@@ -65,7 +65,7 @@ def read_extents(values: Sequence[float], dtype: torch.dtype) -> list[Extent]:
     Raises:
         ValueError: if the Hessian or the outputs exceed the range of ``dtype``.
     """
-    is_finite, mean, lost, *of_weights = values
+    is_finite, mean, lost, *weight_values = values
     kind, limit = str(dtype).removeprefix("torch."), 2.0 ** LARGEST_EXPONENT[dtype]
     if not is_finite or mean > limit:
         raise ValueError(
@@ -77,8 +77,8 @@ def read_extents(values: Sequence[float], dtype: torch.dtype) -> list[Extent]:
             f"moments: expected inputs whose Hessian fits {kind} (a mean diagonal of at least {1 / limit:.3g}), got a mean "
             f"diagonal of {mean:.3g}; scale the inputs up, or use float64 moments"
         )
-    found = []
-    for largest, output, unseen in zip(*(of_weights[i::3] for i in range(3)), strict=True):
+    layer_extents = []
+    for largest, output, unseen in zip(*(weight_values[i::3] for i in range(3)), strict=True):
         if not math.isfinite(output):
             raise ValueError(f"weight: expected outputs that fit float64, got weights up to {largest:.3g}")
         if unseen * torch.finfo(dtype).smallest_normal ** 0.5 > NEGLIGIBLE * output:
@@ -86,8 +86,8 @@ def read_extents(values: Sequence[float], dtype: torch.dtype) -> list[Extent]:
                 f"moments: expected inputs whose squares fit {kind}, got columns whose squares are rounded to zero, with "
                 f"weights up to {unseen:.3g}; scale these columns, or use float64 moments"
             )
-        found.append(Extent(output, _shift(largest, output, dtype)))
-    return found
+        layer_extents.append(Extent(output, _shift(largest, output, dtype)))
+    return layer_extents
 
 
 def _shift(largest: float, output: float, dtype: torch.dtype) -> int:

@@ -99,9 +99,9 @@ def refine(
     chosen, first = mask, start
     if how.mask_iterations:
         first, chosen = _choose_again(start, target, hessian, sparsities, rows, how)
-    found = conjugate_gradient(first, target, chosen, hessian, how.steps, how.tolerance)
+    solved = conjugate_gradient(first, target, chosen, hessian, how.steps, how.tolerance)
     refined = []
-    layers = zip(*(x.split(rows) for x in (target, start, mask, found, chosen)), targets, weights, strict=True)
+    layers = zip(*(x.split(rows) for x in (target, start, mask, solved, chosen)), targets, weights, strict=True)
     for goal, old, old_mask, new, new_mask, plain, pruned in layers:
         error = quadratic_form(goal - new, hessian)
         better = (error <= quadratic_form(goal - old, hessian)) & torch.isfinite(error)
@@ -173,17 +173,17 @@ def conjugate_gradient(
     direction = residual.clone()
     power = residual.square().sum(dim=1, keepdim=True)  # (rows, 1)
     epsilon = torch.finfo(v.dtype).eps
-    whole = (target @ hessian).square().sum(dim=1, keepdim=True)
-    floor = torch.maximum(epsilon * power, max(8 * epsilon, tolerance) ** 2 * whole)
+    target_power = (target @ hessian).square().sum(dim=1, keepdim=True)
+    floor = torch.maximum(epsilon * power, max(8 * epsilon, tolerance) ** 2 * target_power)
     for _ in range(steps):
         image = (direction @ hessian) * kept
         curvature = (direction * image).sum(dim=1, keepdim=True)
-        going = (curvature > 0) & (power > floor)  # elsewhere the row has converged
-        step = torch.where(going, power / curvature, torch.zeros_like(power))
+        active = (curvature > 0) & (power > floor)  # elsewhere the row has converged
+        step = torch.where(active, power / curvature, torch.zeros_like(power))
         v.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
-        following = residual.square().sum(dim=1, keepdim=True)
-        growth = torch.where(power > 0, following / power, torch.zeros_like(power))
+        next_power = residual.square().sum(dim=1, keepdim=True)
+        growth = torch.where(power > 0, next_power / power, torch.zeros_like(power))
         direction = torch.addcmul(residual, growth, direction)
-        power = following
+        power = next_power
     return v

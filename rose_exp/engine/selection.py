@@ -86,11 +86,11 @@ def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Ten
 def _blocks(scores: Tensor, width: int) -> list[tuple[slice, Tensor]]:
     """Return the columns and scores (blocks, width, rows) of the whole blocks, then those of a narrower last one."""
     columns = len(scores)
-    whole = columns - columns % width
-    found = [(slice(0, whole), scores[:whole].unflatten(0, (-1, width)))] if whole else []
-    if whole < columns:
-        found.append((slice(whole, columns), scores[whole:][None]))
-    return found
+    full = columns - columns % width
+    blocks = [(slice(0, full), scores[:full].unflatten(0, (-1, width)))] if full else []
+    if full < columns:
+        blocks.append((slice(full, columns), scores[full:][None]))
+    return blocks
 
 
 def _on_cpu(scores: Tensor) -> bool:

@@ -98,14 +98,14 @@ def study_layer(
     unit = min(sparsity.block_width(block_size), w.shape[1])  # the unit that an ordering moves: a block, or a group for N:M
     width = max(1, block_size // unit) * unit
     moved = [float(prune(None, _with_block_at(worst, place, w, width, unit))[1]) for place in range(len(natural))]
-    found = Layer(w, curvature, sparsity, rose, block_size).order
+    rose_order = Layer(w, curvature, sparsity, rose, block_size).order
     return LayerStudy(
         sparsity=str(sparsity),
         cumulative={name: costs.cumsum(0).tolist() for name, costs in orders.items()},
         worst=worst,
         moved=moved,
         reorderings=_reorderings(weight, moments, block_size, curvature.damping),
-        heat={"natural": _heat(weight.to(dtype)), "pruned": _heat(weight.to(dtype).index_select(1, found.order))},
+        heat={"natural": _heat(weight.to(dtype)), "pruned": _heat(weight.to(dtype).index_select(1, rose_order.order))},
         rows=w.shape[0],
         columns=w.shape[1],
         damping=curvature.damping,
@@ -114,8 +114,8 @@ def study_layer(
 
 def _curvature(moments: InputMoments, damping: float, dtype: torch.dtype) -> Curvature:
     """Return the curvature with the first damping at which the Hessian can be factorised."""
-    for tried in dampings(damping):
-        curvature = Curvature(moments, tried, dtype)
+    for candidate in dampings(damping):
+        curvature = Curvature(moments, candidate, dtype)
         if not curvature.factor.failed:
             return curvature
     raise NotPositiveDefiniteError(f"the Hessian of {moments.columns} columns is not positive definite at any damping tried")
@@ -136,17 +136,17 @@ def _with_block_at(block: int, place: int, w: Tensor, width: int, unit: int) -> 
 
 def _reorderings(weight: Tensor, moments: InputMoments, block_size: int, damping: float) -> dict:
     options = {"block_size": block_size, "damping": damping}
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    errors: dict[str, dict[str, dict[str, float]]] = {}
     for direction in ("descending", "ascending"):
-        found[direction] = {}
+        errors[direction] = {}
         for kind, choice in KINDS.items():
             columns, blocks = (_direction(chosen, direction) for chosen in choice)
             ordering = Ordering(columns, blocks, threshold=None)
-            found[direction][kind] = {
+            errors[direction][kind] = {
                 f"{ratio:g}": prune_layer(weight, moments, sparsity=Unstructured(ratio), ordering=ordering, **options).error
                 for ratio in RATIOS
             }
-    return found
+    return errors
 
 
 def _direction(chosen: bool | str, direction: Direction) -> Direction:

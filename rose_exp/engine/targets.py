@@ -163,8 +163,8 @@ class Target:
         lower, failed = torch.linalg.cholesky_ex(shifted, check_errors=False)
         lower.masked_fill_(failed > 0, torch.nan)  # a failed factor is finite: NaN makes prune_layers reject the target
         share = 2 / max(cross_moments.tokens, 1)
-        wanted = [weight @ (self.strength * share * cross_moments.gram.to(weight)) for weight in weights]
+        products = [weight @ (self.strength * share * cross_moments.gram.to(weight)) for weight in weights]
         if cross_moments.residual is not None:
-            wanted[0] += self.residual * share * cross_moments.residual.to(wanted[0])
-        moves = torch.cholesky_solve(torch.cat(wanted).T, lower).T.split([len(weight) for weight in weights])
+            products[0] += self.residual * share * cross_moments.residual.to(products[0])
+        moves = torch.cholesky_solve(torch.cat(products).T, lower).T.split([len(weight) for weight in weights])
         return [weight + move for weight, move in zip(weights, moves, strict=True)]

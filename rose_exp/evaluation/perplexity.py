@@ -49,23 +49,23 @@ def perplexity(
         model: a causal language model, on the device to run on.
         tokens: (windows, length) int64.
         batch: windows per forward pass on a GPU, see :func:`rose_exp.runtime.batches.batch_size`.
-        ranks: processes that share the windows, each with a copy of the model; None: a single process.
+        ranks: processes that share the windows, each with a copy of the model; if None, a single process.
         answers: function that yields batches of windows and their logits, to replace the forward pass of the whole model.
 
     Raises:
         RoseExpError: the logits contain NaN or infinity.
     """
     ranks = ranks or Ranks()
-    own = ranks.share(tokens)
+    share = ranks.share(tokens)
     size = batch_size(batch, next(model.parameters()).device)
-    pairs = answers(own) if answers is not None else _answers(model, own, size)
+    pairs = answers(share) if answers is not None else _answers(model, share, size)
     means: list[float] = []  # negative log-likelihood per window
-    for windows, logits in tqdm(pairs, name, -(-len(own) // size), unit="batch", disable=None, leave=False):
+    for windows, logits in tqdm(pairs, name, -(-len(share) // size), unit="batch", disable=None, leave=False):
         interruption.check()
         following = windows[:, 1:].to(logits.device)
         for scores, targets in zip(logits[:, :-1], following, strict=True):  # one window at a time, because logits are large
             means.append(float(functional.cross_entropy(scores.float(), targets)))
-    means = [value for of_rank in ranks.gather(means) for value in of_rank]
+    means = [value for rank_means in ranks.gather(means) for value in rank_means]
     mean = sum(means) / len(means)
     if not math.isfinite(mean):
         raise RoseExpError(f"{name}: expected finite predictions, got a mean negative log-likelihood of {mean}")

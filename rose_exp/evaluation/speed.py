@@ -99,15 +99,15 @@ def measure(model: nn.Module, layers: Sequence[LinearLayer], tokens: Tensor, rep
 def _timed(run: Callable[[], Tensor], device: torch.device, repeats: int) -> tuple[float, Tensor]:
     """Return the median seconds of a call, and its last result in float32."""
     times = []
-    answer = None
+    output = None
     for repeat in range(WARM_UP + repeats):
         torch.cuda.synchronize(device)
         start = time.perf_counter()
-        answer = run()
+        output = run()
         torch.cuda.synchronize(device)
         if repeat >= WARM_UP:
             times.append(time.perf_counter() - start)
-    return statistics.median(times), answer.float()
+    return statistics.median(times), output.float()
 
 
 def _stored_bytes(weight: Any) -> int:

@@ -61,7 +61,7 @@ class Accuracies:
 
 @contextmanager
 def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
-    """Find the tasks and read their rows, before any long work starts.
+    """Find the tasks and read their rows, before any expensive work starts.
 
     Raises:
         RoseExpError: a task is unknown, or its rows are unavailable.
@@ -73,9 +73,9 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
     for noisy in ("lm_eval", "datasets"):  # they log every step, and the stock tasks' defaults
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
-        own, protocol = _task_files(settings, Path(folder))
-        own_tasks: dict[str, str] = {}
-        paths = [folder] if own else []
+        file_names, protocol = _task_files(settings, Path(folder))
+        fingerprint: dict[str, str] = {}
+        paths = [folder] if file_names else []
         if settings.include_path is not None:
             paths.append(str(Path(settings.include_path).expanduser()))
         log.info("reading the tasks %s", ", ".join(settings.tasks))
@@ -98,8 +98,8 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
                 f"need no hub with evaluation.zero_shot.data=embedded"
             ) from error
         if settings.include_path is not None:
-            own_tasks = {"include_sha256": folder_sha256(Path(settings.include_path).expanduser())}
-        yield Tasks(list(settings.tasks), manager, {"data": protocol} | own_tasks)
+            fingerprint = {"include_sha256": folder_sha256(Path(settings.include_path).expanduser())}
+        yield Tasks(list(settings.tasks), manager, {"data": protocol} | fingerprint)
 
 
 def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], dict[str, Any]]:
@@ -165,10 +165,10 @@ def measure(
     batch = settings.batch
     if batch == "auto" and next(model.parameters()).device.type == "cpu":
         batch = CPU_BATCH
-    own = PrunedLM(model, copy.deepcopy(tokenizer), batch, bos)
+    lm = PrunedLM(model, copy.deepcopy(tokenizer), batch, bos)
     tracker = EvaluationTracker(output_path=str(folder / "results.json"))
     results = simple_evaluate(
-        model=own,
+        model=lm,
         tasks=tasks.names,
         task_manager=tasks.manager,
         num_fewshot=settings.few_shot,
@@ -186,12 +186,12 @@ def measure(
 
 def _accuracies(results: Mapping[str, Any], batch: int | str, file: str) -> Accuracies:
     values, errors, protocol = {}, {}, {}
-    for task, found in results["results"].items():
-        metric = _metric(found)
+    for task, task_results in results["results"].items():
+        metric = _metric(task_results)
         if metric is None:
             continue  # a group without an aggregate
-        values[task] = 100 * found[metric]
-        error = found.get(metric.replace(",", "_stderr,", 1))
+        values[task] = 100 * task_results[metric]
+        error = task_results.get(metric.replace(",", "_stderr,", 1))
         if isinstance(error, (int, float)):
             errors[task] = 100 * error
         protocol[task] = {
@@ -208,12 +208,12 @@ def _accuracies(results: Mapping[str, Any], batch: int | str, file: str) -> Accu
     return Accuracies(values, errors, {"tasks": protocol, "batch": batch, "results": file})
 
 
-def _metric(found: Mapping[str, Any]) -> str | None:
+def _metric(task_results: Mapping[str, Any]) -> str | None:
     """Return acc_norm if the task has it, else acc, else the first number."""
-    numbers = [name for name, value in found.items() if isinstance(value, (int, float)) and "_stderr" not in name]
+    numbers = [name for name, value in task_results.items() if isinstance(value, (int, float)) and "_stderr" not in name]
     numbers = [name for name in numbers if "," in name]
-    for wanted in ("acc_norm", "acc"):
+    for preferred in ("acc_norm", "acc"):
         for name in numbers:
-            if name.partition(",")[0] == wanted:
+            if name.partition(",")[0] == preferred:
                 return name
     return numbers[0] if numbers else None

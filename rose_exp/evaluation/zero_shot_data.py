@@ -45,11 +45,11 @@ def local_file(folder: Path, task: str) -> ZeroShotFile:
         RoseExpError: ``folder`` holds no such file, or several.
     """
     pattern = f"{task}*{SPLITS[task]}*.jsonl"
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        got = ", ".join(path.name for path in found) or "none"
+    paths = sorted(folder.glob(pattern))
+    if len(paths) != 1:
+        got = ", ".join(path.name for path in paths) or "none"
         raise RoseExpError(f"evaluation.zero_shot.data_dir: expected one file {pattern} in {folder}, got {got}")
-    return _described(found[0], str(found[0]))
+    return _described(paths[0], str(paths[0]))
 
 
 def embedded_file(folder: Path, task: str) -> ZeroShotFile:

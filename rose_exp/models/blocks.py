@@ -65,14 +65,14 @@ class BlockList:
 
 def linear_layers(module: nn.Module, name: str) -> list[LinearLayer]:
     """Return all linear layers inside ``module``, whose full name is ``name``, including each expert's but no routers."""
-    found, left_out = [], routers(module)
+    layers, left_out = [], routers(module)
     for inner, layer in module.named_modules():
         full = f"{name}.{inner}" if inner else name
         if isinstance(layer, (nn.Linear, Conv1D)) and layer not in left_out:
-            found.append(LinearLayer(full, layer))
+            layers.append(LinearLayer(full, layer))
         for expert, parts in enumerate(projections(layer)):
-            found += [LinearLayer(f"{full}.{expert}.{part}", projection) for part, projection in parts.items()]
-    return found
+            layers += [LinearLayer(f"{full}.{expert}.{part}", projection) for part, projection in parts.items()]
+    return layers
 
 
 def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
@@ -97,10 +97,10 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
     if not sizes:
         raise RoseExpError(f"{type(model).__name__} has no list of blocks with linear layers to prune")
     largest = max(sizes.values())
-    found = [path for path, size in sizes.items() if size == largest]
-    if len(found) > 1:
-        raise RoseExpError(f"model.blocks: expected the name of one of the lists {', '.join(found)}, all equally large")
-    return BlockList(found[0], list(outer[found[0]]))
+    candidates = [path for path, size in sizes.items() if size == largest]
+    if len(candidates) > 1:
+        raise RoseExpError(f"model.blocks: expected the name of one of the lists {', '.join(candidates)}, all equally large")
+    return BlockList(candidates[0], list(outer[candidates[0]]))
 
 
 def all_linear_layers(blocks: BlockList) -> list[LinearLayer]:

@@ -73,19 +73,19 @@ class FilesCheckpoint(Checkpoint):
         self.where = where
         path = find(single)  # a single file comes first, as in transformers
         if path is not None:
-            held = {path: self._contents(path)}
-            files = dict.fromkeys(held[path], path)
+            contents = {path: self._contents(path)}
+            files = dict.fromkeys(contents[path], path)
         else:
             files = {name: self._shard(find, shard) for name, shard in self._weight_map(find(index)).items()}
-            held = {path: self._contents(path) for path in dict.fromkeys(files.values())}
+            contents = {path: self._contents(path) for path in dict.fromkeys(files.values())}
         for name, path in files.items():
-            if name not in held[path]:
+            if name not in contents[path]:
                 raise RoseExpError(f"{where}: {path.name} does not contain {name}, which the index lists there")
-        unlisted = sorted(name for path in held for name in held[path] if files.get(name) != path)
+        unlisted = sorted(name for path in contents for name in contents[path] if files.get(name) != path)
         if unlisted:
             raise RoseExpError(f"{where}: the index does not list {_few(unlisted)}, which the shards contain")
         self.files = files
-        self.tensors = {name: held[path][name] for name, path in files.items()}
+        self.tensors = {name: contents[path][name] for name, path in files.items()}
 
     @abstractmethod
     def _contents(self, path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -211,7 +211,7 @@ class GgufCheckpoint(Checkpoint):
         import numpy
         from gguf import dequantize
 
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         merged = self.parsed["tensors"] = {}  # where transformers stores a tensor merged from several
         for name in names:
             for tensor in self.sources[name]:
@@ -222,13 +222,13 @@ class GgufCheckpoint(Checkpoint):
                     parsed_parameters=self.parsed,
                 )
                 if result.name is not None:
-                    found[self.keys[result.name]] = torch.from_numpy(numpy.copy(result.weights))
-        found |= merged
+                    tensors[self.keys[result.name]] = torch.from_numpy(numpy.copy(result.weights))
+        tensors |= merged
         self.parsed["tensors"] = {}
-        if set(found) != set(names):
-            lost = _few(sorted(set(names) ^ set(found)))
+        if set(tensors) != set(names):
+            lost = _few(sorted(set(names) ^ set(tensors)))
             raise RoseExpError(f"{self.where}: transformers cannot read {lost} of this GGUF file one part at a time")
-        yield found
+        yield tensors
 
 
 def open_checkpoint(find: Find, where: str) -> Checkpoint:

@@ -53,13 +53,13 @@ def _find(module: nn.Module) -> list[dict[str, Projection]]:
     inner = rows // 2 if gated else rows
     if stacks["down_proj"].shape != (experts, columns, inner):
         return []
-    found = []
+    projections_of = []
     for expert in range(experts):
         parts = {"gate_proj": ("gate_up_proj", slice(0, inner)), "up_proj": ("gate_up_proj", slice(inner, rows))}
         parts = parts if gated else {"up_proj": ("up_proj", slice(0, rows))}
         parts["down_proj"] = ("down_proj", slice(0, columns))
-        found.append({name: Projection(module, stack, expert, part) for name, (stack, part) in parts.items()})
-    return found
+        projections_of.append({name: Projection(module, stack, expert, part) for name, (stack, part) in parts.items()})
+    return projections_of
 
 
 @contextmanager
@@ -101,12 +101,12 @@ def routers(block: nn.Module) -> set[nn.Module]:
 
     These are siblings of the experts with one output per expert, or a single output.
     """
-    found: set[nn.Module] = set()
+    router_modules: set[nn.Module] = set()
     for module in block.modules():
         experts = getattr(module, "experts", None)
         if not isinstance(experts, nn.Module):
             continue
         count = len(experts) if isinstance(experts, nn.ModuleList) else len(projections(experts))
-        beside = [child for child in module.children() if isinstance(child, nn.Linear)]
-        found |= {child for child in beside if child.out_features in (count, 1)}
-    return found
+        siblings = [child for child in module.children() if isinstance(child, nn.Linear)]
+        router_modules |= {child for child in siblings if child.out_features in (count, 1)}
+    return router_modules

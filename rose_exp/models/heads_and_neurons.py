@@ -68,8 +68,8 @@ class Structure:
         """Return which groups are masked, that is, have only zero columns in all consumers, (groups,) bool."""
         zero = torch.ones(self.groups, dtype=torch.bool)
         for part in self.consumers:
-            nothing = (part.layer.weight == 0).all(dim=0).cpu()
-            zero &= nothing[part.places].all(dim=1)
+            zero_columns = (part.layer.weight == 0).all(dim=0).cpu()
+            zero &= zero_columns[part.places].all(dim=1)
         return zero
 
     def makers_norm(self) -> Tensor:
@@ -88,11 +88,11 @@ class Structure:
         Raises:
             ValueError: fewer groups are masked.
         """
-        gone = self.masked().nonzero().flatten()
-        if len(gone) < count:
-            raise ValueError(f"{self.name}: expected at least {count} masked {self.kind}, got {len(gone)}")
+        masked = self.masked().nonzero().flatten()
+        if len(masked) < count:
+            raise ValueError(f"{self.name}: expected at least {count} masked {self.kind}, got {len(masked)}")
         kept = torch.ones(self.groups, dtype=torch.bool)
-        kept[gone[:count]] = False
+        kept[masked[:count]] = False
         self.keep(kept)
 
     def keep(self, kept: Tensor) -> None:
@@ -102,13 +102,13 @@ class Structure:
         """
         before, after = self.groups, int(kept.sum())
         for part in self.consumers:
-            stay = torch.ones(part.layer.columns, dtype=torch.bool)
-            stay[part.places[~kept].flatten()] = False
-            _narrow(part.layer.module, 1, stay)
+            remaining = torch.ones(part.layer.columns, dtype=torch.bool)
+            remaining[part.places[~kept].flatten()] = False
+            _narrow(part.layer.module, 1, remaining)
         for part in self.makers:
-            stay = torch.ones(part.layer.module.out_features, dtype=torch.bool)
-            stay[part.places[~kept].flatten()] = False
-            _narrow(part.layer.module, 0, stay)
+            remaining = torch.ones(part.layer.module.out_features, dtype=torch.bool)
+            remaining[part.places[~kept].flatten()] = False
+            _narrow(part.layer.module, 0, remaining)
         if self.kind == "heads":
             for name in ("heads", "num_heads", "num_key_value_heads", "inner_dim", "inner_kv_dim", "sliceable_head_dim"):
                 value = vars(self.owner).get(name)
@@ -116,9 +116,9 @@ class Structure:
                     setattr(self.owner, name, value * after // before)
 
 
-def _narrow(layer: nn.Linear, dim: int, stay: Tensor) -> None:
+def _narrow(layer: nn.Linear, dim: int, remaining: Tensor) -> None:
     weight = layer.weight.detach()
-    places = stay.nonzero().flatten().to(weight.device)
+    places = remaining.nonzero().flatten().to(weight.device)
     layer.weight = nn.Parameter(weight.index_select(dim, places), requires_grad=layer.weight.requires_grad)
     if dim == 0 and layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.detach()[places], requires_grad=layer.bias.requires_grad)
@@ -136,10 +136,10 @@ def find_structures(module: nn.Module, name: str = "", kinds: Collection[str] = 
     Raises:
         RoseExpError: the heads of an attention cannot be identified.
     """
-    return list(_all(module, name, kinds))
+    return list(_iterate(module, name, kinds))
 
 
-def _all(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Structure]:
+def _iterate(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Structure]:
     for inner, part in module.named_modules():
         full = ".".join(text for text in (name, inner) if text)
         layers = {
@@ -149,12 +149,12 @@ def _all(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Struc
         }
         single = {"proj_mlp", "proj_out", "attn.to_q"} <= set(layers)  # Flux: one layer reads heads and neurons
         if single:
-            first = layers["attn.to_q"].module.out_features
+            head_columns = layers["attn.to_q"].module.out_features
             if "heads" in kinds:
                 inside = {key.removeprefix("attn."): layer for key, layer in layers.items()}
                 yield _heads(full, part.attn, inside, [layers["proj_out"]], layers["proj_mlp"].module.out_features)
             if "neurons" in kinds:
-                yield _neurons(full, part, layers["proj_mlp"], layers["proj_out"], first)
+                yield _neurons(full, part, layers["proj_mlp"], layers["proj_out"], head_columns)
         elif "to_q" in layers or {"q_proj", "k_proj", "v_proj", "o_proj"} <= set(layers):
             consumers = [layers[key] for key in ("to_out.0", "to_add_out", "o_proj") if key in layers]
             if consumers and "heads" in kinds:
@@ -164,16 +164,16 @@ def _all(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Struc
         elif {"net.0.proj", "net.2"} <= set(layers):
             yield _neurons(full, part, layers["net.0.proj"], layers["net.2"])
         elif {"up_proj", "down_proj"} <= set(layers):
-            made = [layers[key] for key in ("gate_proj", "up_proj") if key in layers]
+            maker_layers = [layers[key] for key in ("gate_proj", "up_proj") if key in layers]
             places = torch.arange(layers["down_proj"].columns)[:, None]
-            makers = tuple(Part(layer, places) for layer in made)
+            makers = tuple(Part(layer, places) for layer in maker_layers)
             yield Structure(full, "neurons", part, (Part(layers["down_proj"], places),), makers)
 
 
 def _heads(
-    name: str, owner: nn.Module, layers: dict[str, LinearLayer], consumers: Sequence[LinearLayer], beside: int = 0
+    name: str, owner: nn.Module, layers: dict[str, LinearLayer], consumers: Sequence[LinearLayer], extra_columns: int = 0
 ) -> Structure:
-    """Return the heads of an attention; ``beside`` counts the consumers' columns after those of the heads."""
+    """Return the heads of an attention; ``extra_columns`` is the number of the consumers' columns after those of the heads."""
     query = layers["to_q" if "to_q" in layers else "q_proj"].module
     keys = layers["to_k" if "to_k" in layers else "k_proj"].module
     if isinstance(getattr(owner, "heads", None), int):
@@ -181,8 +181,8 @@ def _heads(
     else:
         width = getattr(owner, "head_dim", None)
     known = isinstance(width, int) and not query.out_features % width and not keys.out_features % width
-    of_head = [name for name, _ in owner.named_parameters(recurse=False)]  # parameters per head, such as attention sinks
-    if not known or of_head or any(layer.columns != query.out_features + beside for layer in consumers):
+    head_parameters = [name for name, _ in owner.named_parameters(recurse=False)]  # such as attention sinks
+    if not known or head_parameters or any(layer.columns != query.out_features + extra_columns for layer in consumers):
         raise RoseExpError(f"sparsity.heads: expected a known layout of heads in {name}, got another, so none can be removed")
     groups = keys.out_features // width
     shared = query.out_features // keys.out_features * width
@@ -191,15 +191,16 @@ def _heads(
             continue
         if any(parameter.numel() == query.out_features for parameter in part.parameters(recurse=False)):
             raise RoseExpError(f"sparsity.heads: {name}.{inner} normalizes over all heads, so none can be removed")
-    of_queries, of_keys = torch.arange(groups * shared).view(groups, shared), torch.arange(groups * width).view(groups, width)
-    makers = [Part(layers[k], of_keys if k in OF_KEYS else of_queries) for k in MAKERS if k in layers]
-    return Structure(name, "heads", owner, tuple(Part(layer, of_queries) for layer in consumers), tuple(makers))
+    query_places = torch.arange(groups * shared).view(groups, shared)
+    key_places = torch.arange(groups * width).view(groups, width)
+    makers = [Part(layers[k], key_places if k in OF_KEYS else query_places) for k in MAKERS if k in layers]
+    return Structure(name, "heads", owner, tuple(Part(layer, query_places) for layer in consumers), tuple(makers))
 
 
-def _neurons(name: str, owner: nn.Module, maker: LinearLayer, consumer: LinearLayer, first: int = 0) -> Structure:
-    neurons, rows = consumer.columns - first, maker.module.out_features
+def _neurons(name: str, owner: nn.Module, maker: LinearLayer, consumer: LinearLayer, head_columns: int = 0) -> Structure:
+    neurons, rows = consumer.columns - head_columns, maker.module.out_features
     if rows not in (neurons, 2 * neurons):
         raise RoseExpError(f"sparsity.neurons: {maker.name} has {rows} rows for {neurons} inputs of {consumer.name}: unknown")
     places = torch.arange(neurons)[:, None]
     makers = (Part(maker, places if rows == neurons else torch.cat([places, places + neurons], dim=1)),)  # gated: value, gate
-    return Structure(name, "neurons", owner, (Part(consumer, places + first),), makers)
+    return Structure(name, "neurons", owner, (Part(consumer, places + head_columns),), makers)

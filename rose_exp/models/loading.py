@@ -99,17 +99,17 @@ def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
     try:
         return auto.from_pretrained(source, **options)
     except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
-        what = source if settings.path is not None else settings.embedded
+        model_name = source if settings.path is not None else settings.embedded
         hint = "" if Path(source).exists() else " (no such local folder, and not available from the hub)"
-        raise RoseExpError(f"{setting_of(settings)}: cannot load {what!r}{hint}: {_first_lines(error)}") from error
+        raise RoseExpError(f"{setting_of(settings)}: cannot load {model_name!r}{hint}: {_first_lines(error)}") from error
 
 
 def located(settings: ModelSettings) -> tuple[str, str | None]:
     """Return the model's folder or hub ID, and the name of the GGUF file in the folder, if any."""
-    where = fetch(settings.embedded) if settings.path is None else Path(settings.path).expanduser()
-    if where.suffix == ".gguf" and where.is_file():
-        return str(where.parent), where.name
-    return (str(where) if where.exists() else settings.path), None
+    path = fetch(settings.embedded) if settings.path is None else Path(settings.path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), path.name
+    return (str(path) if path.exists() else settings.path), None
 
 
 def _first_lines(error: Exception, limit: int = 400) -> str:
@@ -122,7 +122,7 @@ def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
 
     ``sha256`` covers the weights of a local model, and ``files_sha256`` all of its files, such as the tokenizer.
     """
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "name": settings.name,
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -130,11 +130,11 @@ def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
     }
     if settings.path is None:
         wheel_file = WHEELS[settings.embedded]
-        return found | {"source": wheel_file.source, "sha256": wheel_file.sha256}
+        return facts | {"source": wheel_file.source, "sha256": wheel_file.sha256}
     path = Path(settings.path).expanduser()
     if path.exists():
-        return found | {"source": str(path), "sha256": weights_sha256(path), "files_sha256": model_sha256(path)}
-    return found | {
+        return facts | {"source": str(path), "sha256": weights_sha256(path), "files_sha256": model_sha256(path)}
+    return facts | {
         "source": settings.path,
         "revision": getattr(model.config, "_commit_hash", None) or settings.revision,
     }

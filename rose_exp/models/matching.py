@@ -55,7 +55,7 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
     expected = {name: value.shape for name, value in model.state_dict().items()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     places, renamed = _places(model, checkpoint.names, expected)
-    problems = [*_quantized(checkpoint, places, parameters), *_doubled({name: places[name] for name in renamed})]
+    problems = [*_quantized(checkpoint, places, parameters), *_duplicates({name: places[name] for name in renamed})]
     problems += _gaps(checkpoint.names)
     empty = {
         name: torch.empty(shape if shape is not None else expected.get(places[name], ()), dtype=dtype, device="meta")
@@ -64,21 +64,21 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
     info = convert(model, empty, "meta")
     problems += [f"{name}: {reason}" for name, reason in dict(info.conversion_errors).items()] + list(info.error_msgs)
     problems += [
-        f"expected {name} of shape {tuple(wanted)} according to the configuration, got {tuple(found)}"
-        for name, found, wanted in sorted(info.mismatched_keys)
+        f"expected {name} of shape {tuple(configured)} according to the configuration, got {tuple(actual)}"
+        for name, actual, configured in sorted(info.mismatched_keys)
     ]
     missing = _not_tied(model, set(info.missing_keys))
     if missing:
         problems.append(f"the checkpoint has no {_few(missing)}")
-    unexpected, of_blocks = _unexpected(model, checkpoint, info.unexpected_keys, blocks)
-    if of_blocks:
+    unexpected, in_blocks = _unexpected(model, checkpoint, info.unexpected_keys, blocks)
+    if in_blocks:
         problems.append(
-            f"the checkpoint contains {_few(of_blocks)}, which the model described by its configuration does not have"
+            f"the checkpoint contains {_few(in_blocks)}, which the model described by its configuration does not have"
         )
     if problems:
         raise RoseExpError(f"{checkpoint.where}: the weights do not fit the configuration: {'; '.join(problems)}")
-    outside, of_block = _by_block(places, blocks)
-    return Match(outside, of_block, set(info.missing_keys), unexpected, getattr(model, "_weight_conversions", None))
+    outside, by_block = _by_block(places, blocks)
+    return Match(outside, by_block, set(info.missing_keys), unexpected, getattr(model, "_weight_conversions", None))
 
 
 def fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], matched: Match) -> None:
@@ -99,7 +99,7 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], m
             raise RoseExpError(f"{checkpoint.where}: the weights do not fit the configuration: {problems[:3]}")
         model._weight_conversions = matched.conversions  # those of the whole checkpoint, not of this part
         for name in set(model.state_dict()) - set(info.missing_keys):
-            _own(model, name, checkpoint.where)
+            _own_tensor(model, name, checkpoint.where)
 
 
 def tie(model: PreTrainedModel, matched: Match) -> list[str]:
@@ -143,19 +143,19 @@ def convert(model: PreTrainedModel, tensors: dict[str, Any], device: str) -> Any
     plan = model._get_dtype_plan(model.dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
     settings = {"dtype": model.dtype, "dtype_plan": plan, "weight_mapping": get_model_conversion_mapping(model)}
     settings["device_map"] = {"": torch.device(device)}
-    config = LoadStateDictConfig(**_known(LoadStateDictConfig, settings))
-    given = {"model": model, "state_dict": tensors, "load_config": config, "tp_plan": None, "dtype_plan": plan}
+    config = LoadStateDictConfig(**_supported(LoadStateDictConfig, settings))
+    arguments = {"model": model, "state_dict": tensors, "load_config": config, "tp_plan": None, "dtype_plan": plan}
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # otherwise one is shown for each block
     try:
-        result = convert_and_load_state_dict_in_model(**_known(convert_and_load_state_dict_in_model, given))
+        result = convert_and_load_state_dict_in_model(**_supported(convert_and_load_state_dict_in_model, arguments))
     finally:
         if shown:
             logging.enable_progress_bar()
     return result[0]
 
 
-def _known(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _supported(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
 
@@ -169,49 +169,53 @@ def _places(model: PreTrainedModel, names: Iterable[str], expected: dict[str, to
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
-    given = {
+    arguments = {
         "weight_renamings": [entry for entry in mapping if isinstance(entry, WeightRenaming)],
         "weight_converters": [entry for entry in mapping if isinstance(entry, WeightConverter)],
         "base_model_prefix": model.base_model_prefix,
         "prefix": model.base_model_prefix,
         "meta_state_dict": model.state_dict(),
     }
-    given = _known(rename_source_key, given)
-    found = {name: rename_source_key(name, **given) for name in names}
-    places = {name: name if place not in expected and name in expected else place for name, (place, _) in found.items()}
-    return places, [name for name, (_, converter) in found.items() if converter is None and places[name] in expected]
+    arguments = _supported(rename_source_key, arguments)
+    renamed_keys = {name: rename_source_key(name, **arguments) for name in names}
+    places = {name: name if place not in expected and name in expected else place for name, (place, _) in renamed_keys.items()}
+    return places, [name for name, (_, converter) in renamed_keys.items() if converter is None and places[name] in expected]
 
 
 def _quantized(checkpoint: Checkpoint, places: dict[str, str], parameters: set[str]) -> list[str]:
     floating = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    found = [(n, dtype) for n, (dtype, _) in checkpoint.tensors.items() if places[n] in parameters and dtype not in floating]
-    if not found:
+    quantized = [
+        (n, dtype) for n, (dtype, _) in checkpoint.tensors.items() if places[n] in parameters and dtype not in floating
+    ]
+    if not quantized:
         return []
-    name, dtype = found[0]
+    name, dtype = quantized[0]
     kind = str(dtype).removeprefix("torch.")
-    return [f"expected weights of 16, 32 or 64 bits, got {name} of {kind} (and {len(found) - 1} more): a quantized checkpoint"]
+    return [
+        f"expected weights of 16, 32 or 64 bits, got {name} of {kind} (and {len(quantized) - 1} more): a quantized checkpoint"
+    ]
 
 
-def _doubled(places: dict[str, str]) -> list[str]:
+def _duplicates(places: dict[str, str]) -> list[str]:
     """Describe checkpoint tensors with the same target, of which one would silently overwrite the other."""
     seen: dict[str, str] = {}
-    found = []
+    problems = []
     for name, place in places.items():
         if place in seen:
-            found.append(f"the checkpoint has both {seen[place]} and {name} for {place}")
+            problems.append(f"the checkpoint has both {seen[place]} and {name} for {place}")
         seen.setdefault(place, name)
-    return found
+    return problems
 
 
 def _gaps(names: Iterable[str]) -> list[str]:
     """Describe gaps in the numbering of experts, which stacking would silently close."""
-    found: dict[str, dict[int, str]] = {}
+    experts: dict[str, dict[int, str]] = {}
     for name in names:
         expert = re.search(r"\bexperts\.(\d+)\.", name)
         if expert:
-            found.setdefault(name[: expert.start(1)] + name[expert.end(1) :], {})[int(expert[1])] = name
+            experts.setdefault(name[: expert.start(1)] + name[expert.end(1) :], {})[int(expert[1])] = name
     problems = []
-    for numbered in found.values():
+    for numbered in experts.values():
         last = max(numbered)
         absent = next((number for number in range(last) if number not in numbered), None)
         if absent is not None:
@@ -226,10 +230,10 @@ def _not_tied(model: PreTrainedModel, missing: set[str]) -> list[str]:
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
     filled = {name for group in groups.values() if not group <= missing for name in group}
-    left = sorted(missing - filled)
+    unfilled = sorted(missing - filled)
     buffers = {name for name, _ in model.named_buffers()}
     patterns = model._keys_to_ignore_on_load_missing or []
-    return [n for n in left if not (n in buffers and any(re.search(pattern, n) for pattern in patterns))]
+    return [n for n in unfilled if not (n in buffers and any(re.search(pattern, n) for pattern in patterns))]
 
 
 def _unexpected(
@@ -241,37 +245,37 @@ def _unexpected(
     names = [name for name in unexpected if not any(re.search(pattern, name) for pattern in patterns)]
     unmapped = checkpoint.unmapped if isinstance(checkpoint, GgufCheckpoint) else []
     listed = re.compile(rf"(^|\.){re.escape(blocks.name.rpartition('.')[2])}\.\d+\.|^blk\.\d+\.")
-    beside = blocks.name.rpartition(".")[0]
-    inside = {n for n in names if listed.search(n) and (n.startswith(f"{beside}.") or not _of_other_part(n))}
+    parent = blocks.name.rpartition(".")[0]
+    inside = {n for n in names if listed.search(n) and (n.startswith(f"{parent}.") or not _is_other_modality(n))}
     inside |= {name for name in unmapped if listed.search(name)}
     return sorted({*names, *unmapped} - inside), sorted(inside)
 
 
-def _of_other_part(name: str) -> bool:
-    """Return whether a name belongs to a part next to the language model, such as a vision tower that is not built."""
+def _is_other_modality(name: str) -> bool:
+    """Return whether a tensor belongs to another modality of the model, such as a vision tower that is not built."""
     return bool(re.search(r"(^|\.)(vision|visual|audio|speech|image)[a-z_]*\.", name))
 
 
 def _by_block(places: dict[str, str], blocks: BlockList) -> tuple[list[str], dict[int, list[str]]]:
     """Split the names of checkpoint tensors into those outside the blocks and those of each block."""
     outside: list[str] = []
-    of_block: dict[int, list[str]] = {}
+    by_block: dict[int, list[str]] = {}
     inside = re.compile(rf"^{re.escape(blocks.name)}\.(\d+)\.")
     for name, place in places.items():
-        found = inside.match(place)
-        if found:
-            of_block.setdefault(int(found[1]), []).append(name)
+        block_match = inside.match(place)
+        if block_match:
+            by_block.setdefault(int(block_match[1]), []).append(name)
         else:
             outside.append(name)
-    return outside, of_block
+    return outside, by_block
 
 
-def _own(model: nn.Module, name: str, where: str) -> None:
+def _own_tensor(model: nn.Module, name: str, where: str) -> None:
     """Give a loaded tensor its own memory, and check that it is finite."""
-    owner, _, own = name.rpartition(".")
+    owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
-    held = module._parameters if own in module._parameters else module._buffers
-    tensor = held.get(own)
+    tensors = module._parameters if key in module._parameters else module._buffers
+    tensor = tensors.get(key)
     if tensor is None or tensor.is_meta:
         return
     value = tensor.detach()
@@ -279,9 +283,9 @@ def _own(model: nn.Module, name: str, where: str) -> None:
         raise RoseExpError(f"{where}: expected finite weights, got NaN or infinity in {name}")
     owned = own_memory(value)
     if isinstance(tensor, nn.Parameter):
-        held[own] = nn.Parameter(owned, requires_grad=False)
+        tensors[key] = nn.Parameter(owned, requires_grad=False)
     else:
-        held[own] = owned
+        tensors[key] = owned
 
 
 def own_weights(model: nn.Module, where: str) -> None:
@@ -291,7 +295,7 @@ def own_weights(model: nn.Module, where: str) -> None:
         RoseExpError: a tensor contains NaN or infinity; the message names it.
     """
     for name, _ in [*model.named_parameters(), *model.named_buffers()]:
-        _own(model, name, where)
+        _own_tensor(model, name, where)
 
 
 def own_memory(value: Tensor) -> Tensor:

@@ -27,12 +27,12 @@ def check_removable(model: nn.Module, blocks: BlockList, sparsity: Structured) -
     _narrowed(config, sparsity)
     groups = {"heads": getattr(config, KEYS, None) or getattr(config, QUERIES, None), "neurons": getattr(config, NEURONS, None)}
     for index, block in enumerate(blocks.blocks):
-        found = find_structures(block, blocks.block_name(index), sparsity.kinds)
+        structures = find_structures(block, blocks.block_name(index), sparsity.kinds)
         for kind in sparsity.kinds:
-            own = [structure.groups for structure in found if structure.kind == kind]
-            if own != [groups[kind]]:
+            sizes = [structure.groups for structure in structures if structure.kind == kind]
+            if sizes != [groups[kind]]:
                 raise RoseExpError(
-                    f"save: expected {groups[kind]} {kind} in each block according to the configuration, got {own} in "
+                    f"save: expected {groups[kind]} {kind} in each block according to the configuration, got {sizes} in "
                     f"{blocks.block_name(index)}: the pruned model cannot be loaded"
                 )
 
@@ -65,7 +65,7 @@ def remove_masked(
 
 def _narrowed(config: PreTrainedConfig, sparsity: Structured) -> dict[str, int]:
     """Return the changed configuration fields by name."""
-    found: dict[str, int] = {}
+    entries: dict[str, int] = {}
     if sparsity.heads:
         queries, width = getattr(config, QUERIES, None), getattr(config, "head_dim", None)
         if queries is None or not hasattr(config, "head_dim"):
@@ -74,18 +74,18 @@ def _narrowed(config: PreTrainedConfig, sparsity: Structured) -> dict[str, int]:
                 "set sparsity.heads=false to remove only neurons"
             )
         keys = getattr(config, KEYS, None) or queries
-        left = keys - sparsity.count(keys)
-        found |= {QUERIES: queries // keys * left, KEYS: left, "head_dim": width or config.hidden_size // queries}
+        remaining = keys - sparsity.count(keys)
+        entries |= {QUERIES: queries // keys * remaining, KEYS: remaining, "head_dim": width or config.hidden_size // queries}
     if sparsity.neurons:
         neurons = getattr(config, NEURONS, None)
         if not isinstance(neurons, int):
             raise RoseExpError(f"sparsity.neurons: expected a configuration with one {NEURONS}, got {config.model_type}")
-        found[NEURONS] = neurons - sparsity.count(neurons)
+        entries[NEURONS] = neurons - sparsity.count(neurons)
     try:
-        values = copy.deepcopy(config).to_dict() | found
+        values = copy.deepcopy(config).to_dict() | entries
         type(config).from_dict(values)
     except (ValueError, TypeError, StrictDataclassError) as error:  # from the checks of the configuration class
-        told = " ".join(str(error).split())[:200]
-        wanted = ", ".join(f"{name} {value}" for name, value in found.items())
-        raise RoseExpError(f"sparsity.ratio: {config.model_type} does not support {wanted}: {told}") from error
-    return found
+        reason = " ".join(str(error).split())[:200]
+        changes = ", ".join(f"{name} {value}" for name, value in entries.items())
+        raise RoseExpError(f"sparsity.ratio: {config.model_type} does not support {changes}: {reason}") from error
+    return entries

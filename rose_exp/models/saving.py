@@ -65,10 +65,10 @@ def save_streamed(
         size = 0
         for number, tensors in enumerate(tqdm(_parts(streamed, block_at), "saving", total, unit="shard", disable=None), 1):
             shard = f"model-{number:05}-of-{total:05}.safetensors"
-            held = {name: value.contiguous() for name, value in _as_in_files(model, tensors).items()}
-            save_file(held, scratch / shard, {"format": "pt"})
-            weight_map |= dict.fromkeys(held, shard)
-            size += sum(value.numel() * value.dtype.itemsize for value in held.values())
+            shard_tensors = {name: value.contiguous() for name, value in _revert_conversions(model, tensors).items()}
+            save_file(shard_tensors, scratch / shard, {"format": "pt"})
+            weight_map |= dict.fromkeys(shard_tensors, shard)
+            size += sum(value.numel() * value.dtype.itemsize for value in shard_tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         model.config.architectures = [type(model).__name__]
@@ -122,7 +122,7 @@ def _parts(
     yield {name: value.detach().to("cpu") for name, value in rest.items() if not streamed.inside(name)}
 
 
-def _as_in_files(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _revert_conversions(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Revert transformers' conversions, such as stacked experts, to the names and shapes used in files."""
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -57,10 +57,10 @@ class StreamedModel:
         """Return whether the parameter ``name`` belongs to a block."""
         return name.startswith(f"{self.blocks.name}.")
 
-    def _check_filled(self, tensors: Mapping[str, Tensor], what: str) -> None:
+    def _check_filled(self, tensors: Mapping[str, Tensor], part: str) -> None:
         missing = [name for name, value in tensors.items() if value.is_meta]
         if missing:
-            raise RoseExpError(f"{self.checkpoint.where}: the checkpoint lacks tensors of {what}: {', '.join(missing[:3])}")
+            raise RoseExpError(f"{self.checkpoint.where}: the checkpoint lacks tensors of {part}: {', '.join(missing[:3])}")
 
 
 def let_go(block: nn.Module) -> None:
@@ -113,16 +113,16 @@ def open_model(settings: ModelSettings) -> tuple[LoadedModel, StreamedModel]:
 
 
 def _warnings(streamed: StreamedModel) -> list[tuple[str, str]]:
-    found = []
+    warnings = []
     if streamed.matched.unused:
         names = streamed.matched.unused
         detail = f"{len(names)} tensors of the checkpoint are not used by the model: {', '.join(names[:5])}"
-        found.append(("unused_weights", detail))
+        warnings.append(("unused_weights", detail))
     if streamed.untied:
         names = ", ".join(streamed.untied)
         detail = f"the configuration ties {names} to other weights, but the checkpoint stores different values, which are used"
-        found.append(("untied_weights", detail))
-    return found
+        warnings.append(("untied_weights", detail))
+    return warnings
 
 
 def _finder(source: str, settings: ModelSettings, config: Any) -> Callable[[str], Path | None]:

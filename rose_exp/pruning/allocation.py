@@ -119,8 +119,8 @@ class BlockWatch:
     def _output(self, layer: LinearLayer) -> Callable[..., None]:
         def hook(module: nn.Module, _args: tuple, output: Tensor) -> None:
             bias = getattr(module, "bias", None)
-            answer = output.float() if bias is None else output.float() - bias.float()
-            self.powers[layer.name] += answer.square().sum()
+            product = output.float() if bias is None else output.float() - bias.float()
+            self.powers[layer.name] += product.square().sum()
 
         return hook
 

@@ -217,14 +217,14 @@ class BlockPruner(Pruner):
         for windows, batch in tqdm(hidden, f"advancing {unit.name}", len(hidden.pieces), False, disable=None, unit="batch"):
             context.check_stop_between_batches()
             with unstacked_experts(unit.module):
-                answer = calls[windows.start].run(unit.module, batch)
-            finite &= torch.isfinite(answer).all()
-            hidden[windows] = answer
+                output = calls[windows.start].run(unit.module, batch)
+            finite &= torch.isfinite(output).all()
+            hidden[windows] = output
         if not finite:
-            kind = str(answer.dtype).removeprefix("torch.")
+            kind = str(output.dtype).removeprefix("torch.")
             raise RoseExpError(
                 f"{unit.name}: expected finite outputs with {weights} weights, got NaN or infinity in {kind}, whose maximum is "
-                f"{torch.finfo(answer.dtype).max:.3g}; set model.dtype to float32 or bfloat16, which have a larger range"
+                f"{torch.finfo(output.dtype).max:.3g}; set model.dtype to float32 or bfloat16, which have a larger range"
             )
         context.seconds.advancing += context.now() - start
 
@@ -238,15 +238,15 @@ class BlockPruner(Pruner):
         The state does not hold values that blocks pass on beside the hidden states. If there are any, the blocks run again.
         """
         state = self.context.state
-        again = count < self.units and (self.probed.carries or not state.restore(self._streams()))
-        if again and self.dense is not None:  # while the blocks in memory still hold their dense weights
+        recompute = count < self.units and (self.probed.carries or not state.restore(self._streams()))
+        if recompute and self.dense is not None:  # while the blocks in memory still hold their dense weights
             for index in tqdm(range(count), "running dense blocks again", unit="block", disable=None):
                 with self.unit(index, original=True) as unit:
                     self.advance(unit, self.dense, "dense")
         if isinstance(self.weights, InMemory):
             for index in range(count):
                 fill(self.blocks.blocks[index], state.block(index))
-        if again:
+        if recompute:
             for index in tqdm(range(count), "running pruned blocks again", unit="block", disable=None):
                 with self.unit(index) as unit:
                     self.advance(unit, self.hidden)

@@ -154,9 +154,9 @@ def _copy_containers(value: Any, copies: dict[int, Any]) -> Any:
     if not isinstance(value, (MutableMapping, MutableSequence)):
         return value
     if id(value) not in copies:
-        copies[id(value)] = other = copy.copy(value)
-        for place, item in other.items() if isinstance(other, Mapping) else enumerate(other):
-            other[place] = _copy_containers(item, copies)
+        copies[id(value)] = copied = copy.copy(value)
+        for place, item in copied.items() if isinstance(copied, Mapping) else enumerate(copied):
+            copied[place] = _copy_containers(item, copies)
     return copies[id(value)]
 
 

@@ -167,7 +167,7 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, prob
     """
     last = torch.zeros(())
 
-    def answers(shift: float) -> tuple[list[BlockCall], Tensor]:
+    def run_shifted(shift: float) -> tuple[list[BlockCall], Tensor]:
         calls: list[BlockCall] = []
 
         def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -184,14 +184,14 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, prob
         with intercept_blocks(blocks, run):
             return calls, _logits(model(input_ids=tokens, use_cache=False))
 
-    (calls, logits), (others, other_logits) = answers(0.0), answers(1.0)
+    (calls, logits), (others, other_logits) = run_shifted(0.0), run_shifted(1.0)
     for index, (call, other) in enumerate(zip(calls, others, strict=True)):
         if not equal((call.args, call.kwargs), (other.args, other.kwargs)):
             names = [name for name, value in call.kwargs.items() if not equal(value, other.kwargs.get(name))]
-            what = ", ".join(names) or "a positional argument"
+            changed = ", ".join(names) or "a positional argument"
             raise RoseExpError(
-                f"{blocks.block_name(index)}: expected arguments that depend on the tokens alone, got {what}, which depends on "
-                f"the output of an earlier block: the model cannot run block by block"
+                f"{blocks.block_name(index)}: expected arguments that depend on the tokens alone, got {changed}, which "
+                f"depends on the output of an earlier block: the model cannot run block by block"
             )
     if not torch.equal(logits, other_logits):
         raise RoseExpError(
@@ -243,13 +243,13 @@ def trace(
 def intercept_blocks(blocks: BlockList, run: Callable[..., Any]) -> Iterator[None]:
     """Replace the forward pass of every block by ``run(index, block, forward, args, kwargs)``."""
 
-    def answer(index: int, block: nn.Module) -> Callable[..., Any]:
+    def wrap(index: int, block: nn.Module) -> Callable[..., Any]:
         forward = block.forward
         return lambda *args, **kwargs: run(index, block, forward, args, kwargs)
 
     try:
         for index, block in enumerate(blocks.blocks):
-            block.forward = answer(index, block)
+            block.forward = wrap(index, block)
         yield
     finally:
         for block in blocks.blocks:

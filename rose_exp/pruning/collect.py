@@ -42,7 +42,7 @@ class GroupInputs:
 
 @dataclass
 class Calibration:
-    """What one calibration pass collects.
+    """Options of one calibration pass.
 
     Attributes:
         groups: groups of layers with shared inputs, in call order.

@@ -37,10 +37,10 @@ class Component:
         """
 
     def before_model(self, pruner: Pruner) -> None:
-        """Act before the first unit is pruned or restored, with the inputs of the first unit at hand."""
+        """Called before the first unit is pruned or restored, once the inputs of the first unit are available."""
 
     def before_unit(self, unit: Unit) -> None:
-        """Act before a unit is calibrated, with its dense weights."""
+        """Called before a unit is calibrated, while it has its dense weights."""
 
     def arrange(self, unit: Unit, groups: Sequence[Group]) -> Sequence[Group] | None:
         """Return the layers to solve, grouped into those that are solved together; None for the groups of shared inputs."""
@@ -51,7 +51,7 @@ class Component:
         return None
 
     def after_collect(self, unit: Unit, inputs: Sequence[GroupInputs], seconds: float) -> None:
-        """Act on freshly collected statistics, which took ``seconds``."""
+        """Called after the statistics of ``inputs`` are collected, which took ``seconds``."""
 
     def solve(self, unit: Unit, group: Group, inputs: dict[str, GroupInputs]) -> list[LayerReport] | None:
         """Prune the layers of a group and return their reports; None to leave the group to the plan's method.
@@ -62,25 +62,25 @@ class Component:
         return None
 
     def before_solve(self, unit: Unit, group: Group, inputs: GroupInputs) -> None:
-        """Act before the plan's method prunes a group; may replace the statistics in ``inputs``."""
+        """Called before the plan's method prunes a group; may replace the statistics in ``inputs``."""
 
     def facts(self, unit: Unit, name: str) -> dict[str, Any]:
         """Return fields for the report of a layer that the plan's method has pruned."""
         return {}
 
     def outgoing(self, unit: Unit) -> Any:
-        """Return what the other ranks need from this one after solving."""
+        """Return the values that this rank sends to the other ranks after solving."""
         return None
 
     def after_groups(self, unit: Unit, names: Collection[str], answers: Sequence[Any]) -> None:
-        """Act after the layers ``names`` are pruned on all ranks; ``answers`` are the :meth:`outgoing` values of the ranks."""
+        """Called after the layers ``names`` are pruned on all ranks, with the :meth:`outgoing` values of the ranks."""
 
     def also_changed(self, unit: Unit, names: Collection[str]) -> set[str]:
         """Return further layers that pruning the layers ``names`` has changed."""
         return set()
 
     def restored(self, unit: Unit, names: Collection[str]) -> None:
-        """Act after the pruned layers ``names`` are restored from a checkpoint."""
+        """Called after the pruned layers ``names`` are restored from a checkpoint."""
 
     def after_unit(self, unit: Unit) -> None:
-        """Act after all layers of a unit are pruned, before its outputs are computed."""
+        """Called after all layers of a unit are pruned, before its outputs are computed."""

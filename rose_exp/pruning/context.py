@@ -1,4 +1,4 @@
-"""Everything around the arithmetic of pruning: device, processes, files, timings and callbacks."""
+"""The environment of a pruning pass: device, processes, files, timings and callbacks."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Pruner(ABC):
         return
 
     def stop_inside(self, unit: Unit, reports: Sequence[LayerReport]) -> None:
-        """React to a stop request between two groups: save the pruned layers and stop, or finish the unit first."""
+        """Handle a stop request between two groups: save the pruned layers and stop, or finish the unit first."""
         return
 
     @torch.no_grad()
@@ -166,15 +166,15 @@ class Pruner(ABC):
         inputs = self._collect(unit, Calibration(pending, last, clock))
         for layer in done:  # after calibration, which needs the dense weights
             self._restore_layer(unit, layer)
-        middle, studied = context.now(), seconds.studying
+        solving_start, studied = context.now(), seconds.studying
         arranged = (component.arrange(unit, pending) for component in self.components)
-        to_solve = next((order for order in arranged if order is not None), pending)
+        solve_groups = next((order for order in arranged if order is not None), pending)
         by_layer = {layer.name: group_inputs for group, group_inputs in zip(pending, inputs, strict=True) for layer in group}
         del inputs
-        solved = self._solve(unit, to_solve, by_layer, [*before, *(earlier[layer.name] for layer in done)])
+        solved = self._solve(unit, solve_groups, by_layer, [*before, *(earlier[layer.name] for layer in done)])
         seconds.moments += clock.seconds()
-        seconds.calibrating += middle - start - clock.seconds()
-        seconds.solving += context.now() - middle - (seconds.studying - studied)
+        seconds.calibrating += solving_start - start - clock.seconds()
+        seconds.solving += context.now() - solving_start - (seconds.studying - studied)
         if not done:
             return solved
         reports = earlier | {report.name: report for report in solved}

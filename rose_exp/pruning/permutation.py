@@ -93,9 +93,9 @@ def _candidates(layer: LinearLayer, siblings: Sequence[LinearLayer], head: int |
         rows = len(other.weight)
         if head and rows % head == 0 and layer.columns % rows == 0:
             yield Channels(layer.name, (other.name,), rows // head, layer.columns // rows, head)
-    as_tall = [other.name for other in siblings if len(other.weight) == layer.columns]
-    if as_tall:
-        yield Channels(layer.name, tuple(as_tall), 1, 1, layer.columns)
+    makers = [other.name for other in siblings if len(other.weight) == layer.columns]
+    if makers:
+        yield Channels(layer.name, tuple(makers), 1, 1, layer.columns)
 
 
 def _can_reorder(candidate: Channels, layers: dict[str, LinearLayer], run: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:

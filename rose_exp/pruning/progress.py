@@ -1,4 +1,4 @@
-"""What a run's state contains, the names of its files, and their verification."""
+"""The contents of a run's state, the names of its files, and their verification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK = 2**22  # number of bytes hashed at once
 
 @dataclass(frozen=True)
 class Progress:
-    """What the state contains.
+    """The contents of the state.
 
     Attributes:
         blocks: number of whole blocks, counted from the first.

@@ -51,7 +51,7 @@ class RunState:
         folder: a folder used only by this run; created if it does not exist.
         fingerprint: everything the result depends on, by section. A state with another fingerprint is rejected.
         resume: ``activations`` keeps the inputs of the next block; ``recompute`` runs the pruned blocks again instead.
-        ranks: the processes that share the run and the folder; None: this process alone.
+        ranks: the processes that share the run and the folder; if None, only this process.
 
     Raises:
         RoseExpError: the folder holds the state of another run, or ``state.json`` is damaged or of another version.
@@ -285,13 +285,13 @@ class RunState:
             return {key: value.clone() for key, value in load_file(self.folder / name).items()}
 
     @contextmanager
-    def _wrap_errors(self, what: str):
+    def _wrap_errors(self, action: str):
         try:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             kept = f"{self.progress.blocks} whole blocks are kept in {self.folder}"
-            raise RoseExpError(f"cannot {what} the run's state: {reason}; {kept}") from error
+            raise RoseExpError(f"cannot {action} the run's state: {reason}; {kept}") from error
 
     def _on_first(self, act: Callable[[], Any]) -> Any:
         """Run ``act`` on the first rank and return its result on all ranks.
@@ -299,16 +299,16 @@ class RunState:
         Raises:
             RoseExpError: the first rank raised it, on all ranks.
         """
-        answer = problem = None
+        result = problem = None
         if self.ranks.first:
             try:
-                answer = act()
+                result = act()
             except RoseExpError as error:
                 problem = str(error)
-        answer, problem = self.ranks.gather((answer, problem))[0]
+        result, problem = self.ranks.gather((result, problem))[0]
         if problem is not None:
             raise RoseExpError(problem)
-        return answer
+        return result
 
     def _raise_on_all_ranks(self, problem: str | None) -> None:
         """Raise the problem of the lowest rank that has one on all ranks."""

@@ -1,4 +1,4 @@
-"""Regression targets: the dense model's hidden states alongside those of the pruned model, and the layers they concern."""
+"""Regression targets, computed from the hidden states of the dense and the pruned model, and the layers that use them."""
 
 from __future__ import annotations
 

@@ -37,28 +37,28 @@ EVALUATED = ("evaluation", "images", "zero_shot", "speed")  # parts of the proto
 def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str, Any]:
     """Return everything that a metric depends on except the seed, the setting ``columns`` and what rows compare."""
     settings = settings_of(record["config"], metric, assumed=columns)
-    facts = {name: value for name, value in _facts(record["protocol"], metric).items() if _meant(name, settings)}
-    kept = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
+    facts = {name: value for name, value in _facts(record["protocol"], metric).items() if _covered(name, settings)}
+    setting_values = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
     sources = [name for name in facts if name.endswith(".source") and f"{name.rpartition('.')[0]}.sha256" in facts]
-    return without(kept | facts, [*sources, *OF_SEED, columns, *FOLLOWING.get(columns, ())])
+    return without(setting_values | facts, [*sources, *OF_SEED, columns, *FOLLOWING.get(columns, ())])
 
 
 def _facts(protocol: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """Return the facts of the protocol that concern a metric, by dotted name."""
-    found = flat({name: value for name, value in protocol.items() if name not in EVALUATED}, "protocol.")
+    facts = flat({name: value for name, value in protocol.items() if name not in EVALUATED}, "protocol.")
     kind, _, name = metric.partition(".")
-    own: Mapping[str, Any] = protocol.get(kind) or {}
+    metric_facts: Mapping[str, Any] = protocol.get(kind) or {}
     if kind == "perplexity":
-        kind, own = "evaluation", protocol["evaluation"][name]
+        kind, metric_facts = "evaluation", protocol["evaluation"][name]
     if kind == "zero_shot":
-        own = {name: value for name, value in own.items() if name != "results"}  # a file name
-    return found | (flat(own, f"protocol.{kind}.") if kind in EVALUATED else {})
+        metric_facts = {name: value for name, value in metric_facts.items() if name != "results"}  # a file name
+    return facts | (flat(metric_facts, f"protocol.{kind}.") if kind in EVALUATED else {})
 
 
-def _meant(fact: str, settings: Sequence[Setting]) -> bool:
+def _covered(fact: str, settings: Sequence[Setting]) -> bool:
     """Return whether a fact of the protocol belongs to a setting that acts, or to no setting."""
-    of = [setting for group, setting in FACTS_OF.items() if within(fact, group)]
-    return all(any(within(setting.name, name) for setting in settings) for name in of)
+    setting_names = [setting for group, setting in FACTS_OF.items() if within(fact, group)]
+    return all(any(within(setting.name, name) for setting in settings) for name in setting_names)
 
 
 def _recorded(setting: Setting, facts: Mapping[str, Any]) -> bool:
@@ -75,8 +75,8 @@ def variant(record: Mapping[str, Any], columns: str | None = None) -> dict[str, 
             removed, but not the options of structured sparsity.
     """
     settings = settings_of(record["config"], assumed=columns or "")
-    found = {s.name: s.value for s in settings if s.effect.role == "row" or s.name == "model.kind"}
-    return found if columns in (None, SPARSITY) else without(found, [columns])
+    values = {s.name: s.value for s in settings if s.effect.role == "row" or s.name == "model.kind"}
+    return values if columns in (None, SPARSITY) else without(values, [columns])
 
 
 def is_dense(record: Mapping[str, Any]) -> bool:
@@ -89,11 +89,15 @@ def agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return all(second[name] == value for name, value in first.items() if name in second)
 
 
-def differing(several: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def differing(condition_sets: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the names with differing values, each with the value in every set; ``None`` for a set without the name."""
-    names: Iterable[str] = dict.fromkeys(name for conditions in several for name in conditions)
-    values = {name: [conditions.get(name) for conditions in several] for name in names}
-    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+    names: Iterable[str] = dict.fromkeys(name for conditions in condition_sets for name in conditions)
+    values = {name: [conditions.get(name) for conditions in condition_sets] for name in names}
+    return {
+        name: setting_values
+        for name, setting_values in values.items()
+        if any(value != setting_values[0] for value in setting_values)
+    }
 
 
 def column_of(record: Mapping[str, Any], columns: str) -> str:
@@ -107,8 +111,8 @@ def column_of(record: Mapping[str, Any], columns: str) -> str:
         return pattern if values.get("sparsity.ratio") is None or ":" in pattern else _short(values["sparsity.ratio"])
     if columns in values:
         return str(values[columns])
-    below = {name.removeprefix(f"{columns}."): value for name, value in values.items() if within(name, columns)}
-    return ", ".join(f"{name}={value}" for name, value in below.items()) or "None"
+    parts = {name.removeprefix(f"{columns}."): value for name, value in values.items() if within(name, columns)}
+    return ", ".join(f"{name}={value}" for name, value in parts.items()) or "None"
 
 
 def _short(number: float) -> str:

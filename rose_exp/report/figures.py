@@ -19,10 +19,10 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#b
 MARKERS = "osD^vP*X"
 
 
-def write_study(folder: Path, name: str, found: Mapping[str, Any]) -> Path:
+def write_study(folder: Path, name: str, study: Mapping[str, Any]) -> Path:
     """Save the results of a study of the layer ``name`` for later drawing, and return the path."""
     path = folder / FOLDER / f"{name}.json"
-    write_atomically(path, json.dumps({"layer": name, **found}) + "\n")
+    write_atomically(path, json.dumps({"layer": name, **study}) + "\n")
     return path
 
 
@@ -91,8 +91,8 @@ def orders_figure(study: Mapping[str, Any]) -> Figure:
     left.set(xlabel="blocks pruned", ylabel="cumulative relative error (damped)", title="order of all blocks")
     left.legend(fontsize=8)
     right.plot(range(1, len(study["moved"]) + 1), study["moved"], color=COLOURS[0], marker="o", ms=3, lw=1.2)
-    own = study["worst"] + 1
-    right.axvline(own, color="black", lw=0.8, ls="--", label=f"original position {own}")
+    original = study["worst"] + 1
+    right.axvline(original, color="black", lw=0.8, ls="--", label=f"original position {original}")
     right.set(xlabel="position of the costliest block", ylabel="relative error", title="one block moved, others left to right")
     right.legend(fontsize=8)
     for axes in (left, right):

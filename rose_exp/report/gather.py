@@ -53,8 +53,8 @@ class Table:
     @property
     def names(self) -> list[str]:
         """Column names in order."""
-        found = dict.fromkeys(name for row in self.cells.values() for name in row)
-        return list(found) if self.metric == "zero_shot" else sorted(found, key=_order)
+        names = dict.fromkeys(name for row in self.cells.values() for name in row)
+        return list(names) if self.metric == "zero_shot" else sorted(names, key=_order)
 
     @property
     def seeds(self) -> list[int]:
@@ -128,34 +128,34 @@ def gather(
 
 def _why_not(record: Mapping[str, Any]) -> str:
     """Return the reason why a run is in no table."""
-    why = f"failed: {record['error']}" if record["status"] == "failed" else "not finished, or still running"
-    return f"{record['label']} {record.get('run_id')} {why}"
+    reason = f"failed: {record['error']}" if record["status"] == "failed" else "not finished, or still running"
+    return f"{record['label']} {record.get('run_id')} {reason}"
 
 
 def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str, allowed: Sequence[str]) -> list[str]:
     """Add the values of a run to the tables; return a line for each cell that another run already occupies."""
-    taken = []
+    conflicts = []
     model = record["protocol"]["model"]["name"]
     column = column_of(record, columns)
     for metric, at, name, value in _measured(record, column):
-        found = without(conditions(record, metric, columns), allowed)
+        record_conditions = without(conditions(record, metric, columns), allowed)
         kind = metric.partition(".")[0] if metric.startswith("zero_shot") else metric
-        same = [t for t in tables if (t.model, t.metric) == (model, kind) and _fits(t, at, found, is_dense(record))]
+        same = [t for t in tables if (t.model, t.metric) == (model, kind) and _fits(t, at, record_conditions, is_dense(record))]
         if not same:
-            same = [Table(model, kind, at, columns, found)]
+            same = [Table(model, kind, at, columns, record_conditions)]
             tables += same
         for table in same:
             places = (table.names or [ALL]) if is_dense(record) and kind != "zero_shot" else [name]
             for place in places:
                 if not _put(table, record, row, place, value):
-                    taken.append(f"{row} {record.get('run_id')}: another run occupies its cell in {table.title()}, {place}")
-    return taken
+                    conflicts.append(f"{row} {record.get('run_id')}: another run occupies its cell in {table.title()}, {place}")
+    return conflicts
 
 
-def _fits(table: Table, at: str | None, found: Mapping[str, Any], dense: bool) -> bool:
+def _fits(table: Table, at: str | None, record_conditions: Mapping[str, Any], dense: bool) -> bool:
     if dense:
-        return agree(found, table.conditions)
-    return table.at == at and table.conditions == found
+        return agree(record_conditions, table.conditions)
+    return table.at == at and table.conditions == record_conditions
 
 
 def _measured(record: Mapping[str, Any], column: str) -> Iterable[tuple[str, str | None, str, float]]:
@@ -206,8 +206,8 @@ def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
     """Return the row name of each run: its label, and the options in which it differs from other rows with the same label."""
     kinds = []
     for record in runs:
-        own = variant(record, columns)
-        kinds.append(json.dumps({} if is_dense(record) else own, sort_keys=True))
+        options = variant(record, columns)
+        kinds.append(json.dumps({} if is_dense(record) else options, sort_keys=True))
     labels: dict[str, str] = {}
     for record, kind in zip(runs, kinds, strict=True):  # labels of one row may differ by the setting in the columns
         labels[kind] = min(labels.get(kind, record["label"]), record["label"], key=len)
@@ -217,10 +217,10 @@ def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:
     names = {}
     for label, variants in by_label.items():
         values = [flat(json.loads(kind)) for kind in variants]
-        apart = differing(values)
+        differences = differing(values)
         for kind, value in zip(variants, values, strict=True):
-            told = ", ".join(f"{name.rpartition('.')[2]}={value[name]}" for name in apart if name in value)
-            names[kind] = f"{label} ({told})" if told else label
+            suffix = ", ".join(f"{name.rpartition('.')[2]}={value[name]}" for name in differences if name in value)
+            names[kind] = f"{label} ({suffix})" if suffix else label
     return [names[kind] for kind in kinds]
 
 
@@ -229,18 +229,18 @@ def _letters(tables: Sequence[Table]) -> dict[str, dict[str, list[Any]]]:
     kinds: dict[tuple[str, str], list[Table]] = {}
     for table in tables:
         kinds.setdefault((table.model, table.metric), []).append(table)
-    told = {}
-    for (model, metric), of_kind in kinds.items():
+    differences = {}
+    for (model, metric), kind_tables in kinds.items():
         protocols = []
-        for table in of_kind:
+        for table in kind_tables:
             if table.conditions not in protocols:
                 protocols.append(table.conditions)
         if len(protocols) > 1:
-            for table in of_kind:
+            for table in kind_tables:
                 place = protocols.index(table.conditions)
                 table.letter = chr(ord("A") + place % 26) + (str(place // 26) if place >= 26 else "")
-            told[f"{model}: {metric}"] = differing(protocols)
-    return told
+            differences[f"{model}: {metric}"] = differing(protocols)
+    return differences
 
 
 def _order(column: str) -> tuple[int, float, str]:

@@ -28,7 +28,7 @@ def studies_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, str]]:
     """Read the contact sheets in the folders of runs, each with a title and the image as a data URL."""
-    found = []
+    sheets = []
     for folder, record in runs:
         path = folder / FOLDER / SHEET
         if path.is_file():
@@ -36,8 +36,8 @@ def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, 
             title = (
                 f"{record['protocol']['model']['name']}: {record['label']}, {column_of(record, SPARSITY)}, {record['run_id']}"
             )
-            found.append({"title": title, "image": f"data:image/png;base64,{data}"})
-    return found
+            sheets.append({"title": title, "image": f"data:image/png;base64,{data}"})
+    return sheets
 
 
 def web_page(report: Report, studies: Sequence[dict[str, Any]] = (), sheets: Sequence[dict[str, str]] = ()) -> str:
@@ -46,13 +46,13 @@ def web_page(report: Report, studies: Sequence[dict[str, Any]] = (), sheets: Seq
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     return page.render(
         report=report,
-        tables=[_shown(report, table) for table in report.tables],
+        tables=[_table_context(report, table) for table in report.tables],
         sheets=sheets,
         studies=[{"layer": s["layer"], "figures": [_embedded(draw(s)) for draw in STUDIES.values()]} for s in studies],
     )
 
 
-def _shown(report: Report, table: Table) -> dict[str, Any]:
+def _table_context(report: Report, table: Table) -> dict[str, Any]:
     shown = []
     for heading, show in blocks(report, table):
         rows = [
@@ -110,14 +110,14 @@ def differences_figure(report: Report, table: Table) -> Figure:
         row for row, cells in table.cells.items() if any(c.difference and c.difference.low is not None for c in cells.values())
     ]
     for i, row in enumerate(rows):
-        found = [(x, table.cells[row][n].difference) for x, n in enumerate(table.names) if n in table.cells[row]]
-        found = [(x, d) for x, d in found if d is not None and d.low is not None]
-        scale = [100 * d.relative / d.mean if d.mean else 0 for _, d in found]
-        places = [x + (i - (len(rows) - 1) / 2) * 0.12 for x, _ in found]
-        halves = [(d.high - d.low) / 2 * s for (_, d), s in zip(found, scale, strict=True)]
+        points = [(x, table.cells[row][n].difference) for x, n in enumerate(table.names) if n in table.cells[row]]
+        points = [(x, d) for x, d in points if d is not None and d.low is not None]
+        scale = [100 * d.relative / d.mean if d.mean else 0 for _, d in points]
+        places = [x + (i - (len(rows) - 1) / 2) * 0.12 for x, _ in points]
+        halves = [(d.high - d.low) / 2 * s for (_, d), s in zip(points, scale, strict=True)]
         look = list(table.cells).index(row)  # the same style as in the figure of the values
         style = {"color": COLOURS[look % len(COLOURS)], "marker": MARKERS[look % len(MARKERS)], "ms": 5, "ls": "", "capsize": 3}
-        axes.errorbar(places, [100 * d.relative for _, d in found], [abs(h) for h in halves], label=row, **style)
+        axes.errorbar(places, [100 * d.relative for _, d in points], [abs(h) for h in halves], label=row, **style)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_yscale("symlog", linthresh=10)
     axes.set_xticks(range(len(table.names)), table.names)

@@ -47,19 +47,19 @@ def papers() -> list[dict[str, Any]]:
 @cache
 def _index() -> dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]]]:
     """Return the figures by model, method, sparsity and metric, each with its table."""
-    found: dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    figures: dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for paper in papers():
         for table in paper["tables"].values():
             for f in table["figures"]:
                 key = (f.get("model"), f.get("method"), f.get("sparsity"), f["metric"])
-                found.setdefault(key, []).append((f, table))
-    return found
+                figures.setdefault(key, []).append((f, table))
+    return figures
 
 
-def _fitting(key: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def _matching(key: tuple[Any, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Return the most specific figure whose ``with`` settings match ``values``, with its table; None if there is none."""
-    there = sorted(_index().get(key, []), key=lambda item: -len(item[0].get("with", {})))
-    return next((item for item in there if all(values.get(k) == v for k, v in item[0].get("with", {}).items())), None)
+    candidates = sorted(_index().get(key, []), key=lambda item: -len(item[0].get("with", {})))
+    return next((item for item in candidates if all(values.get(k) == v for k, v in item[0].get("with", {}).items())), None)
 
 
 def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Published | None:
@@ -69,11 +69,11 @@ def find(runs: Sequence[Mapping[str, Any]], metric: str, value: float) -> Publis
     for paper in papers():
         model = paper["models"].get(config["model"]["path"])
         values = flat(config)
-        found = _fitting((model, label, sparsity, metric), values) or _fitting((model, label, None, metric), values)
+        match = _matching((model, label, sparsity, metric), values) or _matching((model, label, None, metric), values)
         options = paper["methods"].get(label, {})
-        if model is None or found is None or any(config["method"]["options"].get(k) != v for k, v in options.items()):
+        if model is None or match is None or any(config["method"]["options"].get(k) != v for k, v in options.items()):
             continue
-        figure, table = found
+        figure, table = match
         protocol = paper["protocol"] | table.get("protocol", {}) | figure.get("with", {})
         points = metric.startswith(POINTS)
         tolerance = table.get("tolerance_points" if points else "tolerance")
@@ -103,7 +103,7 @@ def _other_protocol(protocol: Mapping[str, Any], config: Mapping[str, Any]) -> s
             continue
         if name.startswith("evaluation.perplexity.") and name.split(".")[2] not in config["evaluation"]["perplexity"]:
             continue
-        own = values.get(name)
-        if own != value:
-            differing.append(f"{name} is {own}, in the paper {value}")
+        actual = values.get(name)
+        if actual != value:
+            differing.append(f"{name} is {actual}, in the paper {value}")
     return "; ".join(differing) or None

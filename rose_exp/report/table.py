@@ -39,12 +39,12 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
         header.insert(0, "model")
         for row, record in zip(rows, records, strict=True):
             row.insert(0, record["protocol"].get("model", {}).get("name", "-"))  # a run may fail before the model loads
-    left = header.index("sparsity")  # columns before it contain text
+    text_columns = header.index("sparsity")  # columns before it contain text
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(w) if i < text_columns else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )

@@ -47,75 +47,77 @@ def reordered(cell: Cell) -> str:
     return f"{count} of {' or '.join(map(str, sorted(layers)))}"
 
 
-def difference(found: Difference) -> str:
+def difference(comparison: Difference) -> str:
     """Format the mean with its confidence interval, and relative to the baseline."""
-    digits = ".2g" if 0 < abs(found.mean) < 0.1 else ".2f"
-    interval = f" [{found.low:+{digits}}, {found.high:+{digits}}]" if found.low is not None else ""
-    return f"{found.mean:+{digits}}{interval} ({found.relative:+.1%})"
+    digits = ".2g" if 0 < abs(comparison.mean) < 0.1 else ".2f"
+    interval = f" [{comparison.low:+{digits}}, {comparison.high:+{digits}}]" if comparison.low is not None else ""
+    return f"{comparison.mean:+{digits}}{interval} ({comparison.relative:+.1%})"
 
 
-def beside(found: Published, points: bool) -> str:
+def beside(published: Published, points: bool) -> str:
     """Format a published value, our deviation from it, and whether that is within tolerance."""
-    away = f"{found.deviation:+.2f}" if points else f"{found.deviation:+.1%}"
-    judged = {True: "within", False: "outside", None: "not judged"}[found.within]
-    mark = "" if found.trust == "primary" else f", {found.trust}"
-    return f"{number(found.value)}{mark} (ours {away}, {judged})"
+    deviation = f"{published.deviation:+.2f}" if points else f"{published.deviation:+.1%}"
+    verdict = {True: "within", False: "outside", None: "not judged"}[published.within]
+    mark = "" if published.trust == "primary" else f", {published.trust}"
+    return f"{number(published.value)}{mark} (ours {deviation}, {verdict})"
 
 
 def caption(table: Table) -> str:
     """Return a description of the protocol of a table."""
-    known = table.conditions
+    conditions = table.conditions
     parts = []
-    if "protocol.calibration.windows" in known or (
-        "calibration.samples" in known and known.get("calibration.draw") != "prompts"
+    if "protocol.calibration.windows" in conditions or (
+        "calibration.samples" in conditions and conditions.get("calibration.draw") != "prompts"
     ):
-        samples, window = known.get("calibration.samples", "varying"), known.get("calibration.window", "varying")
-        cut = known.get("protocol.calibration.cut")
-        parts.append(f"calibrated on {samples} windows of {window} tokens{_bos(known, 'calibration')}, cut as {cut}")
-        parts.append(f"blocks of {known.get('engine.block_size', 'varying')}, damping {known.get('engine.damping', 'varying')}")
-    if known.get("protocol.calibration.prompts") or "protocol.images.prompts" in known:
-        parts.append(_sampling(known))
-    if "protocol.evaluation.windows" in known:
+        samples, window = conditions.get("calibration.samples", "varying"), conditions.get("calibration.window", "varying")
+        cut = conditions.get("protocol.calibration.cut")
+        parts.append(f"calibrated on {samples} windows of {window} tokens{_bos(conditions, 'calibration')}, cut as {cut}")
         parts.append(
-            f"measured on {known['protocol.evaluation.windows']} windows of {known['protocol.evaluation.window']} tokens"
-            f"{_bos(known, 'evaluation')}"
+            f"blocks of {conditions.get('engine.block_size', 'varying')}, damping {conditions.get('engine.damping', 'varying')}"
+        )
+    if conditions.get("protocol.calibration.prompts") or "protocol.images.prompts" in conditions:
+        parts.append(_sampling(conditions))
+    if "protocol.evaluation.windows" in conditions:
+        parts.append(
+            f"measured on {conditions['protocol.evaluation.windows']} windows of "
+            f"{conditions['protocol.evaluation.window']} tokens{_bos(conditions, 'evaluation')}"
         )
     if table.metric == "zero_shot":
-        limit = known.get("protocol.zero_shot.limit")
+        limit = conditions.get("protocol.zero_shot.limit")
         parts.append("accuracy in %, " + (f"the first {limit} questions of each task" if limit else "all questions"))
-        parts[-1] += _bos(known, "zero_shot")
+        parts[-1] += _bos(conditions, "zero_shot")
     seeds = ", ".join(map(str, table.seeds))
     parts.append(f"seeds {seeds}" if seeds else "no seed")
     if len(table.seeds) > 1:
         parts.append("mean ± standard deviation over the seeds")
-    versions = [f"{name} {known.get(f'protocol.versions.{name}')}" for name in ("torch", "transformers", "rose_exp")]
-    parts.append(", ".join(versions) + f", {known.get('protocol.device')}, {_revision(known)}")
+    versions = [f"{name} {conditions.get(f'protocol.versions.{name}')}" for name in ("torch", "transformers", "rose_exp")]
+    parts.append(", ".join(versions) + f", {conditions.get('protocol.device')}, {_revision(conditions)}")
     return "; ".join(parts)
 
 
-def _bos(known: Mapping[str, Any], part: str) -> str:
+def _bos(conditions: Mapping[str, Any], part: str) -> str:
     """Describe the position of BOS in a part of the protocol; empty if the tokenizer decides."""
-    return {"windows": ", each after BOS", "none": " without BOS"}.get(known.get(f"protocol.{part}.bos"), "")
+    return {"windows": ", each after BOS", "none": " without BOS"}.get(conditions.get(f"protocol.{part}.bos"), "")
 
 
-def _sampling(known: Mapping[str, Any]) -> str:
+def _sampling(conditions: Mapping[str, Any]) -> str:
     """Describe calibration and sampling of a diffusion model."""
-    told = {name: known.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
-    parts = [f"{told['steps']} steps, guidance {told['guidance']}"]
-    if "calibration.samples" in known:
+    options = {name: conditions.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
+    parts = [f"{options['steps']} steps, guidance {options['guidance']}"]
+    if "calibration.samples" in conditions:
         parts = [
-            f"calibrated on {known['calibration.samples']} prompts",
+            f"calibrated on {conditions['calibration.samples']} prompts",
             *parts,
-            f"steps weighted {told['weighting']}, {told['packages']} packages",
+            f"steps weighted {options['weighting']}, {options['packages']} packages",
         ]
-    if "protocol.images.prompts" in known:
-        parts.append(f"measured on {known['protocol.images.prompts']} prompts")
+    if "protocol.images.prompts" in conditions:
+        parts.append(f"measured on {conditions['protocol.images.prompts']} prompts")
     return "; ".join(parts)
 
 
-def _revision(known: Mapping[str, Any]) -> str:
+def _revision(conditions: Mapping[str, Any]) -> str:
     """Return the revision, shortened for a caption."""
-    commit, sign, changes = (known.get("protocol.revision") or "no revision known").partition("+")
+    commit, sign, changes = (conditions.get("protocol.revision") or "no revision known").partition("+")
     return f"revision {commit[:10]}{sign}{changes}" if " " not in commit else commit
 
 
@@ -140,9 +142,9 @@ def values_of(table: Table) -> Callable[[Cell], str]:
 
 def notes(table: Table) -> list[str]:
     """Return the sources of published values, why some are not judged, rows without a reordered layer, and warnings."""
-    found = [cell.published for row in table.cells.values() for cell in row.values() if cell.published]
-    lines = dict.fromkeys(f"published: {p.source} ({p.trust})" for p in found)
-    lines |= dict.fromkeys(f"not judged: {p.why_not}" for p in found if p.why_not)
+    published = [cell.published for row in table.cells.values() for cell in row.values() if cell.published]
+    lines = dict.fromkeys(f"published: {p.source} ({p.trust})" for p in published)
+    lines |= dict.fromkeys(f"not judged: {p.why_not}" for p in published if p.why_not)
     for name, row in table.cells.items():
         runs = {record["run_id"]: record for cell in row.values() for record in cell.runs.values()}
         lines |= dict.fromkeys([*_not_reordered(name, runs), *_events(name, runs)])
@@ -151,26 +153,27 @@ def notes(table: Table) -> list[str]:
 
 def _not_reordered(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a note on the runs of a row that reordered no layer."""
-    equal = sorted(run for run, record in runs.items() if record["metrics"].get(REORDERED) == 0)
-    if not equal:
+    unordered = sorted(run for run, record in runs.items() if record["metrics"].get(REORDERED) == 0)
+    if not unordered:
         return []
     return [
-        f"{name}: no layer reordered in {len(equal)} of {len(runs)} runs ({_some(equal)}), which equal runs without an ordering"
+        f"{name}: no layer reordered in {len(unordered)} of {len(runs)} runs ({_first_names(unordered)}), "
+        "which equal runs without an ordering"
     ]
 
 
-def _some(runs: Sequence[str]) -> str:
+def _first_names(runs: Sequence[str]) -> str:
     return ", ".join(runs[:3]) + (" …" if len(runs) > 3 else "")
 
 
 def _events(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a note that counts a row's warnings by kind: layers with a warning, and runs with a warning of the whole run."""
-    found = [(run, event) for run, record in runs.items() for event in record.get("events", [])]
-    layers = Counter(event["kind"] for _, event in found if event["layer"] is not None)
-    whole = Counter(kind for _, kind in {(run, event["kind"]) for run, event in found if event["layer"] is None})
-    parts = [f"{kind.replace('_', ' ')} in {n} layer(s)" for kind, n in layers.items()]
-    parts += [f"{kind.replace('_', ' ')} in {n} run(s)" for kind, n in sorted(whole.items())]
-    return [f"{name}: {', '.join(parts)} of {len(runs)} runs (events in {_some(sorted(runs))})"] if parts else []
+    run_events = [(run, event) for run, record in runs.items() for event in record.get("events", [])]
+    layer_counts = Counter(event["kind"] for _, event in run_events if event["layer"] is not None)
+    run_counts = Counter(kind for _, kind in {(run, event["kind"]) for run, event in run_events if event["layer"] is None})
+    parts = [f"{kind.replace('_', ' ')} in {n} layer(s)" for kind, n in layer_counts.items()]
+    parts += [f"{kind.replace('_', ' ')} in {n} run(s)" for kind, n in sorted(run_counts.items())]
+    return [f"{name}: {', '.join(parts)} of {len(runs)} runs (events in {_first_names(sorted(runs))})"] if parts else []
 
 
 def markdown(report: Report) -> str:
@@ -190,8 +193,8 @@ def markdown(report: Report) -> str:
 
 def _remarks(report: Report) -> list[str]:
     lines = []
-    for where, settings in report.differences.items():
-        lines += [f"## Not in one table: {where}", "", "These settings differ between the protocols A, B and so on:", ""]
+    for title, settings in report.differences.items():
+        lines += [f"## Not in one table: {title}", "", "These settings differ between the protocols A, B and so on:", ""]
         lines += [f"* `{name}`: {' | '.join(str(value) for value in values)}" for name, values in settings.items()]
         lines.append("")
     if report.allowed:
@@ -202,12 +205,12 @@ def _remarks(report: Report) -> list[str]:
 
 
 def _rows(table: Table, show: Callable[[Cell], str], bold: tuple[str, str]) -> list[list[str]]:
-    found = []
+    rows = []
     for row, cells in table.cells.items():
         texts = [show(cells[name]) if name in cells else NOTHING for name in table.names]
         marked = [name in cells and cells[name].best for name in table.names]
-        found.append([row, *(f"{bold[0]}{t}{bold[1]}" if best else t for t, best in zip(texts, marked, strict=True))])
-    return found
+        rows.append([row, *(f"{bold[0]}{t}{bold[1]}" if best else t for t, best in zip(texts, marked, strict=True))])
+    return rows
 
 
 def _line(cells: list[str]) -> str:
@@ -223,11 +226,11 @@ def comma_separated(report: Report) -> str:
         for row, cells in table.cells.items():
             for name, cell in cells.items():
                 d, p = cell.difference, cell.published
-                own = (table.model, table.metric, table.letter, table.at or "", row, name)
+                location = (table.model, table.metric, table.letter, table.at or "", row, name)
                 values = (" ".join(map(str, sorted(cell.values))), cell.mean, cell.deviation, cell.best)
-                away = (report.baseline, d.mean, d.low, d.high, d.pairs) if d else ("",) * 5
-                paper = (p.value, p.source, p.trust, p.deviation, p.within) if p else ("",) * 5
-                writer.writerow([*own, *values, *away, *paper])
+                difference_fields = (report.baseline, d.mean, d.low, d.high, d.pairs) if d else ("",) * 5
+                published_fields = (p.value, p.source, p.trust, p.deviation, p.within) if p else ("",) * 5
+                writer.writerow([*location, *values, *difference_fields, *published_fields])
     return file.getvalue()
 
 

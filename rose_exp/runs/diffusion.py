@@ -51,7 +51,7 @@ class DiffusionRun(Run):
         self.structures: list[Structure] = []
 
     def read_inputs(self, stack: ExitStack) -> None:
-        """Read the prompts and load the image metrics, so that errors show up early."""
+        """Read the prompts and load the image metrics, so that errors are reported early."""
         settings, images = self.settings, self.settings.evaluation.images
         self.protocol |= {"calibration": None, "evaluation": {}, "images": None}
         self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dense-", dir=self.folder.root)))
@@ -158,8 +158,8 @@ class DiffusionRun(Run):
         if settings.evaluation.images is None:
             return
         with self.watch.stage("evaluation"):
-            what = "images of the pruned model" if settings.pruned else "images"
-            pruned = self._render(what, self.distances and self.distances.compare)
+            description = "images of the pruned model" if settings.pruned else "images"
+            pruned = self._render(description, self.distances and self.distances.compare)
             record.data["images"] = {"denoiser_ms": pruned.milliseconds}
             if self.dense is not None:
                 self._compare(self.dense, pruned)

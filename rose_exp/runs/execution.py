@@ -37,7 +37,7 @@ def do_run(
     With ``rerun``, discards earlier results and progress.
 
     Args:
-        wait: wait if another process is working on the same run; False: raise an error.
+        wait: whether to wait if another process is working on the same run, instead of raising an error.
     Returns:
         The record of this run or of the reused one.
     Raises:

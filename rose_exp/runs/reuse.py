@@ -49,7 +49,7 @@ def supplement(
 
     Args:
         config: the configuration of ``settings``.
-        identity: the name of the run for the tracker; None: its method, model and pattern.
+        identity: the name of the run for the tracker; if None, its method, model and pattern.
     Returns:
         The run record, including the tracker of the run.
     """

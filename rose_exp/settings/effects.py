@@ -49,8 +49,8 @@ class Effect:
 
     Attributes:
         modes: the runs that it can change.
-        when: the condition under which it has an effect; None: always.
-        metrics: the metrics, or groups of metrics, that it can change; None: all of them, and the pruned model. Settings with
+        when: the condition under which it has an effect; if None, always.
+        metrics: the metrics, or groups of metrics, that it can change; if None, all of them and the pruned model. Settings with
             an empty tuple only select metrics.
         of_dense: the same for dense models, if it differs.
         role: ``condition``: all results in a table have the same value of this setting; ``row``: the rows of a table compare
@@ -287,7 +287,7 @@ def effective(config: Mapping[str, Any], metric: str | None = None) -> dict[str,
     Equal settings have equal values with equal serializations.
 
     Args:
-        metric: return only the settings that can change this metric; None: all settings with an effect.
+        metric: return only the settings that can change this metric; if None, all settings with an effect.
     Raises:
         LookupError: :data:`EFFECTS` lacks a setting.
     """
@@ -343,11 +343,11 @@ def within(name: str, other: str) -> bool:
 def without(values: Mapping[str, Any], others: Iterable[str]) -> dict[str, Any]:
     """Return flat settings except those within any of ``others``."""
     left_out = tuple(others)
-    return {name: value for name, value in values.items() if not _in_any(name, left_out)}
+    return {name: value for name, value in values.items() if not _within_any(name, left_out)}
 
 
 @cache
-def _in_any(name: str, others: tuple[str, ...]) -> bool:
+def _within_any(name: str, others: tuple[str, ...]) -> bool:
     return any(within(name, other) for other in others)
 
 
@@ -373,11 +373,11 @@ def _read(config: Mapping[str, Any]) -> list[Setting]:
         if leaf.known is None:
             settings.append(Setting(leaf.name, _plain(leaf.value), OF_ANOTHER_VERSION))
         else:
-            settings += _spread(leaf.name, leaf.value, effect_of(leaf.known), leaf.chosen)
+            settings += _settings_in(leaf.name, leaf.value, effect_of(leaf.known), leaf.chosen)
     return settings
 
 
-def _spread(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Setting]:
+def _settings_in(name: str, value: Any, effect: Effect, chosen: str) -> Iterator[Setting]:
     """Yield a setting or, if it is a mapping whose order does not matter, the settings in it."""
     if isinstance(value, Mapping) and not effect.ordered:
         for item_name, item in flat(_plain(value), f"{name}.").items():

@@ -19,7 +19,7 @@ class Leaf:
 
     Attributes:
         name: dotted name.
-        known: the same with ``*`` in place of a name that the user chose; None: this version has no such setting.
+        known: the same with ``*`` in place of a name that the user chose; None if this version has no such setting.
         value: the parsed value, or the default if the configuration does not have the setting.
         chosen: the part of the name that the user chose.
     """
@@ -69,7 +69,7 @@ class _Field:
     """A field of a section.
 
     Attributes:
-        inner: the section in the field; None: the field has a plain value.
+        inner: the section in the field; None if the field has a plain value.
         named: whether the field maps names that the user chooses to sections.
     """
 

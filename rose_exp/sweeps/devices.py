@@ -21,21 +21,21 @@ PAUSE = 0.5  # seconds between checks for a free device
 
 
 @contextmanager
-def claimed(wanted: str | Sequence[str], sweep: bool) -> Iterator[str]:
+def claimed(setting: str | Sequence[str], sweep: bool) -> Iterator[str]:
     """Reserve a device for this job until the end of the body or of the process.
 
     Args:
-        wanted: a device, which is not reserved; a list, whose first free device is reserved (a device listed twice can be
+        setting: a device, which is not reserved; a list, whose first free device is reserved (a device listed twice can be
             reserved twice); or ``auto``, which in a sweep stands for a list of all GPUs, if there are any.
         sweep: whether the job is part of a sweep.
     Yields:
         The device.
     """
-    devices = [wanted] if isinstance(wanted, str) else list(wanted)
-    if wanted == "auto" and sweep and torch.cuda.is_available() and launched()[1] == 1:  # torchrun assigns devices itself
+    devices = [setting] if isinstance(setting, str) else list(setting)
+    if setting == "auto" and sweep and torch.cuda.is_available() and launched()[1] == 1:  # torchrun assigns devices itself
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    elif isinstance(wanted, str):
-        yield wanted
+    elif isinstance(setting, str):
+        yield setting
         return
     lock, device = _first_free([(FileLock(_lock_path(devices, place)), devices[place]) for place in range(len(devices))])
     try:

@@ -63,15 +63,15 @@ def _pruning(config: Mapping[str, Any], layers: Sequence[tuple[int, int, int]]) 
     solving = f"pruning.solving {config['method']['name']}" + (f" refined {products}" if products else "")
     if "permutation" in parts:
         solving += " permuted"  # with its own rate, because assigning channels is not a matrix product
-    found = dict.fromkeys(("pruning.calibrating", "pruning.moments", solving, "pruning.advancing"), 0.0)
+    operations = dict.fromkeys(("pruning.calibrating", "pruning.moments", solving, "pruning.advancing"), 0.0)
     if "allocation" in parts:
-        found["pruning.surveying"] = 2.0 * sum(rows * columns * tokens for rows, columns, tokens in layers)
+        operations["pruning.surveying"] = 2.0 * sum(rows * columns * tokens for rows, columns, tokens in layers)
     for rows, columns, tokens in layers:
-        found["pruning.calibrating"] += 2 * rows * columns * tokens * streams
-        found["pruning.advancing"] += 2 * rows * columns * tokens
-        found["pruning.moments"] += columns**2 * tokens * (2 * streams - 1)  # the matrix of cross moments is not symmetric
-        found[solving] += columns**3 + 2 * rows * columns**2 * (1 + products)
-    return found
+        operations["pruning.calibrating"] += 2 * rows * columns * tokens * streams
+        operations["pruning.advancing"] += 2 * rows * columns * tokens
+        operations["pruning.moments"] += columns**2 * tokens * (2 * streams - 1)  # the matrix of cross moments is not symmetric
+        operations[solving] += columns**3 + 2 * rows * columns**2 * (1 + products)
+    return operations
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Rates:
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], device: str, model: str) -> Rates:
         """Return the median rate of each stage over finished runs of the same model on the same device."""
-        found: dict[str, list[float]] = {}
+        rates_by_stage: dict[str, list[float]] = {}
         starting = []
         for record in records:
             protocol = record["protocol"]
@@ -101,8 +101,8 @@ class Rates:
             for stage, operations in Work.done(record).operations.items():
                 seconds = record["seconds"].get(stage.split()[0], 0)
                 if operations and seconds:
-                    found.setdefault(stage, []).append(operations / seconds)
-        measured = {stage: statistics.median(rates) for stage, rates in found.items()}
+                    rates_by_stage.setdefault(stage, []).append(operations / seconds)
+        measured = {stage: statistics.median(rates) for stage, rates in rates_by_stage.items()}
         return cls(_product_rate(device), measured, statistics.median(starting or [0.0]))
 
     def seconds(self, work: Work) -> tuple[float, bool]:

@@ -85,24 +85,24 @@ class OptunaSweeper(Sweeper):
         fixed, space = self._space(arguments)
         study = self._study(fixed, space)
         failed = 0
-        while (left := self.n_trials - len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) > 0:
-            trials = [study.ask(space) for _ in range(min(self.n_jobs, left))]
+        while (remaining := self.n_trials - len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) > 0:
+            trials = [study.ask(space) for _ in range(min(self.n_jobs, remaining))]
             overrides = [[*fixed, *(f"{name}={value}" for name, value in trial.params.items())] for trial in trials]
             self.validate_batch_is_legal(overrides)
-            answers = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
-            values = [self._value(answer) for answer in answers]
+            results = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+            values = [self._value(result) for result in results]
             for trial, value in zip(trials, values, strict=True):
-                self._tell(study, trial, value)
+                self._report(study, trial, value)
             failed = 0 if any(value is not None for value in values) else failed + len(trials)
             if failed >= MAX_FAILED:
                 raise SearchError(f"hydra.sweeper: the last {failed} trials of study {self.study_name} have failed")
         best = study.best_trial
-        shown = " ".join(f"{name}={value}" for name, value in best.params.items())
-        print(f"\nbest of {self.n_trials} trials: {self.metric} {best.value:.4g} with {shown}\nstudy: {self.storage}")
+        settings = " ".join(f"{name}={value}" for name, value in best.params.items())
+        print(f"\nbest of {self.n_trials} trials: {self.metric} {best.value:.4g} with {settings}\nstudy: {self.storage}")
 
-    def _value(self, answer: Any) -> float | None:
+    def _value(self, job_result: Any) -> float | None:
         """Return the metric of a finished job, or None if the job failed or the metric is not finite."""
-        metrics = answer.return_value  # raises the job's exception, if any
+        metrics = job_result.return_value  # raises the job's exception, if any
         if metrics is None:
             return None
         if self.metric not in metrics:
@@ -111,7 +111,7 @@ class OptunaSweeper(Sweeper):
         return value if math.isfinite(value) else None
 
     @staticmethod
-    def _tell(study: Study, trial: Trial, value: float | None) -> None:
+    def _report(study: Study, trial: Trial, value: float | None) -> None:
         from optuna.trial import TrialState
 
         if value is None:
@@ -123,11 +123,11 @@ class OptunaSweeper(Sweeper):
     def _space(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
         """Return the overrides that all trials share, and the search space."""
         parser = OverridesParser.create()
-        given = parser.parse_overrides(list(arguments))
-        names = {override.key_or_group for override in given}
-        brought = [parser.parse_override(f"{name}={value}") for name, value in self.params.items() if name not in names]
+        overrides = parser.parse_overrides(list(arguments))
+        names = {override.key_or_group for override in overrides}
+        added = [parser.parse_override(f"{name}={value}") for name, value in self.params.items() if name not in names]
         fixed, space = [], {}
-        for override in [*given, *brought]:
+        for override in [*overrides, *added]:
             if override.is_sweep_override():
                 present = OmegaConf.select(self.config, override.key_or_group, throw_on_missing=False)
                 space[override.get_key_element()] = _distribution(override, whole=type(present) is int)
@@ -166,8 +166,14 @@ class OptunaSweeper(Sweeper):
         """Return a hash of the settings that the trials share and of the search space."""
         ignored = ("hydra", *without_effect())
         shared = without(flat(OmegaConf.to_container(self.config, resolve=False)), ignored)
-        given = without({text.partition("=")[0].lstrip("+").replace("/", "."): text for text in fixed}, ignored)
-        facts = [shared, sorted(given.values()), {name: repr(d) for name, d in space.items()}, self.metric, self.direction]
+        fixed_settings = without({text.partition("=")[0].lstrip("+").replace("/", "."): text for text in fixed}, ignored)
+        facts = [
+            shared,
+            sorted(fixed_settings.values()),
+            {name: repr(d) for name, d in space.items()},
+            self.metric,
+            self.direction,
+        ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

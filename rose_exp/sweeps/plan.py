@@ -47,38 +47,38 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
                 rates[model.name] = Rates.of(records, device_name(device), model.name)
             seconds, measured = rates[model.name].seconds(Work.planned(job.settings, shape))
             total, rough = total + seconds, rough or not measured
-            there = available(folder, device)
-            placed = choose(job.settings, shape, device.type == "cuda", there)
+            free = available(folder, device)
+            placed = choose(job.settings, shape, device.type == "cuda", free)
             peak = footprint(job.settings, shape, device.type == "cuda", placed)
             shown = gib(peak.host) + (f" + {gib(peak.device)} on the GPU" if peak.device is not None else "")
-            shown += f", {gib(peak.disk)} of disk" + ("; does not fit" if peak.over(there) else "")
+            shown += f", {gib(peak.disk)} of disk" + ("; does not fit" if peak.over(free) else "")
             rows.append((job.name, job.run_id, "to run", f"{'' if measured else '~'}{_time(seconds)}", shown))
         planned.add(job.run_id)
     header = ("job", "run", "state", "time", "peak memory")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
-    waiting = sum(row[2] == "to run" for row in rows)
-    told = [*lines, "", f"{waiting} of {len(jobs)} jobs to run, {_time(total)} one after the other on {device_name(device)}"]
+    table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    to_run = sum(row[2] == "to run" for row in rows)
+    lines = [*table, "", f"{to_run} of {len(jobs)} jobs to run, {_time(total)} one after the other on {device_name(device)}"]
     if rough:
-        told.append(
+        lines.append(
             "~ rough estimate from the rate of a float32 matrix product, because no finished run here has rates for all stages"
         )
     texts = [text for job in jobs for text in job.settings.evaluation.perplexity.values()]
     if any(text.windows is None for text in texts) and not all(job.settings.evaluation.limit for job in jobs):
-        told.append("excluding perplexity on whole texts (windows: null), whose lengths are unknown")
+        lines.append("excluding perplexity on whole texts (windows: null), whose lengths are unknown")
     if any(job.settings.evaluation.zero_shot.tasks for job in jobs):
-        told.append("excluding zero-shot tasks, whose time depends on their questions")
-    told += [f"memory and time unknown: {shape[:200]}" for shape in shapes.values() if isinstance(shape, str)]
-    return "\n".join(told)
+        lines.append("excluding zero-shot tasks, whose time depends on their questions")
+    lines += [f"memory and time unknown: {shape[:200]}" for shape in shapes.values() if isinstance(shape, str)]
+    return "\n".join(lines)
 
 
 def _to_do(job: Job, folder: Path) -> bool:
     """Return whether a job has to run, because no finished run can be reused."""
-    own = folder / job.run_id
-    if job.settings.rerun or not (own / FILE_NAME).exists():
+    run_folder = folder / job.run_id
+    if job.settings.rerun or not (run_folder / FILE_NAME).exists():
         return True
-    record = read_record(own / FILE_NAME)
-    return record["status"] != "finished" or bool(lacking(job.settings, record, own))
+    record = read_record(run_folder / FILE_NAME)
+    return record["status"] != "finished" or bool(lacking(job.settings, record, run_folder))
 
 
 def _time(seconds: float) -> str:

@@ -21,7 +21,7 @@ class Outcome:
     Attributes:
         name: the overrides that differ from the other jobs.
         state: ran, reused, failed, unfinished (interrupted, or its process was killed) or not run.
-        why: the reason for the state, or the different versions of a reused record; None: nothing to report.
+        why: the reason for the state, or the different versions of a reused record; None if there is nothing to report.
         record: the run record, if there is one.
     """
 
@@ -41,23 +41,23 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
         started: when the sweep started, in the format of run records.
         rerun: whether the command reuses nothing.
     """
-    found = {identity: sweep / identity for _, identity in jobs}
-    if any(not (folder / FILE_NAME).exists() for folder in found.values()):  # hydra.sweep.subdir can set other names
+    folders = {identity: sweep / identity for _, identity in jobs}
+    if any(not (folder / FILE_NAME).exists() for folder in folders.values()):  # hydra.sweep.subdir can set other names
         records = [(path.parent, read_record(path)) for path in sorted(sweep.glob(f"*/{FILE_NAME}"))]
-        found |= {record["run_id"]: folder for folder, record in records if record.get("run_id") in found}
-    told: list[Outcome] = []
+        folders |= {record["run_id"]: folder for folder, record in records if record.get("run_id") in folders}
+    results: list[Outcome] = []
     seen = set()
     for name, identity in jobs:
-        path = found[identity] / FILE_NAME
+        path = folders[identity] / FILE_NAME
         record = read_record(path) if path.exists() else None
-        state, why = _state(record, started, rerun)
+        state, reason = _state(record, started, rerun)
         if state == "reused" and rerun:
-            state, why = "not run", "its record is from an earlier command"
+            state, reason = "not run", "its record is from an earlier command"
         if identity in seen and state == "ran":
             state = "reused"  # equal to an earlier job
         seen.add(identity)
-        told.append(Outcome(name, state, why, found[identity], record))
-    return told
+        results.append(Outcome(name, state, reason, folders[identity], record))
+    return results
 
 
 def _state(record: dict[str, Any] | None, started: str, rerun: bool) -> tuple[str, str | None]:
@@ -69,8 +69,8 @@ def _state(record: dict[str, Any] | None, started: str, rerun: bool) -> tuple[st
     if record["status"] == "failed" and not before:
         return "failed", record["error"]
     words = {"running": "its process ended unexpectedly", "interrupted": f"interrupted ({record['error']})"}
-    why = words.get(record["status"], "not repeated")
-    return "unfinished", f"{why}; to resume, run the same command again{' without rerun=true' if rerun else ''}"
+    reason = words.get(record["status"], "not repeated")
+    return "unfinished", f"{reason}; to resume, run the same command again{' without rerun=true' if rerun else ''}"
 
 
 def _other_versions(record: dict[str, Any]) -> str | None:
@@ -80,16 +80,16 @@ def _other_versions(record: dict[str, Any]) -> str | None:
     return f"made with {'; '.join(changed)}" if changed else None
 
 
-def format_outcomes(found: Sequence[Outcome]) -> str:
+def format_outcomes(results: Sequence[Outcome]) -> str:
     """Return the table at the end of a sweep: the metrics, the reused jobs, and the failed jobs with reasons."""
-    distinct = {outcome.folder: outcome.record for outcome in found if outcome.record is not None}
+    distinct = {outcome.folder: outcome.record for outcome in results if outcome.record is not None}
     lines = [format_table(list(distinct.values()))] if distinct else []
-    counts = {state: sum(o.state == state for o in found) for state in ("ran", "reused", *ORDER)}
-    lines.append("\n" + ", ".join(f"{count} {state}" for state, count in counts.items() if count) + f", of {len(found)} jobs")
-    width = max(len(outcome.name) for outcome in found)
+    counts = {state: sum(o.state == state for o in results) for state in ("ran", "reused", *ORDER)}
+    lines.append("\n" + ", ".join(f"{count} {state}" for state, count in counts.items() if count) + f", of {len(results)} jobs")
+    width = max(len(outcome.name) for outcome in results)
     for state in ("reused", *ORDER):
-        for outcome in found:
+        for outcome in results:
             if outcome.state == state:
-                why = f": {outcome.why}" if outcome.why else ""
-                lines.append(f"  {outcome.name.ljust(width)}  {outcome.folder}  {state}{why}")
+                reason = f": {outcome.why}" if outcome.why else ""
+                lines.append(f"  {outcome.name.ljust(width)}  {outcome.folder}  {state}{reason}")
     return "\n".join(lines)

@@ -95,8 +95,10 @@ class RunRecord:
         self.data["layers"] = list(layers)
         self.data["events"] += events
         for kind in dict.fromkeys(event["kind"] for event in events):
-            found = [event for event in events if event["kind"] == kind]
-            log.warning("%s in %d layers, such as %s: %s", kind, len(found), found[0]["layer"], found[0]["detail"])
+            kind_events = [event for event in events if event["kind"] == kind]
+            log.warning(
+                "%s in %d layers, such as %s: %s", kind, len(kind_events), kind_events[0]["layer"], kind_events[0]["detail"]
+            )
         if ordered:
             self._reordered(sum(bool(layer["reordered"]) for layer in layers), len(layers))
         self.write()

@@ -102,13 +102,13 @@ class Wandb:
         self.run.log({f"figures/{name}": self.wandb.Image(str(path))})
 
     def keep(self, record: Path, model: Path | None) -> None:
-        kept = self.wandb.Artifact(f"run-{self.run.id}", type="run-record")
-        kept.add_file(str(record))
-        self.run.log_artifact(kept)
+        record_artifact = self.wandb.Artifact(f"run-{self.run.id}", type="run-record")
+        record_artifact.add_file(str(record))
+        self.run.log_artifact(record_artifact)
         if model is not None:
-            pruned = self.wandb.Artifact(f"model-{self.run.id}", type="model")
-            pruned.add_dir(str(model))
-            self.run.log_artifact(pruned)
+            model_artifact = self.wandb.Artifact(f"model-{self.run.id}", type="model")
+            model_artifact.add_dir(str(model))
+            self.run.log_artifact(model_artifact)
 
     def finish(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))

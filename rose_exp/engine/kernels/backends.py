@@ -29,8 +29,8 @@ def resolve(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backe
         return fast or "torch"
     if backend not in ("torch", fast) and not (backend == "triton" and interpreted() and dtype == torch.float32):
         expected = f"auto, torch or {fast}" if fast else "auto or torch"
-        where = f"{device.type} and {str(dtype).removeprefix('torch.')}"
-        raise ValueError(f"backend: expected {expected} on {where}, got {backend!r}")
+        target = f"{device.type} and {str(dtype).removeprefix('torch.')}"
+        raise ValueError(f"backend: expected {expected} on {target}, got {backend!r}")
     return backend
 
 

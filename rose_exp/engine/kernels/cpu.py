@@ -62,10 +62,10 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 def kth_smallest(scores: Tensor, k: int) -> Tensor:
     """Return the k-th smallest (from 1) of float32 scores along the last dimension, which is kept with size 1."""
     keys = _keys(scores)
-    found = np.empty(len(keys), dtype=np.int32)
+    kth_keys = np.empty(len(keys), dtype=np.int32)
     _as_many_threads_as_torch()
-    _kth_smallest(keys, k, found)
-    return torch.from_numpy(_flip_negative(found).view(np.float32)).view(*scores.shape[:-1], 1)
+    _kth_smallest(keys, k, kth_keys)
+    return torch.from_numpy(_flip_negative(kth_keys).view(np.float32)).view(*scores.shape[:-1], 1)
 
 
 def lost_by_threshold(scores: Tensor, width: int, count: Callable[[int], int]) -> Tensor:
@@ -188,9 +188,9 @@ def _sweep_groups(w, lower, mask, errors, widths, counts):
                         group[a, r] -= factor * e[start + b, r]
                 scale = 1 / lower[j, j]
                 for r in range(count):
-                    gone = before[a, r] < counts[g]
-                    lost = group[a, r] if gone else np.float32(0)
-                    mask[j, first + r] = gone
+                    pruned = before[a, r] < counts[g]
+                    lost = group[a, r] if pruned else np.float32(0)
+                    mask[j, first + r] = pruned
                     e[j, r] = lost * scale
                     w[j, first + r] = group[a, r] - lost
                     errors[j, first + r] = e[j, r]
@@ -246,9 +246,9 @@ def _choose(w, scale, count, mask):
 
 
 @_parallel
-def _kth_smallest(bits, k, found):
+def _kth_smallest(bits, k, result):
     for row in prange(len(bits)):
-        found[row] = _kth(bits[row], k)[0]
+        result[row] = _kth(bits[row], k)[0]
 
 
 @_parallel

@@ -53,14 +53,14 @@ def _column(tile, column, j):
 
 
 @triton.jit
-def _prune_column(tile, column, gone, upper, errors, j, width, rows, row, inside):
-    """Prune column j of the tile where ``gone`` (rows,), store its error, and compensate in the columns after it."""
-    lost = tl.where(gone, _column(tile, column, j), 0.0)
+def _prune_column(tile, column, pruned, upper, errors, j, width, rows, row, inside):
+    """Prune column j of the tile in the rows that ``pruned`` selects, store its error, and update the columns after it."""
+    lost = tl.where(pruned, _column(tile, column, j), 0.0)
     error = lost / tl.load(upper + j * width + j)
     tl.store(errors + j * rows + row, error, mask=inside)
     factors = tl.load(upper + j * width + column, mask=(column > j) & (column < width), other=0.0)
     tile -= factors[:, None] * error[None, :]
-    return tl.where((column[:, None] == j) & gone[None, :], 0.0, tile)
+    return tl.where((column[:, None] == j) & pruned[None, :], 0.0, tile)
 
 
 @triton.jit
@@ -69,12 +69,12 @@ def _sweep_chosen(w, upper, mask, errors, width, rows, WIDTH: tl.constexpr, TILE
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = row < rows
     place = column[:, None] * rows + row[None, :]
-    held = (column[:, None] < width) & inside[None, :]
-    tile = tl.load(w + place, mask=held, other=0.0)
+    in_bounds = (column[:, None] < width) & inside[None, :]
+    tile = tl.load(w + place, mask=in_bounds, other=0.0)
     for j in range(width):
-        gone = tl.load(mask + j * rows + row, mask=inside, other=0) != 0
-        tile = _prune_column(tile, column, gone, upper, errors, j, width, rows, row, inside)
-    tl.store(w + place, tile, mask=held)
+        pruned = tl.load(mask + j * rows + row, mask=inside, other=0) != 0
+        tile = _prune_column(tile, column, pruned, upper, errors, j, width, rows, row, inside)
+    tl.store(w + place, tile, mask=in_bounds)
 
 
 @triton.jit
@@ -83,8 +83,8 @@ def _sweep_groups(w, upper, mask, errors, plan, groups, width, rows, WIDTH: tl.c
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = row < rows
     place = column[:, None] * rows + row[None, :]
-    held = (column[:, None] < width) & inside[None, :]
-    tile = tl.load(w + place, mask=held, other=0.0)
+    in_bounds = (column[:, None] < width) & inside[None, :]
+    tile = tl.load(w + place, mask=in_bounds, other=0.0)
     scale = tl.load(upper + column * width + column, mask=column < width, other=1.0)
     start = 0
     for group in range(groups):
@@ -98,8 +98,8 @@ def _sweep_groups(w, upper, mask, errors, plan, groups, width, rows, WIDTH: tl.c
             before += ((other < saliency) | ((other == saliency) & (column[:, None] > j))).to(tl.int32)
         chosen = (before < count).to(tl.float32)
         for j in range(start, stop):
-            gone = _column(chosen, column, j) > 0.5
-            tl.store(mask + j * rows + row, gone, mask=inside)
-            tile = _prune_column(tile, column, gone, upper, errors, j, width, rows, row, inside)
+            pruned = _column(chosen, column, j) > 0.5
+            tl.store(mask + j * rows + row, pruned, mask=inside)
+            tile = _prune_column(tile, column, pruned, upper, errors, j, width, rows, row, inside)
         start = stop
-    tl.store(w + place, tile, mask=held)
+    tl.store(w + place, tile, mask=in_bounds)

@@ -14,17 +14,22 @@ from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
 
-def _found() -> dict[str, type[Method]]:
+def _discover() -> dict[str, type[Method]]:
     modules = [importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
     classes = [(m.__name__.rpartition(".")[2], c) for m in modules for c in vars(m).values() if _is_method_of(c, m.__name__)]
     return dict(classes)
 
 
-def _is_method_of(thing: object, module: str) -> bool:
-    return isinstance(thing, type) and issubclass(thing, Method) and thing is not Method and thing.__module__ == module
+def _is_method_of(candidate: object, module: str) -> bool:
+    return (
+        isinstance(candidate, type)
+        and issubclass(candidate, Method)
+        and candidate is not Method
+        and candidate.__module__ == module
+    )
 
 
-METHODS: dict[str, type[Method]] = _found()
+METHODS: dict[str, type[Method]] = _discover()
 
 __all__ = [
     "ALPS",

@@ -33,7 +33,7 @@ class DSnoT(Method):
         max_cycles: maximum number of cycles; each swaps one weight per row.
         update_threshold: a row stops once its absolute error is at most this value.
         variance_power: exponent of the input variance that divides the benefit of regrowing a weight; 0 ignores it.
-        same_sign: whether a row stops before its error changes sign; None: only for N:M, as in the authors' code.
+        same_sign: whether a row stops before its error changes sign; if None, only for N:M, as in the authors' code.
     """
 
     initial: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
@@ -104,11 +104,11 @@ class _Candidates:
         self.high = self.count - 1
 
     def next(self, positive: Tensor) -> tuple[Tensor, Tensor]:
-        left = self.low <= self.high
+        available = self.low <= self.high
         place = torch.where(positive, self.high, self.low).clamp(0, self.order.shape[1] - 1)
         self.high = self.high - positive.long()
         self.low = self.low + (~positive).long()
-        return self.order.gather(1, place[:, None])[:, 0], left
+        return self.order.gather(1, place[:, None])[:, 0], available
 
 
 class _RowVictims:
@@ -126,13 +126,13 @@ class _RowVictims:
             )
 
     def next(self, positive: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, left = [], []
+        chosen, available = [], []
         for sign, (order, count, place) in self.lists.items():
-            wanted = positive if sign else ~positive
+            selected = positive if sign else ~positive
             chosen.append(order.gather(1, place.clamp_max(order.shape[1] - 1)[:, None])[:, 0])
-            left.append(place < count)
-            place += wanted.long()
-        return torch.where(positive, *chosen), torch.where(positive, *left)
+            available.append(place < count)
+            place += selected.long()
+        return torch.where(positive, *chosen), torch.where(positive, *available)
 
     def take(self, rows: Tensor, columns: Tensor) -> None:
         """Do nothing: :meth:`next` advances the positions."""
