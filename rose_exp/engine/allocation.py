@@ -2,7 +2,7 @@
 
 :func:`owl_shares` implements OWL (Yin et al., 2024): blocks with more outliers among their Wanda scores keep more weights.
 :func:`loss_shares` applies one threshold to all layers. The loss of a weight is W²·E[x²] relative to its layer's output power,
-so the threshold minimises the sum of the layers' relative losses.
+so the threshold minimizes the sum of the layers' relative losses.
 """
 
 from __future__ import annotations

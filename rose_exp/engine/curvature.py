@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .hessian import Factor, NotPositiveDefiniteError, factorise
+from .hessian import Factor, NotPositiveDefiniteError, factorize
 from .moments import InputMoments
 
 
@@ -42,9 +42,9 @@ class Curvature:
     @cached_property
     def factor(self) -> Factor:
         """Factor of the inverse Hessian, columns left to right."""
-        return factorise(self.hessian.clone(), self.damping)
+        return factorize(self.hessian.clone(), self.damping)
 
-    def normalised(self, damping: float) -> tuple[Tensor, Tensor]:
+    def normalized(self, damping: float) -> tuple[Tensor, Tensor]:
         """Return D⁻¹(H + λI)D⁻¹, (columns, columns), which has a unit diagonal, and D, (columns,).
 
         The first is the Hessian of W·D. λ is ``damping`` times the mean of H's diagonal. At a damping of 0, dead columns
@@ -61,13 +61,13 @@ class Curvature:
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (columns,) and eigenvectors (columns, columns), float64, of the Hessian of
-        :meth:`normalised` at this damping.
+        :meth:`normalized` at this damping.
 
         Raises:
             NotPositiveDefiniteError: if the eigenvalue solver fails.
         """
         try:
-            values, vectors = torch.linalg.eigh(self.normalised(self.damping)[0].double())
+            values, vectors = torch.linalg.eigh(self.normalized(self.damping)[0].double())
         except torch.linalg.LinAlgError as error:
             raise NotPositiveDefiniteError(
                 f"the Hessian of {self.moments.columns} columns has no eigenvalues: {error}"
@@ -81,4 +81,4 @@ class Curvature:
 
     def factor_in(self, order: Tensor) -> Factor:
         """Return the factor of the inverse Hessian with columns in the given order, (columns,) int64; not cached."""
-        return factorise(self.hessian.index_select(0, order).index_select(1, order), self.damping)
+        return factorize(self.hessian.index_select(0, order).index_select(1, order), self.damping)

@@ -135,7 +135,7 @@ def prune_groups(
     Raises:
         ValueError: if an argument has the wrong kind, shape or range, a weight or moments are not finite, or inputs, a result
             or an error exceed the range of the precision.
-        NotPositiveDefiniteError: if H cannot be factorised at any damping tried.
+        NotPositiveDefiniteError: if H cannot be factorized at any damping tried.
     """
     _check(layers, count, method, damping)
     try:

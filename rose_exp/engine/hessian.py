@@ -1,4 +1,4 @@
-"""Damping and factorisation of the Hessian, with dead columns and failed factorisations."""
+"""Damping and factorization of the Hessian, with dead columns and failed factorizations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOLVE = 192  # up to this many columns, one triangular solve computes the invers
 
 
 class NotPositiveDefiniteError(ArithmeticError):
-    """Raised if the Hessian cannot be factorised at any damping tried."""
+    """Raised if the Hessian cannot be factorized at any damping tried."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Factor:
     Attributes:
         upper: (columns, columns), upper triangular; meaningless if ``failed``.
         shift: λ, a scalar tensor.
-        failed: above 0 if the damped Hessian is not positive definite, a scalar int tensor. Reading it synchronises the
+        failed: above 0 if the damped Hessian is not positive definite, a scalar int tensor. Reading it synchronizes the
             device.
     """
 
@@ -46,8 +46,8 @@ def dampings(first: float) -> list[float]:
     return [first, *(raised * 10**i for i in range(DAMPING_TRIES - 1))]
 
 
-def factorise(hessian: Tensor, damping: float) -> Factor:
-    """Damp and factorise ``hessian`` (columns, columns), in place, without synchronising the device.
+def factorize(hessian: Tensor, damping: float) -> Factor:
+    """Damp and factorize ``hessian`` (columns, columns), in place, without synchronizing the device.
 
     λ = damping · mean(diag H), as in SparseGPT. A dead column (diagonal 0) gets the mean of the diagonal, which
     keeps it independent of all others.

@@ -18,7 +18,7 @@ class EngineOptions:
 
     Args:
         block_size: number of columns whose masks are chosen together (unstructured), and that an ordering moves together.
-        damping: added to H's diagonal, as a fraction of its mean; raised tenfold while H cannot be factorised.
+        damping: added to H's diagonal, as a fraction of its mean; raised tenfold while H cannot be factorized.
         backend: for the sweep's inner loop: ``torch``, ``numba`` (CPU, float32), ``triton`` (CUDA, float32), or ``auto``, the
             fastest available one. All choose the same masks, except where rounding decides between near-equal scores.
         precision: of the matrix products that accumulate moments, see :class:`rose_exp.engine.InputMoments`.

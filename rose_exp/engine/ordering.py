@@ -52,7 +52,7 @@ class Ordering:
 
 @dataclass(frozen=True)
 class ColumnOrder:
-    """The column order of one layer. All tensors stay on the layer's device, without synchronisation.
+    """The column order of one layer. All tensors stay on the layer's device, without synchronization.
 
     Attributes:
         order: (columns,) int64; position i of the pruning order holds column ``order[i]``.
@@ -71,7 +71,7 @@ class ColumnOrder:
     def widths(self, reordered: bool) -> list[int]:
         """Return the widths of the blocks in pruning order; ``reordered`` says whether the columns are reordered.
 
-        Locating a narrow block after reordering synchronises the device.
+        Locating a narrow block after reordering synchronizes the device.
         """
         whole, narrow = divmod(len(self.order), self.width)
         widths = [self.width] * whole + [narrow] * (narrow > 0)

@@ -121,7 +121,7 @@ def prune_layers(
     """Prune layers that share their inputs, such as the q, k and v projections of attention.
 
     Each result equals that of :func:`prune_layer`. The Hessian, and its factor for layers pruned left to right, are computed
-    once for all. A GPU synchronises up to three times: to check the range of the numbers, to read which layers are reordered
+    once for all. A GPU synchronizes up to three times: to check the range of the numbers, to read which layers are reordered
     (only with an ordering), and to read the results.
 
     Args:
@@ -208,7 +208,7 @@ def _problems(
     cross_moments: CrossMoments | None,
     options: SolverOptions,
 ) -> list[_Problem]:
-    """Return the layers to solve, after one synchronised check that all numbers are finite and in range.
+    """Return the layers to solve, after one synchronized check that all numbers are finite and in range.
 
     Raises:
         ValueError: if a number is not finite or exceeds the range of the precision.

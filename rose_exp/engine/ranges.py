@@ -48,7 +48,7 @@ def finite(tensor: Tensor) -> Tensor:
 
 
 def extents(weights: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:
-    """Return the inputs of :func:`read_extents` as scalar float64 tensors, without synchronising the device."""
+    """Return the inputs of :func:`read_extents` as scalar float64 tensors, without synchronizing the device."""
     diagonal, norms = curvature.hessian.diagonal(), curvature.norms.double()
     lost = (diagonal == 0) & (curvature.moments.sum != 0)  # columns of inputs whose squares are rounded to zero
     statistics = [finite(curvature.hessian), diagonal.double().mean(), lost.any().double()]

@@ -83,7 +83,7 @@ def refine(
     sparsities: Sequence[Sparsity],
     how: Refine,
 ) -> list[Refined]:
-    """Refine pruned layers that share their inputs, without synchronising the device.
+    """Refine pruned layers that share their inputs, without synchronizing the device.
 
     Args:
         weights: V of each layer, (rows, columns), zero where pruned.
@@ -92,7 +92,7 @@ def refine(
         curvature: statistics of the inputs. H is damped by ``how.damping``, not by the curvature's damping.
         sparsities: sparsity pattern of each layer, for selecting a new mask.
     """
-    hessian, scale = curvature.normalised(how.damping)
+    hessian, scale = curvature.normalized(how.damping)
     rows = [len(weight) for weight in weights]
     target, start = torch.cat(list(targets)) * scale, torch.cat(list(weights)) * scale  # concatenated for one product
     mask = torch.cat(list(masks))
@@ -117,7 +117,7 @@ def _choose_again(
     """Return pruned weights and masks from ADMM over row-wise concatenated layers, (all rows, columns).
 
     The steps are those of ALPS (see :mod:`rose_exp.engine.methods.alps`). ADMM starts from the result of another method, so a
-    few iterations suffice. ρ grows on a fixed schedule, so several iterations share one factorisation.
+    few iterations suffice. ρ grows on a fixed schedule, so several iterations share one factorization.
     """
     image = target @ hessian
     d, v, penalty = start, torch.zeros_like(start), how.penalty
@@ -150,7 +150,7 @@ def _penalised_inverse(hessian: Tensor, penalty: float) -> Tensor:
 def conjugate_gradient(
     weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, steps: int, tolerance: float = 0.0
 ) -> Tensor:
-    """Minimise tr((W−V) H (W−V)ᵀ) over the kept entries of V by conjugate gradient.
+    """Minimize tr((W−V) H (W−V)ᵀ) over the kept entries of V by conjugate gradient.
 
     Each row is an independent problem (H restricted to its kept columns); all rows step together. A step costs one product of
     rows × columns² operations. A row stops once its residual reaches rounding error, since further steps would follow noise

@@ -63,7 +63,7 @@ def study_layer(
 
     Raises:
         ValueError: if the weight, the moments or an error is not finite or exceeds the range of the precision.
-        NotPositiveDefiniteError: if the Hessian cannot be factorised.
+        NotPositiveDefiniteError: if the Hessian cannot be factorized.
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, moments.dtype), torch.float32)
     w = weight.to(dtype)
@@ -81,7 +81,7 @@ def study_layer(
         layer = Layer(w, curvature, sparsity, ordering, block_size, reordered=reordered, given=given)
         solution = SparseGPT().prune(layer)
         if solution.factor.failed:
-            raise NotPositiveDefiniteError(f"the Hessian of {w.shape[1]} columns cannot be factorised in every order")
+            raise NotPositiveDefiniteError(f"the Hessian of {w.shape[1]} columns cannot be factorized in every order")
         costs, lost = solution.costs / power, solution.lost / power
         if not (torch.isfinite(costs).all() and torch.isfinite(lost)):
             raise ValueError(f"weight: expected finite errors, got {float(lost):g} of the output power")
@@ -113,7 +113,7 @@ def study_layer(
 
 
 def _curvature(moments: InputMoments, damping: float, dtype: torch.dtype) -> Curvature:
-    """Return the curvature with the first damping at which the Hessian can be factorised."""
+    """Return the curvature with the first damping at which the Hessian can be factorized."""
     for candidate in dampings(damping):
         curvature = Curvature(moments, candidate, dtype)
         if not curvature.factor.failed:

@@ -17,7 +17,7 @@ from rose_exp.engine import (
     Unstructured,
     prune_layer,
 )
-from rose_exp.engine.hessian import dampings, factorise
+from rose_exp.engine.hessian import dampings, factorize
 
 from .cases import layer, moments_of
 
@@ -170,7 +170,7 @@ def test_factor_is_the_cholesky_factor_of_the_damped_inverse(columns):
     """Large Hessians are factorized in halves; the lower triangle is never read."""
     _, inputs = layer(1, columns, dtype=torch.float64)
     hessian = moments_of(inputs, torch.float64).hessian()
-    found = factorise(hessian.triu(), 0.05)
+    found = factorize(hessian.triu(), 0.05)
     damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(columns)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     torch.testing.assert_close(found.upper, expected)
@@ -183,7 +183,7 @@ def test_failed_factorization_is_flagged():
     for place in (0, 699):
         broken = torch.eye(700)
         broken[place, place] = -1
-        assert factorise(broken, 0.0).failed
+        assert factorize(broken, 0.0).failed
 
 
 @pytest.mark.parametrize(

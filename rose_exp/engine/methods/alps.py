@@ -49,7 +49,7 @@ class ALPS(Method):
     steps: Count = 10
 
     def prune(self, layer: Layer) -> Solution:
-        hessian, scale = layer.curvature.normalised(layer.curvature.damping)
+        hessian, scale = layer.curvature.normalized(layer.curvature.damping)
         dense, sparsity = layer.weight * scale, layer.sparsity
         mask = sparsity.select(dense.abs())
         if not 0 < int(mask.sum()) < mask.numel():  # all or nothing is pruned

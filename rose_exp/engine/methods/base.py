@@ -79,7 +79,7 @@ class Layer:
 
 
 def resolve_orders(layers: Sequence[Layer]) -> None:
-    """Set ``reordered`` of each layer, with one device synchronisation for all of them."""
+    """Set ``reordered`` of each layer, with one device synchronization for all of them."""
     if not layers[0].ordering:
         flags = [False] * len(layers)
     else:

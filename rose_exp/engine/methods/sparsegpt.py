@@ -21,7 +21,7 @@ class SparseGPT(Method):
     def prune(self, layer: Layer) -> Solution:
         reordered = bool(layer.order.reordered) if layer.reordered is None else layer.reordered
         order, alive, weight = layer.order.order, ~layer.dead, layer.weight
-        some_dead = weight.device.type != "cpu" or not alive.all()  # reading alive would synchronise a GPU
+        some_dead = weight.device.type != "cpu" or not alive.all()  # reading alive would synchronize a GPU
         start = layer.transposed * alive[:, None] if some_dead else layer.transposed
         w = start.index_select(0, order) if reordered else start.clone()  # (columns, rows), in pruning order
         factor = layer.curvature.factor_in(order) if reordered else layer.factor
