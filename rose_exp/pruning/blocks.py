@@ -25,7 +25,7 @@ from .context import PruneContext
 from .enter import Calls, enter, second_stream
 from .loop import Pruner, Unit
 from .permutation import Channels
-from .plan import PruningPlan, check_plan
+from .plan import SUBSTANTIAL, PruningPlan, check_plan
 from .report import LayerReport
 from .weights import InMemory, fill
 
@@ -97,7 +97,7 @@ class BlockPruner(Pruner):
         self.calls: Calls = {}
         self.dense_calls: Calls = {}
         self.folder = Path()
-        check_plan(self.blocks, plan)
+        context.warn("left_dense", check_plan(self.blocks, plan), "no linear layers, such as convolutions and recurrences")
         for component in self.components:
             component.check(self)
 
@@ -119,14 +119,32 @@ class BlockPruner(Pruner):
         adding = bool(plan.target and plan.target.residual)
         probed = probe(self.model, self.blocks, tokens, context.device, self.weights, adding=adding, channels=plan.permutes)
         probed.channels = context.ranks.gather(probed.channels)[0]  # ranks may disagree through rounding
-        for (block, name), groups in zip(self.modules(), probed.layers, strict=True):
-            called = {name for group in groups for name in group}
-            for layer in linear_layers(block, name):
-                if plan.wants(layer.name) and layer.name not in called:
-                    raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip")
+        self._check_calls(probed)
         if plan.permutes and not any(probed.channels):
             log.warning("pipeline.permute: this model has no layer with input channels that can be reordered")
         return probed
+
+    def _check_calls(self, probed: Probe) -> None:
+        """Warn of layers that stay dense because their block calls them never or several times.
+
+        Raises:
+            RoseExpError: they hold a substantial share of a block's weights.
+        """
+        unusable: dict[str, list[str]] = {"is never called": [], "is called several times in a pass of its block": []}
+        for (block, name), groups in zip(self.modules(), probed.layers, strict=True):
+            once = {name for group in groups for name in group}
+            size = sum(parameter.numel() for parameter in block.parameters())
+            for layer in linear_layers(block, name):
+                if layer.name in once or not self.plan.wants(layer.name):
+                    continue
+                why = list(unusable)[layer.name in probed.repeated]
+                if layer.weight.numel() > SUBSTANTIAL * size:
+                    raise RoseExpError(f"{layer.name} {why}, so it cannot be calibrated; add it to pipeline.skip")
+                unusable[why].append(layer.name)
+        for why, names in unusable.items():
+            self.context.warn("left_dense", names, f"each {why}")
+        if not any(self.plan.wants(name) for groups in probed.layers for group in groups for name in group):
+            raise RoseExpError("pipeline.layers, pipeline.skip: expected at least one layer that can be calibrated, got none")
 
     def enter(self, tokens: Tensor, probed: Probe, folder: Path) -> None:
         """Compute the inputs of the first block and the arguments of every block.

@@ -40,6 +40,7 @@ class Probe:
         tails: for each block, its return values after the hidden states; None if it returns the hidden states alone.
         adding: for each block, the names of the layers whose output is added to the hidden states; empty unless requested.
         channels: for each block, the layers whose input channels can be reordered; empty unless requested.
+        repeated: names of linear layers that their block calls more than once; they are in no group.
         carries: whether blocks write to containers that later blocks read, such as shared key-value states. The hidden
             states are then not the only input of a block.
     """
@@ -48,6 +49,7 @@ class Probe:
     tails: list[tuple | None] = field(default_factory=list)
     adding: list[list[str]] = field(default_factory=list)
     channels: list[list[Channels]] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
     carries: bool = False
 
 
@@ -96,6 +98,8 @@ def probe(
             if channels and not writes:  # otherwise a later block may read the channels in their original order
                 reorderable = find_channels(lambda states: isolated.run(forward, states), block, name, states)
             output = to_device(output, hidden.device, {})
+        inputs.drop_repeated()
+        probed.repeated += sorted(inputs.repeated)
         _add_unreached_experts(inputs.groups, [layer.name for layer in layers])
         probed.layers.append(inputs.groups)
         probed.adding.append(names)
@@ -304,12 +308,19 @@ class _LayerInputs:
     def __init__(self):
         self.groups: list[list[str]] = []
         self.seen: list[Tensor] = []  # kept alive, so that no two tensors have the same address
+        self.repeated: set[str] = set()
+
+    def drop_repeated(self) -> None:
+        """Remove the layers that were called more than once from the groups."""
+        groups = [[name for name in group if name not in self.repeated] for group in self.groups]
+        self.groups = [group for group in groups if group]
 
     def record(self, name: str):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             tensor = args[0] if args else kwargs["input"]
             if any(name in group for group in self.groups):
-                raise RoseExpError(f"{name}: expected one call in each pass of its block, got several (not supported)")
+                self.repeated.add(name)
+                return
             for group, other in zip(self.groups, self.seen, strict=True):
                 if other is tensor:
                     group.append(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from .first_block import FirstBlock
 from .report import LayerReport
 from .state import RunState
 from .weights import BlockWeights
+
+SHOWN = 3  # names in a warning
 
 
 @dataclass
@@ -56,6 +58,7 @@ class PruneContext:
         state: checkpoint to write each pruned unit to; units that it already holds are restored.
         first_block: cache for the moments of a language model's first block, reused by runs with the same ``first_key``. The
             key must distinguish everything the moments depend on. Denoisers ignore the cache.
+        on_warning: called with the kind and the detail of each warning about the whole model.
         on_layer: called with the index of each pruned layer, starting at 0, and its report, once its unit is pruned.
         on_study: called with the name of each studied layer and the result, on the rank that solves the layer.
     """
@@ -68,12 +71,19 @@ class PruneContext:
     state: RunState | None = None
     first_block: FirstBlock | None = None
     first_key: str | None = None
+    on_warning: Callable[[str, str], None] | None = None
     on_layer: Callable[[int, LayerReport], None] | None = None
     on_study: Callable[[str, LayerStudy], None] | None = None
 
     def now(self) -> float:
         """Return the current time in seconds after synchronizing the device."""
         return synchronized_now(self.device)
+
+    def warn(self, kind: str, names: Sequence[str], reason: str) -> None:
+        """Pass on a warning about some layers or tensors, if there are any."""
+        if names and self.on_warning is not None:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            self.on_warning(kind, f"{', '.join(names[:SHOWN])}{more}: {reason}")
 
     def check_stop_between_units(self) -> None:
         """Stop all ranks at the same unit if any rank has received a stop request."""

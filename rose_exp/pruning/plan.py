@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from ..engine import (
     CrossMoments,
     InputMoments,
@@ -24,6 +26,8 @@ from ..engine.allocation import Allocation
 from ..models import BlockList, LinearLayer, all_linear_layers, projections
 from ..runtime.errors import RoseExpError, suggest
 from ..settings.pruning import LayerOptions
+
+SUBSTANTIAL = 0.05  # share of a block's weights up to which what cannot be pruned stays dense with a warning
 
 
 @dataclass(frozen=True)
@@ -100,28 +104,49 @@ class PruningPlan(LayerOptions, SolverOptions):
         return next((method for pattern, method in self.methods.items() if fnmatchcase(name, pattern)), self.method)
 
 
-def check_plan(blocks: BlockList, plan: PruningPlan) -> None:
+def check_plan(blocks: BlockList, plan: PruningPlan) -> list[str]:
     """Check the plan's patterns against the model's layers.
 
+    Returns:
+        The names of small tensors that are no linear layers, such as the weights of depthwise convolutions and recurrences.
+        They stay dense.
     Raises:
-        RoseExpError: a pattern matches no layer, no layer is left to prune, or a weight to prune is not a linear layer.
+        RoseExpError: a pattern matches no layer, no layer is left to prune, or a tensor that is no linear layer holds a
+            substantial share of its block's weights.
     """
     names = [layer.name for layer in all_linear_layers(blocks)]
-    check_patterns("pipeline.layers", plan.layers, names)
-    check_patterns("pipeline.skip", plan.skip, names)
+    others = other_tensors(blocks)
+    check_patterns("pipeline.layers", plan.layers, [*names, *others])
+    check_patterns("pipeline.skip", plan.skip, [*names, *others])
     to_prune = [name for name in names if plan.wants(name)]
     if not to_prune:
         raise RoseExpError("pipeline.layers, pipeline.skip: expected at least one layer to prune, got none")
     check_patterns("figures.study", plan.study, to_prune)
+    wanted = {name: share for name, share in others.items() if plan.wants(name)}
+    for name, share in wanted.items():
+        if share > SUBSTANTIAL:
+            raise RoseExpError(
+                f"{name} holds {share:.0%} of its block's weights and is neither a linear layer nor a stack of experts in a "
+                "known layout, so it cannot be pruned; add it to pipeline.skip to leave it dense"
+            )
+    return list(wanted)
+
+
+def other_tensors(blocks: BlockList) -> dict[str, float]:
+    """Return the tensors with more than two dimensions that are no stacks of experts, and their shares of the block.
+
+    The share of a depthwise convolution is 0, because it stays dense at any size: its weights act on single channels.
+    """
+    shares = {}
     for index, block in enumerate(blocks.blocks):
         stacked = {id(parameter) for module in block.modules() if projections(module) for parameter in module.parameters(False)}
+        size = sum(parameter.numel() for parameter in block.parameters())
+        depthwise = {id(m.weight) for m in block.modules() if isinstance(m, nn.Conv1d) and m.groups == m.in_channels}
         for name, parameter in block.named_parameters():
-            full = f"{blocks.block_name(index)}.{name}"
-            if parameter.ndim > 2 and id(parameter) not in stacked and plan.wants(full):
-                raise RoseExpError(
-                    f"{full} of shape {tuple(parameter.shape)} is neither a linear layer nor a stack of experts in a known "
-                    f"layout, so it cannot be pruned; add it to pipeline.skip to leave it dense"
-                )
+            if parameter.ndim > 2 and id(parameter) not in stacked:
+                share = 0.0 if id(parameter) in depthwise else parameter.numel() / size
+                shares[f"{blocks.block_name(index)}.{name}"] = share
+    return shares
 
 
 def check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str]) -> None:

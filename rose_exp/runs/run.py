@@ -150,6 +150,7 @@ class Run(ABC):
             ranks=self.ranks,
             scratch=self.folder.root,
             state=self.state,
+            on_warning=self.record.warn,
             on_layer=lambda step, report: self.tracker.log("layer", step, report.as_dict()),
             on_study=lambda name, study: write_study(self.folder.root, name, study.as_dict()),
         )
