@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ..engine import Structured
 from ..runtime.errors import RoseExpError
-from .blocks import BlockList
+from .blocks import BlockList, find_blocks
 from .heads_and_neurons import find_structures
 
 QUERIES, KEYS, NEURONS = "num_attention_heads", "num_key_value_heads", "intermediate_size"  # configuration fields
@@ -21,10 +22,10 @@ def check_removable(model: nn.Module, blocks: BlockList, sparsity: Structured) -
     """Check that the model's configuration can describe the numbers of heads and neurons after pruning.
 
     Raises:
-        RoseExpError: it cannot, or its class rejects these numbers.
+        RoseExpError: it cannot, or its class rejects or ignores these numbers.
     """
     config = model.config.get_text_config()
-    _narrowed(config, sparsity)
+    entries = _narrowed(config, sparsity)
     groups = {"heads": getattr(config, KEYS, None) or getattr(config, QUERIES, None), "neurons": getattr(config, NEURONS, None)}
     for index, block in enumerate(blocks.blocks):
         structures = find_structures(block, blocks.block_name(index), sparsity.kinds)
@@ -34,6 +35,31 @@ def check_removable(model: nn.Module, blocks: BlockList, sparsity: Structured) -
                 raise RoseExpError(
                     f"save: expected {groups[kind]} {kind} in each block according to the configuration, got {sizes} in "
                     f"{blocks.block_name(index)}: the pruned model cannot be loaded"
+                )
+    _check_rebuilt(model, blocks, sparsity, entries)
+
+
+def _check_rebuilt(model: nn.Module, blocks: BlockList, sparsity: Structured, entries: Mapping[str, int]) -> None:
+    """Check that a model built from the changed configuration has the widths of the pruned one.
+
+    A class can read a field that its configuration does not define, as Qwen2 reads ``head_dim``, or ignore one.
+    """
+    config = copy.deepcopy(model.config)
+    for name, value in entries.items():
+        setattr(config.get_text_config(), name, value)
+    with torch.device("meta"):
+        rebuilt = find_blocks(type(model)._from_config(config), blocks.name)
+    for index, (block, new) in enumerate(zip(blocks.blocks, rebuilt.blocks, strict=True)):
+        name = blocks.block_name(index)
+        pairs = zip(find_structures(block, name, sparsity.kinds), find_structures(new, name, sparsity.kinds), strict=True)
+        for structure, narrow in pairs:
+            expected = structure.groups - sparsity.count(structure.groups)
+            widths = [part.places.shape[1] for part in structure.consumers]
+            if narrow.groups != expected or [part.places.shape[1] for part in narrow.consumers] != widths:
+                changes = ", ".join(f"{name} {value}" for name, value in entries.items())
+                raise RoseExpError(
+                    f"save: expected a model class that builds {expected} {structure.kind} in {name} from {changes}, got "
+                    f"{type(model).__name__}, which builds {narrow.groups}: the pruned model cannot be loaded"
                 )
 
 
@@ -68,9 +94,9 @@ def _narrowed(config: PreTrainedConfig, sparsity: Structured) -> dict[str, int]:
     entries: dict[str, int] = {}
     if sparsity.heads:
         queries, width = getattr(config, QUERIES, None), getattr(config, "head_dim", None)
-        if queries is None or not hasattr(config, "head_dim"):
+        if queries is None:
             raise RoseExpError(
-                f"sparsity.heads: expected a model whose configuration has {QUERIES} and head_dim, got {config.model_type}; "
+                f"sparsity.heads: expected a model whose configuration has {QUERIES}, got {config.model_type}; "
                 "set sparsity.heads=false to remove only neurons"
             )
         keys = getattr(config, KEYS, None) or queries

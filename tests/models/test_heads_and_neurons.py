@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -103,6 +104,36 @@ def test_saved_model_has_the_reduced_widths(small, tmp_path):
     measured = [f"model.path={folder}" if text.startswith("model.path") else text for text in small]
     again = rose_exp.run([*measured, "method=dense"], tmp_path)
     assert again["metrics"]["perplexity.local"] == pytest.approx(record["metrics"]["perplexity.local"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+def test_saved_models_of_each_family_give_the_same_outputs(family, tmp_path):
+    """Qwen2 reads ``head_dim``, although its configuration does not define it."""
+    model, sparsity = build(family), Structured(0.5)
+    blocks = find_blocks(model)
+    check_removable(model, blocks, sparsity)
+    pruned = {report.name for report in prune_model(model, tokens(), PruningPlan(SparseGPT(), sparsity, batch=2))}
+    remove_masked(model, blocks, sparsity, pruned, configure=True)
+    expected = answers(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(answers(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert loaded.config.num_key_value_heads == 1
+
+
+def test_model_classes_that_ignore_the_width_of_heads_are_rejected(monkeypatch):
+    model = build("qwen2")
+    attention = type(model.model.layers[0].self_attn)
+    real = attention.__init__
+
+    def ignoring(self, config, *arguments, **options):
+        config = copy.deepcopy(config)
+        config.head_dim = config.hidden_size // config.num_attention_heads
+        real(self, config, *arguments, **options)
+
+    monkeypatch.setattr(attention, "__init__", ignoring)
+    with pytest.raises(RoseExpError, match=r"save: expected a model class that builds 1 heads in model\.layers\.0 from"):
+        check_removable(model, find_blocks(model), Structured(0.5, neurons=False))
 
 
 def test_widths_the_configuration_cannot_express_raise_only_when_saving(small, tmp_path):
