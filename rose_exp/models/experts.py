@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,52 +16,162 @@ class Projection(nn.Module):
     """One expert's part of a stacked parameter, as a linear layer that accepts hooks.
 
     It has no parameters: ``weight`` is a view, (rows, columns), of the current stack.
+
+    Args:
+        owner: module with the stack.
+        parameter: name of the stack, (experts, rows, columns), or (experts, columns, rows) if ``transposed``. Its bias, if any,
+            is the parameter ``<name>_bias``, (experts, rows).
+        rows: the rows of the stack that belong to the layer.
     """
 
-    def __init__(self, owner: nn.Module, parameter: str, expert: int, rows: slice):
+    def __init__(self, owner: nn.Module, parameter: str, expert: int, rows: slice, transposed: bool = False):
         super().__init__()
         self.__dict__["owner"] = owner  # bypass registration as a submodule: the owner is the parent
-        self.parameter, self.expert, self.rows = parameter, expert, rows
+        self.parameter, self.expert, self.rows, self.transposed = parameter, expert, rows, transposed
 
     @property
     def weight(self) -> Tensor:
-        return self.owner._parameters[self.parameter][self.expert, self.rows]
+        matrix = self.owner._parameters[self.parameter][self.expert]
+        return (matrix.T if self.transposed else matrix)[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        stack = self.owner._parameters.get(f"{self.parameter}_bias")
+        return None if stack is None else stack[self.expert, self.rows]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.weight)
+        return functional.linear(inputs, self.weight, self.bias)
 
 
-def projections(module: nn.Module) -> list[dict[str, Projection]]:
-    """Return the layers of each expert in a stack, by the names used for unstacked experts.
+Layers = dict[str, Projection]
+"""The layers of one expert, by the names used for unstacked experts."""
 
-    The list is empty unless ``module`` is a stack in a known layout: (experts, rows, columns), gate before up, no biases.
+
+class Layout(ABC):
+    """How a module stores and runs its experts. Subclasses in :data:`LAYOUTS` are tried in order."""
+
+    @abstractmethod
+    def layers(self, module: nn.Module) -> list[Layers]:
+        """Return the layers of each expert; an empty list if the module has another layout."""
+
+    @abstractmethod
+    def forward(self, module: nn.Module, experts: Sequence[Layers], *arguments: Any) -> Tensor:
+        """Run the experts one after another through their layers. Every layer is called, even without tokens."""
+
+
+class Gated(Layout):
+    """Experts with the parameters ``gate_up_proj`` (or ``up_proj``) and ``down_proj``, as in transformers' experts interface.
+
+    The stacks can be transposed, gate and up rows can alternate, and projections can have biases. The class can define its own
+    activation, as gpt-oss does. Experts beyond those of ``down_proj`` return their inputs, as in LongCat.
     """
+
+    def layers(self, module: nn.Module) -> list[Layers]:
+        stacks = {name: value for name, value in module._parameters.items() if value is not None}
+        upper = "gate_up_proj" if "gate_up_proj" in stacks else "up_proj"
+        weights = {name: value for name, value in stacks.items() if not name.endswith("_bias")}
+        if set(weights) != {upper, "down_proj"} or any(value.ndim != 3 for value in weights.values()):
+            return []
+        if not (hasattr(module, "act_fn") or hasattr(module, "_apply_gate")):
+            return []
+        count = len(weights["down_proj"])
+        transposed = self._transposed(weights[upper], weights["down_proj"], 2 if upper == "gate_up_proj" else 1)
+        if transposed is None or (count < len(weights[upper]) and not hasattr(module, "identity_expert")):
+            return []
+        rows, hidden = weights[upper].shape[1:][::-1] if transposed else weights[upper].shape[1:]
+        parts = {"up_proj": (upper, slice(0, rows))}
+        if upper == "gate_up_proj" and getattr(module, "is_concatenated", True):
+            parts = {"gate_proj": (upper, slice(0, rows // 2)), "up_proj": (upper, slice(rows // 2, rows))}
+        elif upper == "gate_up_proj":
+            parts = {"gate_proj": (upper, slice(0, rows, 2)), "up_proj": (upper, slice(1, rows, 2))}
+        parts["down_proj"] = ("down_proj", slice(0, hidden))
+        return [
+            {name: Projection(module, stack, expert, part, transposed) for name, (stack, part) in parts.items()}
+            for expert in range(count)
+        ]
+
+    @staticmethod
+    def _transposed(upper: Tensor, down: Tensor, factor: int) -> bool | None:
+        """Return whether the stacks are transposed, according to their shapes; None if these do not fit each other.
+
+        Args:
+            factor: number of projections in ``upper``.
+        """
+        (_, first, second), (_, third, fourth) = upper.shape, down.shape
+        if (first, second) == (factor * fourth, third):
+            return False
+        return True if (first, second) == (fourth, factor * third) else None
+
+    def forward(self, module: nn.Module, experts: Sequence[Layers], *arguments: Any) -> Tensor:
+        if len(arguments) == 1:
+            return self._forward_sorted(module, experts, *arguments)
+        hidden_states, top_k_index, top_k_weights = arguments  # (tokens, columns), twice (tokens, experts per token)
+        output = torch.zeros_like(hidden_states)
+        upper = module._parameters.get("gate_up_proj")
+        for expert in range(len(experts) if upper is None else len(upper)):
+            token, place = torch.where(top_k_index == expert)
+            inputs = hidden_states[token]
+            answer = self._run(module, experts[expert], inputs) if expert < len(experts) else module.identity_expert(inputs)
+            answer = answer * top_k_weights[token, place, None]
+            output.index_add_(0, token, answer.to(output.dtype))
+        return output
+
+    def _forward_sorted(self, module: nn.Module, experts: Sequence[Layers], hidden_states: Tensor) -> Tensor:
+        """Run experts that each receive all tokens, with zeros in place of the tokens of others, as in Llama 4."""
+        by_expert = hidden_states.view(len(experts), -1, hidden_states.shape[-1])
+        outputs = torch.zeros_like(by_expert)
+        for layers, inputs, output in zip(experts, by_expert, outputs, strict=True):
+            routed = (inputs != 0).any(dim=-1)
+            output[routed] = self._run(module, layers, inputs[routed])
+        return outputs.view(-1, hidden_states.shape[-1])
+
+    @staticmethod
+    def _run(module: nn.Module, layers: Layers, inputs: Tensor) -> Tensor:
+        if "gate_proj" not in layers:
+            inner = module.act_fn(layers["up_proj"](inputs))
+        elif hasattr(module, "_apply_gate"):
+            pair = (layers["gate_proj"](inputs), layers["up_proj"](inputs))
+            concatenated = getattr(module, "is_concatenated", True)
+            inner = module._apply_gate(torch.cat(pair, -1) if concatenated else torch.stack(pair, -1).flatten(-2))
+        else:
+            inner = module.act_fn(layers["gate_proj"](inputs)) * layers["up_proj"](inputs)
+        answer = layers["down_proj"](inner)
+        return module.post_expert_norm(answer) if getattr(module, "has_post_expert_norm", False) else answer
+
+
+class Parallel(Layout):
+    """One linear layer for each expert, on tokens sorted by expert, as in JetMoE: ``weight`` and ``forward(inputs, sizes)``."""
+
+    def layers(self, module: nn.Module) -> list[Layers]:
+        stacks = [name for name, value in module._parameters.items() if value is not None]
+        if stacks != ["weight"] or module.weight.ndim != 3 or not hasattr(module, "num_experts"):
+            return []
+        experts, rows, _ = module.weight.shape
+        return [{"proj": Projection(module, "weight", expert, slice(0, rows))} for expert in range(experts)]
+
+    def forward(self, module: nn.Module, experts: Sequence[Layers], *arguments: Any) -> Tensor:
+        inputs, sizes = arguments
+        parts = zip(experts, inputs.split(sizes, dim=0), strict=True)
+        return torch.cat([layers["proj"](part) for layers, part in parts])
+
+
+LAYOUTS: list[Layout] = [Gated(), Parallel()]
+"""The known layouts. To support another one, append to the list before a model is loaded."""
+
+
+def projections(module: nn.Module) -> list[Layers]:
+    """Return the layers of each expert in a stack; an empty list unless ``module`` is a stack in a known layout."""
+    return _found(module)[1]
+
+
+def _found(module: nn.Module) -> tuple[Layout | None, list[Layers]]:
+    """Return the layout of a module and its layers, which are kept with the module."""
     kept = module.__dict__.get("_projections")
     if kept is None:
-        kept = module.__dict__["_projections"] = _find(module)
+        candidates = ((layout, layout.layers(module)) for layout in LAYOUTS)
+        kept = next(((layout, layers) for layout, layers in candidates if layers), (None, []))
+        module.__dict__["_projections"] = kept
     return kept
-
-
-def _find(module: nn.Module) -> list[dict[str, Projection]]:
-    stacks = {name: value for name, value in module._parameters.items() if value is not None}
-    gated = "gate_up_proj" in stacks
-    if set(stacks) != {"gate_up_proj" if gated else "up_proj", "down_proj"} or any(v.ndim != 3 for v in stacks.values()):
-        return []
-    changed = getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True)
-    activation = getattr(type(module), "_apply_gate", None)
-    if changed or not hasattr(module, "act_fn") or (activation is not None and activation.__name__ != "_default_apply_gate"):
-        return []
-    experts, rows, columns = stacks["gate_up_proj" if gated else "up_proj"].shape
-    inner = rows // 2 if gated else rows
-    if stacks["down_proj"].shape != (experts, columns, inner):
-        return []
-    projections_of = []
-    for expert in range(experts):
-        parts = {"gate_proj": ("gate_up_proj", slice(0, inner)), "up_proj": ("gate_up_proj", slice(inner, rows))}
-        parts = parts if gated else {"up_proj": ("up_proj", slice(0, rows))}
-        parts["down_proj"] = ("down_proj", slice(0, columns))
-        projections_of.append({name: Projection(module, stack, expert, part) for name, (stack, part) in parts.items()})
-    return projections_of
 
 
 @contextmanager
@@ -78,20 +190,11 @@ def unstacked_experts(block: nn.Module) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _forward(module: nn.Module):
-    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (tokens, columns); top_k_index, top_k_weights (tokens, experts per token)."""
-        output = torch.zeros_like(hidden_states)
-        for expert, layers in enumerate(projections(module)):
-            token, place = torch.where(top_k_index == expert)
-            inputs = hidden_states[token]
-            if "gate_proj" in layers:
-                inner = module.act_fn(layers["gate_proj"](inputs)) * layers["up_proj"](inputs)
-            else:
-                inner = module.act_fn(layers["up_proj"](inputs))
-            answer = layers["down_proj"](inner) * top_k_weights[token, place, None]
-            output.index_add_(0, token, answer.to(output.dtype))
-        return output
+def _forward(module: nn.Module) -> Callable[..., Tensor]:
+    layout, experts = _found(module)
+
+    def forward(*arguments: Any, **keywords: Any) -> Tensor:
+        return layout.forward(module, experts, *arguments, *keywords.values())
 
     return forward
 
@@ -99,14 +202,16 @@ def _forward(module: nn.Module):
 def routers(block: nn.Module) -> set[nn.Module]:
     """Return the linear layers that route to experts or gate a shared expert.
 
-    These are siblings of the experts with one output per expert, or a single output.
+    These are siblings of the experts with one output per expert, or a single output, or layers inside a sibling ``router``.
     """
-    router_modules: set[nn.Module] = set()
+    layers: set[nn.Module] = set()
     for module in block.modules():
         experts = getattr(module, "experts", None)
-        if not isinstance(experts, nn.Module):
+        stacks = [experts] if isinstance(experts, nn.Module) else [child for child in module.children() if projections(child)]
+        if not stacks:
             continue
-        count = len(experts) if isinstance(experts, nn.ModuleList) else len(projections(experts))
+        counts = {len(stack) if isinstance(stack, nn.ModuleList) else len(projections(stack)) for stack in stacks} | {1}
         siblings = [child for child in module.children() if isinstance(child, nn.Linear)]
-        router_modules |= {child for child in siblings if child.out_features in (count, 1)}
-    return router_modules
+        siblings += list(module.router.modules()) if isinstance(getattr(module, "router", None), nn.Module) else []
+        layers |= {child for child in siblings if isinstance(child, nn.Linear) and child.out_features in counts}
+    return layers

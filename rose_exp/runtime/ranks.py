@@ -73,7 +73,10 @@ class Ranks:
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite ``tensor`` with its value on ``owner``."""
         if self.size > 1:
-            dist.broadcast(tensor, owner)
+            whole = tensor.contiguous()  # collective operations do not support views of transposed experts
+            dist.broadcast(whole, owner)
+            if whole is not tensor:
+                tensor.copy_(whole)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, ordered by rank. Values must be picklable."""
