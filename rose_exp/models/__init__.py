@@ -9,7 +9,7 @@ from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
 from .saving import save_model, save_streamed, sparsity_description
 from .shapes import ModelShape, model_shape, shape_of
-from .streaming import StreamedModel, let_go, load_model, open_model
+from .streaming import StreamedModel, extra_files, let_go, load_model, open_model
 
 __all__ = [
     "BlockList",
@@ -20,6 +20,7 @@ __all__ = [
     "Structure",
     "all_linear_layers",
     "check_removable",
+    "extra_files",
     "find_blocks",
     "find_structures",
     "let_go",

@@ -78,8 +78,10 @@ def linear_layers(module: nn.Module, name: str) -> list[LinearLayer]:
 def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
     """Find the ``nn.ModuleList`` of the decoder's blocks.
 
+    Multimodal models have further lists, of their vision and audio towers, which do not count.
+
     Args:
-        name: full name of the list; None for the outermost list with the most linear weights.
+        name: full name of the list; None for the outermost list of the decoder with the most linear weights.
     Raises:
         RoseExpError: there is no such list, or several are equally large.
     """
@@ -92,6 +94,8 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
         if name not in lists:
             raise RoseExpError(f"model.blocks: expected one of {', '.join(lists)}, got {name!r}{suggest(name, lists)}")
         return BlockList(name, list(lists[name]))
+    inside = _decoder_name(model)
+    lists = {path: module for path, module in lists.items() if path.startswith(inside)} or lists
     outer = {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
     sizes = {path: sum(layer.weight.numel() for layer in linear_layers(m, "")) for path, m in outer.items()}
     if not sizes:
@@ -101,6 +105,13 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
     if len(candidates) > 1:
         raise RoseExpError(f"model.blocks: expected the name of one of the lists {', '.join(candidates)}, all equally large")
     return BlockList(candidates[0], list(outer[candidates[0]]))
+
+
+def _decoder_name(model: nn.Module) -> str:
+    """Return the name of the text decoder inside a multimodal model, with a trailing dot; an empty string if there is none."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    names = [name for name, module in model.named_modules() if module is decoder and name]
+    return f"{names[0]}." if names else ""
 
 
 def all_linear_layers(blocks: BlockList) -> list[LinearLayer]:

@@ -10,7 +10,14 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..runtime.errors import RoseExpError
 from ..runtime.fingerprint import model_sha256, weights_sha256
@@ -60,6 +67,8 @@ def revision(settings: ModelSettings) -> str | None:
 def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Module:
     """Build the causal language model that a configuration describes, on the current default device.
 
+    Multimodal models are built whole. Without images or sound, they are causal language models.
+
     Raises:
         RoseExpError: the model is not a decoder, is quantized, or cannot be built by transformers.
     """
@@ -74,12 +83,18 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
             "cannot be pruned"
         )
     try:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+        return _class_for(config).from_config(config, trust_remote_code=settings.trust_remote_code, **options)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
         raise RoseExpError(
             f"{where}: transformers cannot build a causal language model from its configuration ({config.model_type}): "
             f"{_first_lines(error)}"
         ) from error
+
+
+def _class_for(config: Any) -> Any:
+    """Return the automatic class for a configuration: for text and images if transformers has one, else for text."""
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(config, "auto_map", None)
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def setting_of(settings: ModelSettings) -> str:

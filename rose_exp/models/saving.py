@@ -26,7 +26,11 @@ from .streaming import StreamedModel
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, sparsity: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    sparsity: Mapping[str, Any] | None = None,
+    extra: Sequence[Path] = (),
 ) -> Path:
     """Write safetensors, configuration and tokenizer to ``folder`` atomically.
 
@@ -34,6 +38,7 @@ def save_model(
 
     Args:
         sparsity: ``quantization_config`` for ``config.json``, see :func:`sparsity_description`.
+        extra: files to copy, unless saving writes files of their names.
 
     Raises:
         RoseExpError: ``folder`` already exists, or writing fails.
@@ -41,6 +46,7 @@ def save_model(
     with whole_or_not(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        _copy(extra, scratch)
         _check_complete(model, scratch)
         _describe(scratch, sparsity)
     return folder
@@ -52,6 +58,7 @@ def save_streamed(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     sparsity: Mapping[str, Any] | None = None,
+    extra: Sequence[Path] = (),
 ) -> Path:
     """Save a model whose blocks come from ``block_at(index, device)``, like :func:`save_model`, with one shard per block.
 
@@ -76,6 +83,7 @@ def save_streamed(
         if model.can_generate():
             model.generation_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        _copy(extra, scratch)
         _check_complete(model, scratch, blocks.name)
         _describe(scratch, sparsity)
     return folder
@@ -140,6 +148,12 @@ def _check_complete(model: PreTrainedModel, folder: Path, blocks: str | None = N
         empty = type(model)._from_config(config)
     checkpoint = open_checkpoint(lambda name: path if (path := folder / name).exists() else None, "save")
     match(empty, checkpoint, find_blocks(empty, blocks))
+
+
+def _copy(files: Sequence[Path], folder: Path) -> None:
+    for file in files:
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)  # without the permissions of caches
 
 
 def _describe(folder: Path, sparsity: Mapping[str, Any] | None) -> None:

@@ -23,6 +23,8 @@ from .matching import Match, fill, match, tie
 
 log = logging.getLogger(__name__)
 
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja")
+
 
 class StreamedModel:
     """A causal language model built from its configuration, with empty blocks.
@@ -110,6 +112,21 @@ def open_model(settings: ModelSettings) -> tuple[LoadedModel, StreamedModel]:
         model.generation_config = GenerationConfig.from_pretrained(find("generation_config.json").parent)
     streamed = StreamedModel(model, checkpoint, find_blocks(model, settings.blocks), matched)
     return LoadedModel(model, protocol(settings, model), _warnings(streamed)), streamed
+
+
+def extra_files(settings: ModelSettings) -> list[Path]:
+    """Return the files beside a checkpoint that a saved model needs besides its weights, configuration and tokenizer.
+
+    These are the configurations of image and sound processors, and the Python files of models with their own code in a local
+    folder.
+    """
+    source, gguf = located(settings)
+    if gguf:
+        return []
+    find = _finder(source, settings, from_pretrained(AutoConfig, settings))
+    files = [path for name in PROCESSORS if (path := find(name)) is not None]
+    own_code = settings.trust_remote_code and Path(source).is_dir()
+    return files + (sorted(Path(source).glob("*.py")) if own_code else [])
 
 
 def _warnings(streamed: StreamedModel) -> list[tuple[str, str]]:

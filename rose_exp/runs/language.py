@@ -20,6 +20,7 @@ from ..models import (
     StreamedModel,
     all_linear_layers,
     check_removable,
+    extra_files,
     find_blocks,
     linear_layers,
     load_model,
@@ -192,9 +193,10 @@ class LanguageRun(Run):
             unpruned = [layer.name for layer in layers if layer.name not in pruned] + ["lm_head"]
             share = self.record.data["metrics"]["sparsity"]
             description = sparsity_description(self.settings.sparsity.pattern, share, ["Linear"], unpruned)
+        extra = extra_files(self.settings.model)
         if self.streamed is not None:
-            return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description)
-        return save_model(self.model.to("cpu"), self.tokenizer, place, description)
+            return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description, extra)
+        return save_model(self.model.to("cpu"), self.tokenizer, place, description, extra)
 
     def after_saving(self) -> None:
         if self.settings.evaluation.speed is not None and self.ranks.first:
