@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from rose_exp.engine import METHODS, InputMoments, Ordering, SparseGPT, Unstructured, Wanda, prune_layer
 from rose_exp.models import all_linear_layers, find_blocks, unstacked_experts
-from rose_exp.pruning import PruningPlan, prune_model
+from rose_exp.pruning import PruneContext, PruningPlan, prune_model
 from rose_exp.pruning.capture import probe, trace
 from rose_exp.runtime.errors import RoseExpError
 
@@ -173,17 +172,22 @@ def test_non_sequential_model_raises_an_error():
         prune_model(_Skipping(), torch.zeros(1, 4, dtype=torch.int64), plan())
 
 
-def test_stacked_experts_are_not_silently_left_dense():
+def test_large_tensors_in_an_unknown_layout_are_not_silently_left_dense():
     model = build("llama")
-    model.model.layers[0].mlp.experts = nn.Parameter(torch.zeros(2, 4, 4))
-    with pytest.raises(RoseExpError, match=r"model.layers.0.mlp.experts of shape \(2, 4, 4\) is neither a linear layer"):
+    model.model.layers[0].mlp.experts = nn.Parameter(torch.zeros(2, 40, 40))
+    with pytest.raises(RoseExpError, match=r"model.layers.0.mlp.experts holds \d+% of its block's weights and is neither a"):
         prune_model(model, tokens(), plan())
-    reports = prune_model(model, tokens(), plan(skip=["*.experts"]) if _matches_a_layer(model) else plan(skip=["*.0.mlp*"]))
-    assert reports
+    assert prune_model(model, tokens(), plan(skip=["*.experts"]))
 
 
-def _matches_a_layer(model) -> bool:
-    return any(fnmatchcase(layer.name, "*.experts") for layer in all_linear_layers(find_blocks(model)))
+def test_small_tensors_in_an_unknown_layout_stay_dense_with_a_warning():
+    model, warnings = build("llama"), []
+    model.model.layers[0].mlp.experts = nn.Parameter(torch.ones(2, 4, 4))
+    prune_model(model, tokens(), plan(), PruneContext(on_warning=lambda *warning: warnings.append(warning)))
+    ((kind, detail),) = warnings
+    assert kind == "left_dense"
+    assert detail.startswith("model.layers.0.mlp.experts: ")
+    assert bool((model.model.layers[0].mlp.experts == 1).all())
 
 
 def test_nan_weights_raise_an_error_that_names_the_block():
