@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+DEFAULT = "_default_apply_gate"  # name of transformers' own activation of gated experts, act_fn(gate) · up
+
+
 class Projection(nn.Module):
     """One expert's part of a stacked parameter, as a linear layer that accepts hooks.
 
@@ -129,7 +132,7 @@ class Gated(Layout):
     def _run(module: nn.Module, layers: Layers, inputs: Tensor) -> Tensor:
         if "gate_proj" not in layers:
             inner = module.act_fn(layers["up_proj"](inputs))
-        elif hasattr(module, "_apply_gate"):
+        elif getattr(getattr(module, "_apply_gate", None), "__name__", DEFAULT) != DEFAULT:  # an activation of its own
             pair = (layers["gate_proj"](inputs), layers["up_proj"](inputs))
             concatenated = getattr(module, "is_concatenated", True)
             inner = module._apply_gate(torch.cat(pair, -1) if concatenated else torch.stack(pair, -1).flatten(-2))
