@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 DEFAULT = "_default_apply_gate"  # name of transformers' own activation of gated experts, act_fn(gate) · up
 
 
