@@ -74,6 +74,7 @@ class LanguageRun(Run):
         self.evaluation: dict[str, Windows] = {}
         self.tasks: Tasks | None = None
         self.streamed: StreamedModel | None = None
+        self.extra_files: list[Path] = []
 
     def read_inputs(self, stack: ExitStack) -> None:
         """Check that the run fits into memory and on disk, then read the texts."""
@@ -108,6 +109,8 @@ class LanguageRun(Run):
         for kind, detail in loaded.warnings:
             self.record.warn(kind, detail)
         check_window_lengths(settings, self.model)
+        if settings.save:  # now, while the hub is known to be reachable
+            self.extra_files = extra_files(settings.model)
         self.blocks = self.streamed.blocks if self.streamed else find_blocks(self.model, settings.model.blocks)
         if settings.removes and settings.save:
             if self.streamed is not None:
@@ -193,10 +196,9 @@ class LanguageRun(Run):
             unpruned = [layer.name for layer in layers if layer.name not in pruned] + ["lm_head"]
             share = self.record.data["metrics"]["sparsity"]
             description = sparsity_description(self.settings.sparsity.pattern, share, ["Linear"], unpruned)
-        extra = extra_files(self.settings.model)
         if self.streamed is not None:
-            return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description, extra)
-        return save_model(self.model.to("cpu"), self.tokenizer, place, description, extra)
+            return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description, self.extra_files)
+        return save_model(self.model.to("cpu"), self.tokenizer, place, description, self.extra_files)
 
     def after_saving(self) -> None:
         if self.settings.evaluation.speed is not None and self.ranks.first:
