@@ -2,7 +2,7 @@
 
 from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 from .bos import needs_bos, resolve_bos
-from .experts import projections, unstacked_experts
+from .experts import check_layouts, projections, unstacked_experts
 from .heads_and_neurons import Structure, find_structures
 from .loading import LoadedModel, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
@@ -19,6 +19,7 @@ __all__ = [
     "StreamedModel",
     "Structure",
     "all_linear_layers",
+    "check_layouts",
     "check_removable",
     "extra_files",
     "find_blocks",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..runtime.errors import RoseExpError
+
+CLOSE = 1e-3  # relative tolerance for equal outputs of a stack and of its layers; at least four times the dtype's epsilon
 DEFAULT = "_default_apply_gate"  # name of transformers' own activation of gated experts, act_fn(gate) · up
 
 
@@ -199,6 +202,39 @@ def _forward(module: nn.Module) -> Callable[..., Tensor]:
         return layout.forward(module, experts, *arguments, *keywords.values())
 
     return forward
+
+
+def check_layouts(block: nn.Module, name: str, run: Callable[[], Any]) -> None:
+    """Check that the layers of each stack of experts inside ``block`` compute what the stack itself computes.
+
+    A class can have the parameters of a known layout and use them in another way.
+
+    Args:
+        name: full name of the block in the model.
+        run: runs the block on a few tokens.
+    Raises:
+        RoseExpError: the outputs of a stack and of its layers differ.
+    """
+    stacks = {inner: module for inner, module in block.named_modules() if projections(module)}
+    if any(parameter.dtype == torch.float64 for module in stacks.values() for parameter in module.parameters()):
+        return  # transformers' grouped products have no float64, so the stack itself cannot run
+    calls: dict[nn.Module, tuple[tuple, dict[str, Any], Tensor]] = {}
+    with ExitStack() as hooks:
+        for module in stacks.values():
+            hooks.callback(module.register_forward_hook(lambda m, *call: calls.update({m: call}), with_kwargs=True).remove)
+        if stacks:
+            run()
+    for inner, module in stacks.items():
+        if module not in calls:
+            continue
+        arguments, keywords, expected = calls[module]
+        difference = (_forward(module)(*arguments, **keywords).float() - expected.float()).norm()
+        limit = max(CLOSE, 4 * torch.finfo(expected.dtype).eps) * expected.float().norm()
+        if torch.isfinite(expected).all() and not difference <= limit:
+            raise RoseExpError(
+                f"{name}.{inner}: expected experts whose layers compute what {type(module).__name__} computes, got outputs "
+                f"that differ by {float(difference / expected.float().norm()):.2g}: its layout is not supported"
+            )
 
 
 def routers(block: nn.Module) -> set[nn.Module]:

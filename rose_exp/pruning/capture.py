@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import BlockList, linear_layers, unstacked_experts
+from ..models import BlockList, check_layouts, linear_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
 from .calls import BlockCall, equal, first_tensor, on_device, shifted, to_device
 from .permutation import Channels, find_channels
@@ -72,28 +72,32 @@ def probe(
 
     Raises:
         RoseExpError: the blocks are not a plain chain in which each block depends on earlier blocks only through the
-            previous block's output; the model is not a causal decoder; or the model's output is not finite.
+            previous block's output; the model is not a causal decoder; the layers of its experts do not compute what its
+            experts compute; or the model's output is not finite.
     """
     chain, probed, weights = _Chain(blocks), Probe(), weights or InMemory(blocks)
 
     def run(index: int, block: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden, call = BlockCall.split(args, kwargs)
         chain.enter(index, hidden)
-        inputs = _LayerInputs()
-        with weights.at(index, device), unstacked_experts(block), ExitStack() as stack:
-            layers = linear_layers(block, blocks.block_name(index))
+        inputs, name = _LayerInputs(), blocks.block_name(index)
+        with weights.at(index, device), ExitStack() as stack:
+            trial = on_device([call.isolated()], device)[0]
+            check_layouts(block, name, lambda: trial.output(forward, hidden.to(device)))
+            stack.enter_context(unstacked_experts(block))
+            hooks = stack.enter_context(ExitStack())
+            layers = linear_layers(block, name)
             for layer in layers:
                 hook = layer.module.register_forward_pre_hook(inputs.record(layer.name), with_kwargs=True)
-                stack.callback(hook.remove)
+                hooks.callback(hook.remove)
             call_on_device = on_device([call], device)[0]
             before = call_on_device.contents()
             output = call_on_device.output(forward, hidden.to(device))
-            stack.pop_all().close()
+            hooks.close()
             writes = call_on_device.contents() != before
             probed.carries |= writes
             states, isolated = hidden.to(device), call_on_device.isolated()
             names = adding_layers(lambda states: isolated.run(forward, states), layers, states) if adding else []
-            name = blocks.block_name(index)
             reorderable: list[Channels] = []
             if channels and not writes:  # otherwise a later block may read the channels in their original order
                 reorderable = find_channels(lambda states: isolated.run(forward, states), block, name, states)

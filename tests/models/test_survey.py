@@ -140,3 +140,19 @@ def test_routers_are_not_pruned():
         model = survey.build(name)
         layers = [layer.name for layer in all_linear_layers(find_blocks(model))]
         assert not [layer for layer in layers if "router" in layer and "classifier" not in layer], name
+
+
+@pytest.mark.parametrize("change", [lambda output: 1.01 * output, lambda output: output.flip(-1), lambda output: output + 0.1])
+def test_experts_that_compute_something_else_are_rejected(change, monkeypatch):
+    """Their parameters look like a known layout, so that only their outputs tell the difference."""
+    model = random_weights("GptOssConfig")
+    experts = type(model.model.layers[0].mlp.experts)
+    real = experts.forward
+    monkeypatch.setattr(experts, "forward", lambda self, *arguments: change(real(self, *arguments)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tokens = torch.randint(3, survey.VOCABULARY, (3, 12))
+    with pytest.raises(
+        RoseExpError, match=r"model\.layers\.0\.mlp\.experts: expected experts whose layers compute what GptOss"
+    ):
+        prune_model(model, tokens, PLAN)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
