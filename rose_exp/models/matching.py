@@ -271,7 +271,10 @@ def _by_block(places: dict[str, str], blocks: BlockList) -> tuple[list[str], dic
 
 
 def _own_tensor(model: nn.Module, name: str, where: str) -> None:
-    """Give a loaded tensor its own memory, and check that it is finite."""
+    """Give a loaded tensor its own memory, and check that it is finite.
+
+    Single numbers can be infinite, such as the bounds of clipped activations in Gemma 4.
+    """
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     tensors = module._parameters if key in module._parameters else module._buffers
@@ -279,7 +282,8 @@ def _own_tensor(model: nn.Module, name: str, where: str) -> None:
     if tensor is None or tensor.is_meta:
         return
     value = tensor.detach()
-    if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
+    bounds = torch.stack(torch.aminmax(value)) if value.is_floating_point() and value.numel() else torch.zeros(())
+    if bounds.isnan().any() or (value.ndim and bounds.isinf().any()):
         raise RoseExpError(f"{where}: expected finite weights, got NaN or infinity in {name}")
     owned = own_memory(value)
     if isinstance(tensor, nn.Parameter):

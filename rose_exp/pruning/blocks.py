@@ -19,7 +19,8 @@ from ..runtime.signals import Interrupted
 from .activations import Activations
 from .calls import BlockCall
 from .capture import Probe, probe
-from .collect import Calibration, Collector, GroupInputs
+from .collect import Calibration, Collector, GroupInputs, Roles, moments_bytes
+from .component import Group
 from .components import components_for
 from .context import PruneContext
 from .enter import Calls, enter, second_stream
@@ -125,24 +126,28 @@ class BlockPruner(Pruner):
         return probed
 
     def _check_calls(self, probed: Probe) -> None:
-        """Warn of layers that stay dense because their block calls them never or several times.
+        """Warn of layers that stay dense because their block never calls them.
 
         Raises:
-            RoseExpError: they hold a substantial share of a block's weights.
+            RoseExpError: they hold a substantial share of a block's weights, and the block itself is called.
         """
-        unusable: dict[str, list[str]] = {"is never called": [], "is called several times in a pass of its block": []}
+        unused: list[str] = []
+        skipped = [self.blocks.block_name(index) for index in range(len(probed.layers)) if index not in probed.called]
+        self.context.warn("left_dense", skipped, "each is a block that text does not run through")
         for (block, name), groups in zip(self.modules(), probed.layers, strict=True):
-            once = {name for group in groups for name in group}
+            if name in skipped:
+                continue
+            used = {name for group in groups for name in group}
             size = sum(parameter.numel() for parameter in block.parameters())
             for layer in linear_layers(block, name):
-                if layer.name in once or not self.plan.wants(layer.name):
+                if layer.name in used or not self.plan.wants(layer.name):
                     continue
-                why = list(unusable)[layer.name in probed.repeated]
                 if layer.weight.numel() > SUBSTANTIAL * size:
-                    raise RoseExpError(f"{layer.name} {why}, so it cannot be calibrated; add it to pipeline.skip")
-                unusable[why].append(layer.name)
-        for why, names in unusable.items():
-            self.context.warn("left_dense", names, f"each {why}")
+                    raise RoseExpError(
+                        f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip"
+                    )
+                unused.append(layer.name)
+        self.context.warn("left_dense", unused, "each is never called")
         if not any(self.plan.wants(name) for groups in probed.layers for group in groups for name in group):
             raise RoseExpError("pipeline.layers, pipeline.skip: expected at least one layer that can be calibrated, got none")
 
@@ -192,12 +197,14 @@ class BlockPruner(Pruner):
         layers = {layer.name: layer for layer in linear_layers(block, name)}
         groups = [[layers[name] for name in group if plan.wants(name)] for group in probed.layers[index]]
         calls, dense_calls = (
-            {start: batch[index] for start, batch in calls.items()} for calls in (self.calls, self.dense_calls)
+            {start: batch[index] for start, batch in calls.items() if index in batch}
+            for calls in (self.calls, self.dense_calls)
         )
         called = [name for group in probed.layers[index] for name in group]
         adding = probed.adding[index]
         closing = called[-1] if called and called[-1] in adding else None
         alone = [group[0] for group in probed.layers[index] if len(group) == 1]  # reordering would affect other readers
+        alone = [name for name in alone if name not in probed.repeated]
         state, stop = self.context.state, self.context.check_stop_between_batches
         return BlockUnit(
             index,
@@ -211,8 +218,29 @@ class BlockPruner(Pruner):
             calls,
             dense_calls,
             [layer_channels for layer_channels in probed.channels[index] if layer_channels.layer in alone],
-            Collector(block, name, (calls, dense_calls), plan, self.context.device, adding, closing, stop),
+            Collector(
+                block, name, (calls, dense_calls), plan, self.context.device, Roles(adding, closing, probed.repeated), stop
+            ),
         )
+
+    def waves(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """Split groups so that the moments of each part take at most ``context.moments_bytes``, but at least one group each.
+
+        Channel permutation and structured removal change other layers of the block, so their groups stay together.
+        """
+        limit = self.context.moments_bytes
+        if limit is None or self.plan.structured or self.plan.permutes:
+            return [list(groups)]
+        waves: list[list[Group]] = []
+        filled = 0
+        for group in groups:
+            size = moments_bytes(group, self.context.device)
+            if not waves or filled + size > limit:
+                waves.append([])
+                filled = 0
+            waves[-1].append(group)
+            filled += size
+        return waves
 
     def calibrate(self, unit: BlockUnit, calibration: Calibration) -> list[GroupInputs]:
         return unit.collector.moments(calibration, self.hidden)
@@ -220,6 +248,8 @@ class BlockPruner(Pruner):
     def propagate(self, unit: BlockUnit) -> None:
         if unit.index < self.units - 1:  # the last block's outputs are not used
             self.advance(unit, self.hidden)
+        for call in [*unit.calls.values(), *unit.dense_calls.values()]:
+            call.received.clear()
 
     def advance(self, unit: BlockUnit, hidden: Activations, weights: str = "pruned") -> None:
         """Run a block on all hidden states and replace them by its outputs.
@@ -229,6 +259,8 @@ class BlockPruner(Pruner):
         Raises:
             RoseExpError: the block returns NaN or infinity.
         """
+        if unit.index not in self.probed.called:
+            return
         context, start = self.context, self.context.now()
         calls = unit.dense_calls if hidden is self.dense else unit.calls
         finite = torch.ones((), dtype=torch.bool, device=context.device)  # read once at the end, to synchronize once

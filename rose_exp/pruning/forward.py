@@ -44,11 +44,11 @@ def answers_by_blocks(
     probed = probe(model, blocks, tokens, device, weights)
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         hidden, calls = enter(model, blocks, tokens, batch, place, probed, device, Path(folder) / "hidden")
-        for index in tqdm(range(len(blocks.blocks)), f"{name}, by blocks", unit="block", disable=None, leave=False):
+        for index in tqdm(probed.called, f"{name}, by blocks", unit="block", disable=None, leave=False):
             interruption.check()
             with weights.at(index, device) as block:
                 for windows, states in hidden:
-                    hidden[windows] = calls[windows.start][index].run(block, states)
+                    hidden[windows] = calls[windows.start].pop(index).run(block, states)
         for windows, states in hidden:
             yield tokens[windows], _after_blocks(model, weights, probed, tokens[windows], states)
 
@@ -58,8 +58,9 @@ def _after_blocks(model: nn.Module, weights: BlockWeights, probed: Probe, tokens
 
     Runs the model with blocks that return their inputs, except the last one, which returns ``states``.
     """
-    last = len(weights.blocks.blocks) - 1
+    last = probed.called[-1]
     home = home_of(model)
+    states = states.movedim(0, probed.axis)
 
     def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden = states.to(home) if index == last else (args[0] if args else kwargs["hidden_states"])
