@@ -83,7 +83,7 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
             "cannot be pruned"
         )
     try:
-        return _class_for(config).from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+        return class_for(config).from_config(config, trust_remote_code=settings.trust_remote_code, **options)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
         raise RoseExpError(
             f"{where}: transformers cannot build a causal language model from its configuration ({config.model_type}): "
@@ -91,7 +91,7 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
         ) from error
 
 
-def _class_for(config: Any) -> Any:
+def class_for(config: Any) -> Any:
     """Return the automatic class for a configuration: for text and images if transformers has one, else for text."""
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(config, "auto_map", None)
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM

@@ -13,22 +13,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models import BlockList, find_blocks, linear_layers, unstacked_experts
+from ..models import BlockList, find_blocks, linear_layers, shared_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
-from ..runtime.signals import Interrupted
 from .activations import Activations
 from .calls import BlockCall
-from .capture import Probe, probe
-from .collect import Calibration, Collector, GroupInputs, Roles, moments_bytes
+from .capture import NotAChain, Probe, probe
+from .collect import Calibration, Collector, GroupInputs, Roles
 from .component import Group
 from .components import components_for
 from .context import PruneContext
 from .enter import Calls, enter, second_stream
-from .loop import Pruner, Unit
+from .loop import Pruner, Unit, save_part
 from .permutation import Channels
 from .plan import SUBSTANTIAL, PruningPlan, check_plan
 from .report import LayerReport
+from .waves import limited_waves
 from .weights import InMemory, fill
+from .whole import ModelPruner
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,13 @@ def prune_model(model: nn.Module, tokens: Tensor, plan: PruningPlan, context: Pr
     """
     context = context or PruneContext()
     pruner = BlockPruner(model, plan, context)
-    probed = pruner.probe(tokens)
+    try:
+        probed = pruner.probe(tokens)
+    except NotAChain as error:
+        reason = f"{error}; each block is calibrated by forward passes of the whole model"
+        if context.on_warning is not None:
+            context.on_warning("whole_passes", reason)
+        return ModelPruner(model, tokens, plan, context).run()
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=context.scratch) as folder:
         try:
             pruner.enter(tokens, probed, Path(folder))
@@ -133,19 +140,19 @@ class BlockPruner(Pruner):
         """
         unused: list[str] = []
         skipped = [self.blocks.block_name(index) for index in range(len(probed.layers)) if index not in probed.called]
+        shared = shared_layers(self.model, self.blocks)
         self.context.warn("left_dense", skipped, "each is a block that text does not run through")
+        self.context.warn("left_dense", sorted(shared), "each is shared by several blocks")
         for (block, name), groups in zip(self.modules(), probed.layers, strict=True):
             if name in skipped:
                 continue
             used = {name for group in groups for name in group}
             size = sum(parameter.numel() for parameter in block.parameters())
             for layer in linear_layers(block, name):
-                if layer.name in used or not self.plan.wants(layer.name):
+                if layer.name in used | shared or not self.plan.wants(layer.name):
                     continue
                 if layer.weight.numel() > SUBSTANTIAL * size:
-                    raise RoseExpError(
-                        f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip"
-                    )
+                    raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip")
                 unused.append(layer.name)
         self.context.warn("left_dense", unused, "each is never called")
         if not any(self.plan.wants(name) for groups in probed.layers for group in groups for name in group):
@@ -224,23 +231,7 @@ class BlockPruner(Pruner):
         )
 
     def waves(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """Split groups so that the moments of each part take at most ``context.moments_bytes``, but at least one group each.
-
-        Channel permutation and structured removal change other layers of the block, so their groups stay together.
-        """
-        limit = self.context.moments_bytes
-        if limit is None or self.plan.structured or self.plan.permutes:
-            return [list(groups)]
-        waves: list[list[Group]] = []
-        filled = 0
-        for group in groups:
-            size = moments_bytes(group, self.context.device)
-            if not waves or filled + size > limit:
-                waves.append([])
-                filled = 0
-            waves[-1].append(group)
-            filled += size
-        return waves
+        return limited_waves(groups, self.plan, self.context)
 
     def calibrate(self, unit: BlockUnit, calibration: Calibration) -> list[GroupInputs]:
         return unit.collector.moments(calibration, self.hidden)
@@ -306,12 +297,4 @@ class BlockPruner(Pruner):
         return [stream for stream in (self.hidden, self.dense) if stream is not None]
 
     def stop_inside(self, unit: BlockUnit, reports: Sequence[LayerReport]) -> None:
-        names = {report.name for report in reports}
-        for component in self.components:
-            component.after_groups(unit, names, [component.outgoing(unit)])
-        if self.context.state is not None:
-            others = self.changed_with(unit, names)
-            weights = {name: unit.layers[name].weight for name in names | others}
-            biases = {f"{name}.bias": unit.layers[name].module.bias for name in others}
-            self.context.state.commit_part(reports, weights | {key: bias for key, bias in biases.items() if bias is not None})
-        raise Interrupted(f"stopped after {reports[-1].name}")
+        save_part(self, unit, reports)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import BlockList, check_layouts, linear_layers, unstacked_experts
+from ..models import BlockList, check_layouts, linear_layers, shared_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
 from .calls import BlockCall, equal, first_tensor, on_device, shifted, to_device
 from .permutation import Channels, find_channels
@@ -24,11 +24,16 @@ from .targets import adding_layers
 from .weights import BlockWeights, InMemory
 
 PROBE_TOKENS = 8
+MODEL_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError, NotImplementedError)
 ROUNDING = 16  # tolerance for equal results, in multiples of the dtype's epsilon, relative to the largest value
 
 
 class StopForward(Exception):
     """Stops a forward pass once all required values are recorded."""
+
+
+class NotAChain(RoseExpError):
+    """The blocks of a model do not run one after another on the output of the previous one."""
 
 
 @dataclass
@@ -77,10 +82,12 @@ def probe(
         channels: whether to find the layers whose input channels can be reordered.
 
     Raises:
-        RoseExpError: the blocks are not a plain chain in which each block depends on earlier blocks only through the
-            previous block's output; the model is not a causal decoder; the layers of its experts do not compute what its
-            experts compute; or the model's output is not finite.
+        NotAChain: the blocks are not a plain chain in which each block depends on earlier blocks only through the previous
+            block's return values and containers that they share.
+        RoseExpError: the model is not a causal decoder; the layers of its experts do not compute what its experts compute; or
+            the model's output is not finite.
     """
+    shared = shared_layers(model, blocks)
     chain, weights, count = _Chain(blocks), weights or InMemory(blocks), len(blocks.blocks)
     probed = Probe(
         layers=[[] for _ in range(count)],
@@ -96,13 +103,13 @@ def probe(
             probed.passes.append(received)
             probed.carries |= bool(received)
         probed.called.append(index)
-        inputs, name = _LayerInputs(), blocks.block_name(index)
+        inputs, name = LayerInputs(), blocks.block_name(index)
         with weights.at(index, device), ExitStack() as stack:
             trial = on_device([call.isolated()], device)[0]
             check_layouts(block, name, lambda: trial.output(forward, hidden.to(device)))
             stack.enter_context(unstacked_experts(block))
             hooks = stack.enter_context(ExitStack())
-            layers = linear_layers(block, name)
+            layers = [layer for layer in linear_layers(block, name) if layer.name not in shared]
             for layer in layers:
                 hook = layer.module.register_forward_pre_hook(inputs.record(layer.name), with_kwargs=True)
                 hooks.callback(hook.remove)
@@ -121,7 +128,7 @@ def probe(
             output = to_device(output, hidden.device, {})
         inputs.separate_repeated()
         probed.repeated += sorted(inputs.repeated)
-        _add_unreached_experts(inputs.groups, [layer.name for layer in layers])
+        add_unreached_experts(inputs.groups, [layer.name for layer in layers])
         probed.layers[index] = inputs.groups
         probed.adding[index] = names
         probed.channels[index] = reorderable
@@ -148,11 +155,14 @@ def _run_foreign(model: nn.Module, tokens: Tensor) -> Any:
     """
     try:
         return model(input_ids=tokens, use_cache=False)
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except MODEL_ERRORS as error:
         raise RoseExpError(
-            f"model: expected a decoder that runs on token IDs alone, got {type(model).__name__}, which fails: {reason}"
+            f"model: expected a decoder that runs on token IDs alone, got {type(model).__name__}, which fails: {_told(error)}"
         ) from error
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def home_of(model: nn.Module) -> torch.device:
@@ -192,9 +202,9 @@ def check_decoder(model: nn.Module, tokens: Tensor) -> None:
     """Check that a model is a causal decoder, by running it on the first few of ``tokens`` (windows, length).
 
     Raises:
-        RoseExpError: a prediction depends on a later token.
+        RoseExpError: a prediction depends on a later token, or the model fails.
     """
-    check_causal(model, _logits(model(input_ids=causality_tokens(tokens).to(home_of(model)), use_cache=False)))
+    check_causal(model, _logits(_run_foreign(model, causality_tokens(tokens).to(home_of(model)))))
 
 
 @torch.no_grad()
@@ -205,7 +215,7 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, prob
     earlier blocks, so they cannot be captured before those blocks have run.
 
     Raises:
-        RoseExpError: an argument or the model's output depends on the output of an earlier block in another way.
+        NotAChain: an argument or the model's output depends on the output of an earlier block in another way.
     """
     last = torch.zeros(())
 
@@ -223,22 +233,25 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, prob
             states = hidden + shift * torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
             return states if tail is None else (states, *shifted(tail, shift))
 
-        with intercept_blocks(blocks, run):
-            return calls, _logits(_run_foreign(model, tokens))
+        try:
+            with intercept_blocks(blocks, run):
+                return calls, _logits(model(input_ids=tokens, use_cache=False))
+        except MODEL_ERRORS as error:
+            raise NotAChain(f"{blocks.name}: the model fails if its blocks return their inputs: {_told(error)}") from error
 
     (calls, logits), (others, other_logits) = run_shifted(0.0), run_shifted(1.0)
     for index, call, other, passed in zip(probed.called, calls, others, [{}, *probed.passes], strict=True):
         if not equal(call.without(passed), other.without(passed)):
             names = [n for n, value in call.kwargs.items() if n not in passed and not equal(value, other.kwargs.get(n))]
             changed = ", ".join(names) or "a positional argument"
-            raise RoseExpError(
+            raise NotAChain(
                 f"{blocks.block_name(index)}: expected arguments that depend on the tokens alone, got {changed}, which "
-                f"depends on the output of an earlier block: the model cannot run block by block"
+                f"depends on the output of an earlier block"
             )
     if not torch.equal(logits, other_logits):
-        raise RoseExpError(
+        raise NotAChain(
             f"{blocks.name}: expected a model that reads only the output of its last block, got {type(model).__name__}, which "
-            "also reads outputs of earlier blocks: it cannot run block by block"
+            "also reads outputs of earlier blocks"
         )
 
 
@@ -314,9 +327,9 @@ class _Chain:
     def enter(self, index: int, hidden: Tensor, call: BlockCall) -> dict[int | str, int]:
         """Return the arguments of a call that the previous block returned, see :attr:`BlockCall.passes`."""
         if index <= self.last or (self.output is not None and not torch.equal(hidden, first_tensor(self.output))):
-            raise RoseExpError(
+            raise NotAChain(
                 f"{self.blocks.block_name(index)}: expected the output of the previous block as input, got another tensor: "
-                f"{self.blocks.name} is not a plain chain of blocks and cannot be pruned block by block"
+                f"{self.blocks.name} is not a plain chain of blocks"
             )
         self.last = index
         return call.places_of(self.output) if isinstance(self.output, (tuple, list)) else {}
@@ -331,14 +344,14 @@ class _Chain:
         shape = first_tensor(self.output).shape
         axes = [axis for axis in range(len(shape) - 2) if shape[axis : axis + 2] == tokens.shape]
         if not axes:
-            raise RoseExpError(
+            raise NotAChain(
                 f"{self.blocks.name}: expected hidden states with windows and tokens in two successive dimensions, "
                 f"{tuple(tokens.shape)}, got the shape {tuple(shape)}"
             )
         return axes[0]
 
 
-def _add_unreached_experts(groups: list[list[str]], names: Sequence[str]) -> None:
+def add_unreached_experts(groups: list[list[str]], names: Sequence[str]) -> None:
     """Add experts that received none of the few tokens, next to an expert that received some and with its grouping."""
     called = {name for group in groups for name in group}
     for name in names:
@@ -355,7 +368,7 @@ def _add_unreached_experts(groups: list[list[str]], names: Sequence[str]) -> Non
                 break
 
 
-class _LayerInputs:
+class LayerInputs:
     """Groups the linear layers of a block by their input tensor."""
 
     def __init__(self):

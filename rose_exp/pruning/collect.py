@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine import CrossMoments, InputMoments
-from ..engine.moments import sums_dtype
+from ..engine import CrossMoments, InputMoments, Precision
 from ..models import LinearLayer, linear_layers, unstacked_experts
 from .activations import Activations
 from .calls import BlockCall
@@ -107,13 +106,13 @@ class Collector:
     def moments(self, calibration: Calibration, hidden: Activations) -> list[GroupInputs]:
         """Collect the moments of each group's inputs in one forward pass that stops at the last group."""
         groups, clock = calibration.groups, calibration.clock
-        inputs = [GroupInputs(self._empty_moments(group)) for group in groups]
+        inputs = [GroupInputs(empty_moments(group, self.device, self.plan.precision)) for group in groups]
         if not groups:
             return inputs
         with unstacked_experts(self.block), ExitStack() as stack:
             for group, group_inputs in zip(groups, inputs, strict=True):
                 stop = group is groups[-1] and self.roles.in_order(groups)
-                hook = _update(group_inputs.moments, clock, stop)
+                hook = update_moments(group_inputs.moments, clock, stop)
                 stack.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for windows, batch in self._bar(hidden, hidden):
                 self.check_stop()
@@ -177,12 +176,8 @@ class Collector:
             missing = missing.reshape(*x.shape[:-1], -1)
         inputs.cross_moments.update(x, dense_x, missing)
 
-    def _empty_moments(self, group: Sequence[LinearLayer]) -> InputMoments:
-        dtype = torch.promote_types(group[0].weight.dtype, torch.float32)
-        return InputMoments(group[0].columns, device=self.device, dtype=dtype, precision=self.plan.precision)
-
     def _empty_inputs(self, group: Sequence[LinearLayer]) -> GroupInputs:
-        moments = self._empty_moments(group)
+        moments = empty_moments(group, self.device, self.plan.precision)
         if group[0].of_expert or group[0].name in self.roles.repeated:  # the two models route different tokens to an expert
             return GroupInputs(moments)
         width = len(group[0].weight) if len(group) == 1 and group[0].name in self.roles.adding else None
@@ -229,10 +224,10 @@ class _Recorded:
         return hook
 
 
-def moments_bytes(group: Sequence[LinearLayer], device: torch.device | str) -> int:
-    """Return the size in bytes of the moments of a group's inputs while they are summed."""
+def empty_moments(group: Sequence[LinearLayer], device: torch.device | str, precision: Precision) -> InputMoments:
+    """Return moments for the inputs of a group of layers."""
     dtype = torch.promote_types(group[0].weight.dtype, torch.float32)
-    return group[0].columns ** 2 * sums_dtype(device, dtype).itemsize
+    return InputMoments(group[0].columns, device=device, dtype=dtype, precision=precision)
 
 
 class Clock:
@@ -261,7 +256,9 @@ class Clock:
         return sum(start.elapsed_time(end) / 1000 if self.cuda else end - start for start, end in pairs)
 
 
-def _update(moments: InputMoments, clock: Clock, stop: bool):
+def update_moments(moments: InputMoments, clock: Clock, stop: bool) -> Callable[..., None]:
+    """Return a hook that adds a layer's inputs to ``moments``, and that ends the forward pass if ``stop`` is true."""
+
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         with clock:
             moments.update(args[0] if args else kwargs["input"])

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..runtime import signals as interruption
+from ..runtime.batches import batch_size
 from .activations import Place
-from .capture import Probe, home_of, intercept_blocks, probe
+from .capture import NotAChain, Probe, home_of, intercept_blocks, probe
 from .enter import enter
 from .weights import BlockWeights
+from .whole import running_blocks
 
 
 @torch.no_grad()
@@ -38,10 +40,18 @@ def answers_by_blocks(
         scratch: folder for hidden states on disk.
         name: name of the progress bar.
     Yields:
-        A batch of windows and its logits (windows, length, vocabulary), equal to those of the whole model.
+        A batch of windows and its logits (windows, length, vocabulary), equal to those of the whole model. If the blocks are
+        not a chain, each batch reads all blocks.
     """
     blocks = weights.blocks
-    probed = probe(model, blocks, tokens, device, weights)
+    try:
+        probed = probe(model, blocks, tokens, device, weights)
+    except NotAChain:
+        with running_blocks(weights, device):
+            for windows in tqdm(tokens.split(batch_size(batch, device)), name, unit="batch", disable=None, leave=False):
+                interruption.check()
+                yield windows, model(input_ids=windows.to(home_of(model)), use_cache=False).logits
+        return
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         hidden, calls = enter(model, blocks, tokens, batch, place, probed, device, Path(folder) / "hidden")
         for index in tqdm(probed.called, f"{name}, by blocks", unit="block", disable=None, leave=False):

@@ -356,6 +356,23 @@ def solve_by_plan(
     ]
 
 
+def save_part(pruner: Pruner, unit: Unit, reports: Sequence[LayerReport]) -> None:
+    """Save the pruned layers of a unit to the checkpoint, if there is one, and stop.
+
+    Raises:
+        Interrupted: always.
+    """
+    names = {report.name for report in reports}
+    for component in pruner.components:
+        component.after_groups(unit, names, [component.outgoing(unit)])
+    if pruner.context.state is not None:
+        others = pruner.changed_with(unit, names)
+        weights = {name: unit.layers[name].weight for name in names | others}
+        biases = {f"{name}.bias": unit.layers[name].module.bias for name in others}
+        pruner.context.state.commit_part(reports, weights | {key: bias for key, bias in biases.items() if bias is not None})
+    raise interruption.Interrupted(f"stopped after {reports[-1].name}")
+
+
 def solving_cost(group: Group) -> float:
     """Return the number of operations of solving a group, up to a constant factor."""
     return group[0].columns ** 3 + sum(layer.weight.numel() * layer.columns for layer in group)

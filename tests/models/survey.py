@@ -77,7 +77,10 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # of configurations that reject the co
     "ReformerConfig": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
     "XmodConfig": {"default_language": "en_XX"},
     "Zamba2Config": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
-    "ZambaConfig": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "ZambaConfig": {
+        **{"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3, "n_mamba_heads": 2},
+        **{"mamba_dt_rank": 1, "mamba_d_state": 1},
+    },
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
 
