@@ -1,4 +1,4 @@
-"""Which model classes are supported: prunes a small model of every class in all ways, and writes the table of the documentation.
+"""Which model classes are supported: prunes a small model of every class, and writes the page of the documentation.
 
 ``python -m tests.models.support`` prints the page, and ``--write`` stores it. It takes several minutes.
 """
@@ -157,8 +157,8 @@ def page(supports: dict[str, Support]) -> str:
     lines = [
         "# Supported models",
         "",
-        f"Every class with a causal language model in transformers {transformers.__version__}, built small with random weights: "
-        f"{len(pruned)} of {len(supports) + len(NOT_BUILT)} classes are pruned. For each of them, pruning by blocks gives the "
+        f"Every class with a causal language model in transformers {transformers.__version__}, built small with random "
+        f"weights: {len(pruned)} of {len(supports) + len(NOT_BUILT)} classes are pruned. For each of them, pruning by blocks gives the "
         "same weights as forward passes of the whole model, and so does pruning from disk; the number of pruned weights is "
         "exact; and the saved model loads with the class it was loaded with and gives the same logits. "
         "`python -m tests.models.support --write` generates this page.",
