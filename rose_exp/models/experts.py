@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..runtime.errors import RoseExpError
+from .families import families
 
 CLOSE = 1e-3  # relative tolerance for equal outputs of a stack and of its layers; at least four times the dtype's epsilon
 DEFAULT = "_default_apply_gate"  # name of transformers' own activation of gated experts, act_fn(gate) · up
@@ -53,7 +54,7 @@ Layers = dict[str, Projection]
 
 
 class Layout(ABC):
-    """How a module stores and runs its experts. Subclasses in :data:`LAYOUTS` are tried in order."""
+    """How a module stores and runs its experts. The layouts of families and those in :data:`LAYOUTS` are tried in order."""
 
     @abstractmethod
     def layers(self, module: nn.Module) -> list[Layers]:
@@ -160,8 +161,34 @@ class Parallel(Layout):
         return torch.cat([layers["proj"](part) for layers, part in parts])
 
 
-LAYOUTS: list[Layout] = [Gated(), Parallel()]
-"""The known layouts. To support another one, append to the list before a model is loaded."""
+class Shared(Layout):
+    """Gated experts that all process every token, as in Inkling: three stacks, and ``forward(hidden_states, gammas)``.
+
+    The weights ``gammas``, (..., experts), scale the inputs of the ``down_proj`` layers.
+    """
+
+    def layers(self, module: nn.Module) -> list[Layers]:
+        names = ("gate_proj", "up_proj", "down_proj")
+        stacks = {name: value for name, value in module._parameters.items() if value is not None}
+        if set(stacks) != set(names) or any(value.ndim != 3 for value in stacks.values()) or not hasattr(module, "act_fn"):
+            return []
+        experts = range(len(module.down_proj))
+        return [
+            {name: Projection(module, name, expert, slice(0, stacks[name].shape[1])) for name in names} for expert in experts
+        ]
+
+    def forward(self, module: nn.Module, experts: Sequence[Layers], *arguments: Any) -> Tensor:
+        hidden_states, gammas = arguments
+        inputs = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output = torch.zeros(inputs.shape, dtype=torch.promote_types(inputs.dtype, torch.float32), device=inputs.device)
+        for layers, gamma in zip(experts, gammas.reshape(len(inputs), -1).unbind(1), strict=True):
+            inner = module.act_fn(layers["gate_proj"](inputs)) * layers["up_proj"](inputs) * gamma[:, None]
+            output += layers["down_proj"](inner)
+        return output.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+LAYOUTS: list[Layout] = [Gated(), Parallel(), Shared()]
+"""The built-in layouts. Other packages add theirs through a :class:`rose_exp.models.families.Family`."""
 
 
 def projections(module: nn.Module) -> list[Layers]:
@@ -173,7 +200,8 @@ def _found(module: nn.Module) -> tuple[Layout | None, list[Layers]]:
     """Return the layout of a module and its layers, which are kept with the module."""
     kept = module.__dict__.get("_projections")
     if kept is None:
-        candidates = ((layout, layout.layers(module)) for layout in LAYOUTS)
+        layouts = [*(layout for family in families() for layout in family.layouts), *LAYOUTS]
+        candidates = ((layout, layout.layers(module)) for layout in layouts)
         kept = next(((layout, layers) for layout, layers in candidates if layers), (None, []))
         module.__dict__["_projections"] = kept
     return kept

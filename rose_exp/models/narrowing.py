@@ -126,6 +126,9 @@ def _field(config: PreTrainedConfig, name: str) -> Any:
     Raises:
         RoseExpError: the field has different values for different blocks.
     """
-    if name in (getattr(config, "per_layer_attributes", None) or ()):
-        raise RoseExpError(f"sparsity: expected a configuration with one {name} for all blocks, got {config.model_type}")
-    return getattr(config, name, None)
+    try:
+        return getattr(config, name, None)
+    except RuntimeError as error:  # transformers' error for a field that differs between blocks
+        raise RoseExpError(
+            f"sparsity: expected a configuration with one {name} for all blocks, got {config.model_type}"
+        ) from error

@@ -231,6 +231,8 @@ class BlockPruner(Pruner):
         )
 
     def waves(self, groups: Sequence[Group]) -> list[list[Group]]:
+        if any(group[0].name in self.probed.repeated for group in groups):
+            return [list(groups)]  # its last calls may read what later layers compute
         return limited_waves(groups, self.plan, self.context)
 
     def calibrate(self, unit: BlockUnit, calibration: Calibration) -> list[GroupInputs]:

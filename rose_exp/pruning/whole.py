@@ -16,13 +16,11 @@ from ..runtime.errors import RoseExpError
 from .calls import to_device
 from .capture import LayerInputs, add_unreached_experts, check_decoder, home_of, intercept_blocks
 from .collect import Calibration, GroupInputs, empty_moments, update_moments
-from .component import Group
 from .components import components_for
 from .context import PruneContext
 from .loop import Pruner, Unit, save_part
 from .plan import PruningPlan, check_plan
 from .report import LayerReport
-from .waves import limited_waves
 from .weights import BlockWeights, InMemory, fill
 
 
@@ -116,9 +114,6 @@ class ModelPruner(Pruner):
             groups = [[layers[name] for name in group if self.plan.wants(name)] for group in self.groups[index]]
             part = state.part() if state is not None and state.progress.blocks == index else ([], {})
             yield Unit(index, name, block, name, self.plan, layers, [group for group in groups if group], part)
-
-    def waves(self, groups: Sequence[Group]) -> list[list[Group]]:
-        return limited_waves(groups, self.plan, self.context)
 
     def calibrate(self, unit: Unit, calibration: Calibration) -> list[GroupInputs]:
         groups, plan, device = calibration.groups, self.plan, self.context.device
