@@ -10,6 +10,7 @@ from .cli.command import check_command
 from .pruning import FirstBlock
 from .runs.execution import do_run
 from .runtime.errors import SettingsError
+from .runtime.output import guard_logs
 from .sweeps.devices import claimed
 from .sweeps.job import Job
 from .tracking import Identity, read_record
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
     """See :func:`rose_exp.run`."""
+    guard_logs()
     jobs = check_command(overrides).jobs
     if len(jobs) != 1:
         raise SettingsError([f"overrides: expected those of one run, got those of {len(jobs)}; use rose_exp.sweep"])
@@ -29,6 +31,7 @@ def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
 
 def run_all(overrides: list[str], folder: Path) -> list[dict[str, Any]]:
     """See :func:`rose_exp.sweep`."""
+    guard_logs()
     first_block = FirstBlock()
     return [_tried(job, folder, first_block) for job in check_command(["--multirun", *overrides]).jobs]
 

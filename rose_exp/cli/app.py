@@ -23,8 +23,10 @@ from ..report import format_table
 from ..report.terminal import show_config
 from ..runs.identity import register_resolver, run_id
 from ..runtime.errors import RoseExpError, SettingsError
+from ..runtime.escaping import terminal
+from ..runtime.output import guard_logs, redacted_output
 from ..runtime.ranks import launched, process_group
-from ..runtime.redaction import guard_logs, redacted
+from ..runtime.redaction import redacted
 from ..runtime.signals import EXIT_STATUS, Interrupted
 from ..settings.schema import Settings, read_settings
 from ..sweeps.devices import claimed
@@ -33,6 +35,7 @@ from ..sweeps.summary import format_outcomes, outcomes
 from ..tracking import Identity
 from ..tracking.record import FILE_NAME, now
 from .command import Command, check_command
+from .hydra_files import redact_hydra, without_secrets
 from .paths import config_folder
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ SWEPT = "ROSE_EXP_SWEPT"  # environment variable with the names of the swept set
 
 register_resolver()  # here, because launchers' workers import only this module
 register_sweeper()
+redact_hydra()
 
 
 class _Checked:
@@ -71,13 +75,19 @@ _checked = _Checked()
 
 def main() -> None:
     """Check the whole command, so that errors are reported before any job runs. Then let Hydra run its jobs."""
+    with redacted_output():
+        _main()
+
+
+def _main() -> None:
+    sys.argv[1:] = without_secrets(sys.argv[1:])
     try:
         command = check_command(sys.argv[1:])
     except SettingsError as error:
-        print(redacted(str(error)), file=sys.stderr)
+        _print_error(error)
         sys.exit(2)
     if problem := command.without_multirun():
-        print(redacted(problem), file=sys.stderr)
+        _print_error(problem)
         sys.exit(2)
     if command.planned:
         from ..sweeps.plan import format_plan  # slow to import
@@ -102,7 +112,7 @@ def main() -> None:
         with process_group(on_cpu):
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
     except RoseExpError as error:
-        print(redacted(str(error)), file=sys.stderr)
+        _print_error(error)
         sys.exit(1)
     except Interrupted as stop:
         rerun = any(job.settings.rerun for job in command.jobs)
@@ -114,6 +124,10 @@ def main() -> None:
             complete = _print_outcomes(command, started)
             if not complete and sys.exc_info()[0] is None:
                 sys.exit(1)
+
+
+def _print_error(error: object) -> None:
+    print(terminal(redacted(str(error)), lines=True), file=sys.stderr)
 
 
 def _print_outcomes(command: Command, started: str) -> bool:
@@ -161,6 +175,11 @@ def job(config: DictConfig) -> dict[str, Any] | None:
     Returns:
         The metrics; None if the job of a sweep failed.
     """
+    with redacted_output():
+        return _job(config)
+
+
+def _job(config: DictConfig) -> dict[str, Any] | None:
     from ..runs.execution import do_run  # slow to import
 
     guard_logs()

@@ -36,6 +36,7 @@ from ..runs.identity import register_resolver
 from ..runtime.errors import SettingsError, suggest
 from ..settings.schema import read_settings
 from ..sweeps.job import Job
+from .hydra_files import stored_secrets
 from .paths import config_folder
 
 register_resolver()  # configuration files use it
@@ -92,6 +93,7 @@ def check_command(arguments: Sequence[str]) -> Command:
     composer = _Composer(parsed)
     overrides, problems = _valid_overrides(composer, parsed.overrides)
     hydra_config = _hydra_config(composer, overrides) if composer.multirun else None
+    problems += stored_secrets(hydra_config.launcher._target_, parsed.overrides) if hydra_config is not None else []
     single, axes = _axes(composer, overrides, hydra_config)
     jobs = []
     for combination in itertools.product(*axes):

@@ -9,6 +9,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
+from ..runtime.output import redacted_output
 from .paths import config_folder
 
 GROUPS = {  # the groups of conf/ in the order of a run, with their descriptions for --help
@@ -43,6 +44,11 @@ Set a whole group with GROUP=CHOICE, and a single setting with GROUP.NAME=VALUE.
 
 def main() -> None:
     """Run the ``rose-exp`` command."""
+    with redacted_output():
+        _main()
+
+
+def _main() -> None:
     parsed = get_args_parser().parse_args()
     if parsed.help:
         print(help_text())

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..report import format_table
+from ..runtime.errors import RoseExpError
+from ..runtime.escaping import terminal
 from ..tracking import read_record
 from ..tracking.record import FILE_NAME, versions
 
@@ -43,14 +45,14 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
     """
     folders = {identity: sweep / identity for _, identity in jobs}
     if any(not (folder / FILE_NAME).exists() for folder in folders.values()):  # hydra.sweep.subdir can set other names
-        records = [(path.parent, read_record(path)) for path in sorted(sweep.glob(f"*/{FILE_NAME}"))]
-        folders |= {record["run_id"]: folder for folder, record in records if record.get("run_id") in folders}
+        records = [(path.parent, _read(path)[0]) for path in sorted(sweep.glob(f"*/{FILE_NAME}"))]
+        folders |= {record["run_id"]: folder for folder, record in records if record and record.get("run_id") in folders}
     results: list[Outcome] = []
     seen = set()
     for name, identity in jobs:
         path = folders[identity] / FILE_NAME
-        record = read_record(path) if path.exists() else None
-        state, reason = _state(record, started, rerun)
+        record, problem = _read(path)
+        state, reason = ("failed", problem) if problem else _state(record, started, rerun)
         if state == "reused" and rerun:
             state, reason = "not run", "its record is from an earlier command"
         if identity in seen and state == "ran":
@@ -58,6 +60,14 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
         seen.add(identity)
         results.append(Outcome(name, state, reason, folders[identity], record))
     return results
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Return a run record, or None and the reason if it is damaged, or twice None if it does not exist."""
+    try:
+        return (read_record(path) if path.exists() else None), None
+    except RoseExpError as error:
+        return None, str(error)
 
 
 def _state(record: dict[str, Any] | None, started: str, rerun: bool) -> tuple[str, str | None]:
@@ -91,5 +101,5 @@ def format_outcomes(results: Sequence[Outcome]) -> str:
         for outcome in results:
             if outcome.state == state:
                 reason = f": {outcome.why}" if outcome.why else ""
-                lines.append(f"  {outcome.name.ljust(width)}  {outcome.folder}  {state}{reason}")
+                lines.append(terminal(f"  {outcome.name.ljust(width)}  {outcome.folder}  {state}{reason}"))
     return "\n".join(lines)
