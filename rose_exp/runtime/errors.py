@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class RoseExpError(Exception):
     """An error outside the code: in a setting, a file, a download or a disk. The message names it."""
 
+    def __init__(self, message: str):
+        super().__init__(message.encode(errors="backslashreplace").decode())  # lone surrogates cannot be printed
+
 
 class SettingsError(RoseExpError):
     """Errors in the configuration. The message lists all of them."""
