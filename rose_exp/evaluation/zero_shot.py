@@ -74,8 +74,8 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
 
     from .rehearsal import rehearse
 
-    for noisy in ("lm_eval", "datasets"):  # they log every step, and the stock tasks' defaults
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs every step, and the stock tasks' defaults
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs the errors that it raises
     with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
         file_names, protocol = _task_files(settings, Path(folder))
         fingerprint: dict[str, str] = {}

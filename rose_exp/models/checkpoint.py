@@ -169,7 +169,7 @@ class TorchCheckpoint(FilesCheckpoint):
                 mapped = zipfile.is_zipfile(path)  # the older format cannot be mapped into memory
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except pickle.UnpicklingError as error:  # torch's message recommends to execute the file
-                raise ValueError(_refusal(str(error))) from error
+                raise ValueError(_refusal(str(error))) from None
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise RoseExpError(f"{self.where}: expected a mapping of names to tensors in {path}, got {type(state).__name__}")
         if wrong := next((name for name in state if not isinstance(name, str)), None):

@@ -20,6 +20,7 @@ from ..models import (
     StreamedModel,
     all_linear_layers,
     check_removable,
+    check_savable,
     extra_files,
     find_blocks,
     linear_layers,
@@ -118,6 +119,7 @@ class LanguageRun(Run):
         for kind, detail in loaded.warnings:
             self.record.warn(kind, detail)
         if settings.save:  # now, while the hub is known to be reachable
+            check_savable(self.model, self.tokenizer)
             self.extra_files = extra_files(settings.model)
         self.blocks = self.streamed.blocks if self.streamed else find_blocks(self.model, settings.model.blocks)
         if settings.removes and settings.save:

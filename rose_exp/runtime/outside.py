@@ -58,13 +58,20 @@ def _modules(traceback: TracebackType | None) -> Iterator[str]:
 
 
 def reason(error: BaseException, limit: int = 300) -> str:
-    """Return the message of an error as one line of limited length."""
+    """Return the message of an error and of its first cause as one line of limited length."""
+    text, first = _line(error), error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    if _line(first) not in text:
+        text = f"{text[: limit // 2]} ({_line(first)})"
+    return text if len(text) <= limit else f"{text[:limit]} …"
+
+
+def _line(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = " ".join(str(error).split())
-    if isinstance(error, UNCLEAR) or not text:
-        text = f"{type(error).__name__}: {text}".removesuffix(": ")
-    return text if len(text) <= limit else f"{text[:limit]} …"
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if isinstance(error, UNCLEAR) or not text else text
 
 
 def read_text(path: Path, where: str) -> str:
