@@ -107,6 +107,7 @@ BYTES: dict[str, Mutation] = {
     "folder": folder,
     "dangling link": linked("nowhere"),
     "unreadable": linked("/proc/self/mem"),
+    "no permission": lambda path, _: path.chmod(0),  # which root does not need
     "swapped": swapped,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import string
@@ -117,8 +118,8 @@ LANGUAGE = [
     *("evaluation.perplexity.local.window=16", "evaluation.perplexity.local.windows=2", "figures.draw=false", "save=true"),
 ]
 DIFFUSION = [
-    *("model=diffusion-local", "method=magnitude", "calibration.samples=1", "evaluation.images.samples=1", "save=true"),
-    *("diffusion.steps=2", "diffusion.height=32", "diffusion.width=32", "figures.draw=false"),
+    *("model=diffusion-local", "method=magnitude", "calibration.samples=1", "evaluation=none", "save=true"),
+    *("diffusion.steps=2", "diffusion.height=32", "diffusion.width=32", "figures.draw=false", "diffusion.packages=1"),
 ]
 
 
@@ -150,7 +151,7 @@ def diffusion(folder: Path, prompts: str = "prompts.txt") -> list[str]:
 def execute(overrides: list[str], folder: Path) -> Outcome:
     """Run the command in this process, with ``folder`` as the folder of the run."""
     printed = io.StringIO()
-    before = sys.argv, Path.cwd()
+    before = sys.argv, Path.cwd(), list(logging.getLogger().handlers)
     sys.argv = ["rose-exp", *overrides, f"hydra.run.dir={folder}", "device=cpu"]
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
@@ -163,6 +164,7 @@ def execute(overrides: list[str], folder: Path) -> Outcome:
     finally:
         sys.argv = before[0]
         os.chdir(before[1])
+        logging.getLogger().handlers[:] = before[2]
     output = printed.getvalue()
     lines = [line for line in output.splitlines() if " ERROR " in line or line.startswith("  * ")]
     files = (
