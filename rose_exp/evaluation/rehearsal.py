@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.task import Task
 from lm_eval.models.utils import configure_pad_token
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
@@ -67,7 +69,23 @@ def rehearse(manager: TaskManager, settings: ZeroShotSettings) -> list[Instance]
             numpy_random_seed=None,
             torch_random_seed=None,
         )
+        loaded = manager.load(list(settings.tasks))["tasks"]
+    for name, task in loaded.items():
+        if task.OUTPUT_TYPE == "multiple_choice":
+            _check_answers(name, task, settings.limit)
     return model.requests
+
+
+def _check_answers(name: str, task: Task, limit: int | None) -> None:
+    """Check that the correct answer of each question is one of its choices. Otherwise, lm-eval counts every answer as wrong."""
+    for number, doc in enumerate(islice(task.eval_docs, limit), start=1):
+        with outside_errors(f"{WHERE}: cannot read row {number} of {name}"):
+            count = len(choices := task.doc_to_choice(doc))
+            gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        for answer in gold if isinstance(gold, list) else [gold]:
+            if not (answer in choices if isinstance(answer, str) else isinstance(answer, int) and 0 <= answer < count):
+                expected = f"{WHERE}: expected the number of a choice below {count}"
+                raise RoseExpError(f"{expected} as the answer of row {number} of {name}, got {answer!r}")
 
 
 def check_requests(requests: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
