@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import random
 import shutil
 import string
 import sys
@@ -23,7 +24,7 @@ from rose_exp.diffusion.small import small_pipeline
 
 from ..data.small_tokenizers import build_tokenizer
 
-TEXT = " ".join(string.ascii_lowercase[(7 * i * i + i) % 26] for i in range(600))
+TEXT = " ".join(random.Random(0).choices(string.ascii_lowercase, k=600))
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
