@@ -1,6 +1,6 @@
 """Loading and saving models, and locating their prunable layers."""
 
-from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
+from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers, shared_layers
 from .bos import needs_bos, resolve_bos
 from .experts import check_layouts, projections, unstacked_experts
 from .heads_and_neurons import Structure, find_structures
@@ -40,6 +40,7 @@ __all__ = [
     "save_model",
     "save_streamed",
     "shape_of",
+    "shared_layers",
     "sparsity_description",
     "tie_again",
     "unstacked_experts",

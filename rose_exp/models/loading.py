@@ -93,7 +93,7 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
             "cannot be pruned"
         )
     _check_depth(config, where)
-    kind = _class_for(config)
+    kind = class_for(config)
     with outside_errors(
         f"{where}: transformers cannot build a causal language model from its configuration ({config.model_type})"
     ):
@@ -108,7 +108,7 @@ def _check_depth(config: Any, where: str) -> None:
                 raise RoseExpError(f"{where}: expected {name} of at most {DEEPEST} in the configuration, got {value}")
 
 
-def _class_for(config: Any) -> Any:
+def class_for(config: Any) -> Any:
     """Return the automatic class for a configuration: for text and images if transformers has one, else for text."""
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(config, "auto_map", None)
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
