@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from .errors import RoseExpError
@@ -19,6 +19,7 @@ PACKAGE = __name__.partition(".")[0]
 UNCLEAR = (LookupError, TypeError, AttributeError, AssertionError, NotImplementedError)
 """Errors whose message makes no sense without the name of their class."""
 
+COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")  # parts of the body with a frame of their own
 MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -47,14 +48,18 @@ def _from_outside(error: BaseException) -> bool:
     """Return whether no code below the body of :func:`outside_errors` belongs to this package."""
     if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":  # a panic of a library in Rust
         return False
-    frames = list(_modules(error.__traceback__))
-    return not any(module.partition(".")[0] == PACKAGE for module in frames[2:])  # this function's caller and the body
+    below = list(_frames(error.__traceback__))[2:]  # without outside_errors and the body
+    return not any(_is_own(frame) and frame.f_code.co_name not in COMPREHENSIONS for frame in below)
 
 
-def _modules(traceback: TracebackType | None) -> Iterator[str]:
+def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
     while traceback is not None:
-        yield traceback.tb_frame.f_globals.get("__name__") or ""
+        yield traceback.tb_frame
         traceback = traceback.tb_next
+
+
+def _is_own(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == PACKAGE
 
 
 def reason(error: BaseException, limit: int = 300) -> str:

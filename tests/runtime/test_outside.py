@@ -75,6 +75,16 @@ def test_errors_of_this_package_keep_their_traceback():
         json.loads("{}", object_hook=hook)
 
 
+def test_comprehensions_belong_to_the_body():
+    namespace = {"__name__": "rose_exp.somewhere", "outside_errors": outside_errors}
+    program = (
+        "def read(texts):\n    with outside_errors('x'):\n        return [{int(part) for part in text} for text in texts]\n"
+    )
+    exec(program, namespace)
+    with pytest.raises(RoseExpError, match="^x: invalid literal"):
+        namespace["read"](["12", "1a"])
+
+
 def test_errors_from_rust_are_wrapped(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text('{"version": 5}')
