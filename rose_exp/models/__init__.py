@@ -2,8 +2,9 @@
 
 from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers, shared_layers
 from .bos import needs_bos, resolve_bos
-from .experts import check_layouts, projections, unstacked_experts
-from .heads_and_neurons import Structure, find_structures
+from .experts import Layout, Projection, check_layouts, projections, unstacked_experts
+from .families import Family, families
+from .heads_and_neurons import Part, Structure, find_structures
 from .loading import LoadedModel, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
@@ -13,9 +14,13 @@ from .streaming import StreamedModel, extra_files, let_go, load_model, open_mode
 
 __all__ = [
     "BlockList",
+    "Family",
+    "Layout",
     "LinearLayer",
     "LoadedModel",
     "ModelShape",
+    "Part",
+    "Projection",
     "StreamedModel",
     "Structure",
     "all_linear_layers",
@@ -23,6 +28,7 @@ __all__ = [
     "check_removable",
     "check_savable",
     "extra_files",
+    "families",
     "find_blocks",
     "find_structures",
     "let_go",

@@ -23,6 +23,7 @@ from ..runtime.fingerprint import model_sha256, weights_sha256
 from ..runtime.outside import outside_errors, read_json_object
 from ..runtime.wheels import WHEELS, fetch
 from ..settings.schema import ModelSettings
+from .families import installed_families
 from .gguf_header import check_gguf
 
 log = logging.getLogger(__name__)
@@ -151,9 +152,12 @@ def located(settings: ModelSettings) -> tuple[str, str | None]:
 def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
     """Return the identity of the weights for the run record.
 
-    ``sha256`` covers the weights of a local model, and ``files_sha256`` all of its files, such as the tokenizer.
+    ``families`` names the model families of other packages, which may change how a model is pruned. ``sha256`` covers the
+    weights of a local model, and ``files_sha256`` all of its files, such as the tokenizer.
     """
-    facts: dict[str, Any] = {
+    others = [f"{installed.family.name} ({installed.source})" for installed in installed_families()]
+    facts: dict[str, Any] = {"families": others} if others else {}
+    facts |= {
         "name": settings.name,
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),

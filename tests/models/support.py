@@ -158,9 +158,9 @@ def page(supports: dict[str, Support]) -> str:
         "# Supported models",
         "",
         f"Every class with a causal language model in transformers {transformers.__version__}, built small with random "
-        f"weights: {len(pruned)} of {len(supports) + len(NOT_BUILT)} classes are pruned. For each of them, pruning by blocks gives the "
-        "same weights as forward passes of the whole model, and so does pruning from disk; the number of pruned weights is "
-        "exact; and the saved model loads with the class it was loaded with and gives the same logits. "
+        f"weights: {len(pruned)} of {len(supports) + len(NOT_BUILT)} classes are pruned. For each of them, pruning by blocks "
+        "gives the same weights as forward passes of the whole model, and so does pruning from disk; the number of pruned "
+        "weights is exact; and the saved model loads with the class it was loaded with and gives the same logits. "
         "`python -m tests.models.support --write` generates this page.",
         "",
         "*Removable* lists the groups that `sparsity=structured` can remove such that the saved model loads. Tensors *left "
@@ -213,7 +213,6 @@ def main(arguments: list[str]) -> Any:
     for name in tqdm([name for name in survey.classes() if name not in NOT_BUILT], unit="class"):
         with tempfile.TemporaryDirectory() as folder:
             results[name] = examine(name, Path(folder))
-            print(name, results[name], file=sys.stderr)
     text = page(results)
     if "--write" in arguments:
         PAGE.parent.mkdir(exist_ok=True)
