@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..runs.identity import register_resolver
-from ..runtime.errors import SettingsError, suggest
+from ..runtime.errors import RoseExpError, SettingsError, suggest
 from ..settings.schema import read_settings
 from ..sweeps.job import Job
 from .hydra_files import stored_secrets
@@ -328,8 +328,12 @@ def _job(composer: _Composer, overrides: Sequence[str], swept: Sequence[str]) ->
         return error.problems
     except (HydraException, OmegaConfBaseException) as error:
         return [_one_line(error)]
-    name = " ".join(swept) or f"{settings.label} {settings.model.name} {settings.sparsity.parsed}"
-    return Job(name, settings, config)
+    job = Job(" ".join(swept) or f"{settings.label} {settings.model.name} {settings.sparsity.parsed}", settings, config)
+    try:
+        job.run_id  # noqa: B018  (cached: reads every file that the settings name)
+    except RoseExpError as error:
+        return [str(error)]
+    return job
 
 
 def _one_line(error: Exception) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import outside_errors, read_text
 from ..settings.texts import PROMPTS, PromptSettings, prompts_file, text_format
 from .texts import load_text
 
@@ -54,11 +56,9 @@ def load_prompts(settings: PromptSettings, where: str) -> Prompts:
 
 def _table(path: Path, column: str, where: str) -> list[str]:
     """Return the column that the first row names ``column``; without one, the first column of every row."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RoseExpError(f"{where}.path: cannot read {path} as tab-separated text: {error}") from error
+    content = io.StringIO(read_text(path, f"{where}.path"), newline="")
+    with outside_errors(f"{where}.path: cannot read {path} as tab-separated text"):
+        rows = [row for row in csv.reader(content, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
     if not rows:
         raise RoseExpError(f"{where}.path: expected prompts in {path}, got none")
     if column not in rows[0]:

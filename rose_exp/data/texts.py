@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import RoseExpError, suggest
+from ..runtime.outside import outside_errors, parse_json, read_text
 from ..runtime.wheels import WHEELS, fetch
 from ..settings.texts import TextSettings, text_format
 
@@ -73,23 +76,10 @@ def load_text(settings: TextSettings, where: str) -> Text:
     return Text(documents, source, settings.separator)
 
 
-def read_utf8(path: Path, where: str) -> str:
-    """Return the content of a text file, without a byte order mark.
-
-    Raises:
-        RoseExpError: the file is unreadable or not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RoseExpError(f"{where}.path: cannot read {path} as UTF-8 text: {error}") from error
-
-
 def _read_file(path: Path, settings: TextSettings, where: str) -> list[str]:
-    content = read_utf8(path, where)
+    content = read_text(path, f"{where}.path")
     if text_format(path) == "json":
-        rows = _json_array(content)
-        return _documents(_json_lines(content, path, where) if rows is None else rows, settings.field, path, where)
+        return _documents(_json_rows(content, path, where), settings.field, path, where)
     if _looks_like_json(content):
         raise RoseExpError(
             f"{where}.path: expected plain text in {path}, got JSON; a file of JSON rows needs a suffix such as .jsonl or .json"
@@ -97,27 +87,28 @@ def _read_file(path: Path, settings: TextSettings, where: str) -> list[str]:
     return [content]
 
 
-def _json_array(content: str) -> list[tuple[str, Any]] | None:
-    """Return each row of a JSON array with its place in the file; None if the content is neither an array nor one object."""
+def _json_rows(content: str, path: Path, where: str) -> Iterable[tuple[str, Any]]:
+    """Return each row with its place in the file, which contains an array, one object, or one row per line."""
+    if content.lstrip().startswith("["):
+        rows = parse_json(content, f"{where}.path: expected a JSON array in {path}")
+        return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+    if _is_json_object(content):
+        return [("row 1", parse_json(content, f"{where}.path: expected a JSON object in {path}"))]
+    return _json_lines(content, path, where)
+
+
+def _is_json_object(content: str) -> bool:
     try:
-        data = json.loads(content)  # fails at the second row of JSON lines
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    if isinstance(data, dict):
-        return [("row 1", data)]
-    return [(f"row {number}", row) for number, row in enumerate(data, start=1)] if isinstance(data, list) else None
+        return isinstance(json.loads(content), dict)  # fails at the second row of JSON lines
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_lines(content: str, path: Path, where: str) -> Iterator[tuple[str, Any]]:
     # not splitlines(), which also splits at characters that JSON strings may contain, such as U+2028
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise RoseExpError(
-                    f"{where}.path: expected JSON in {path} line {number}, got {line[:40]!r}: {error}"
-                ) from error
+            yield f"line {number}", parse_json(line, f"{where}.path: expected JSON in {path} line {number}, got {line[:40]!r}")
 
 
 def _documents(rows: Iterable[tuple[str, Any]], field: str, path: Path, where: str) -> list[str]:
@@ -128,13 +119,21 @@ def _documents(rows: Iterable[tuple[str, Any]], field: str, path: Path, where: s
         if field not in row:
             known = ", ".join(row) or "none"
             raise RoseExpError(
-                f"{where}.field: expected a field of {path} {place}, one of {known}, got {field!r}{suggest(field, list(row))}"
+                f"{where}.field: expected a field of {path} {place}, one of {known[:200]}, got {field!r}"
+                f"{suggest(field, list(row))}"
             )
-        if not isinstance(row[field], str):
-            got = json.dumps(row[field])[:40]
-            raise RoseExpError(f"{where}.field: expected text in field {field!r} of {path} {place}, got {got}")
-        documents.append(row[field])
+        documents.append(_checked_text(row[field], f"{where}.field: expected text in field {field!r} of {path} {place}"))
     return documents
+
+
+def _checked_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        got = "null" if value is None else reprlib.repr(value).replace("'", '"')
+        raise RoseExpError(f"{where}, got {got}")
+    surrogate = re.search("[\ud800-\udfff]", value)
+    if surrogate:  # half of a character of UTF-16, which no tokenizer can read
+        raise RoseExpError(f"{where}, got the lone surrogate {surrogate[0]!a} at character {surrogate.start()}")
+    return value
 
 
 def _looks_like_json(content: str) -> bool:
@@ -145,7 +144,7 @@ def _looks_like_json(content: str) -> bool:
     for candidate in (start.partition("\n")[0], start):
         try:
             parsed = json.loads(candidate)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             continue
         if isinstance(parsed, dict) or candidate is start:
             return True
@@ -157,7 +156,7 @@ def _load_dataset(settings: TextSettings, where: str) -> list[str]:
 
     log.info("loading data set %s", settings.dataset)
     files = {settings.split: settings.data_files} if settings.data_files else None
-    try:
+    with outside_errors(f"{where}.dataset: cannot load {settings.dataset!r} from the hub"):
         data = load_dataset(
             settings.dataset,
             settings.subset,
@@ -166,18 +165,12 @@ def _load_dataset(settings: TextSettings, where: str) -> list[str]:
             split=settings.split,
             download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
         )
-    except (OSError, ValueError, RuntimeError) as error:  # unreachable, unknown or damaged: the hub's own errors
-        reason = " ".join(str(error).split())[:400]
-        raise RoseExpError(f"{where}.dataset: cannot load {settings.dataset!r} from the hub: {reason}") from error
-    if settings.field not in data.column_names:
-        hint = suggest(settings.field, data.column_names)
-        raise RoseExpError(f"{where}.field: expected one of {', '.join(data.column_names)}, got {settings.field!r}{hint}")
-    rows = range(min(settings.rows or len(data), len(data)))
-    documents = data.select(rows)[settings.field][:] if settings.rows else data[settings.field][:]
-    for number, document in enumerate(documents, start=1):
-        if not isinstance(document, str):
-            raise RoseExpError(
-                f"{where}.field: expected text in field {settings.field!r} of {settings.dataset} row {number}, "
-                f"got {type(document).__name__}"
-            )
-    return documents
+        names = data.column_names
+    if settings.field not in names:
+        expected = f"one of {', '.join(names)}"
+        raise RoseExpError(f"{where}.field: expected {expected}, got {settings.field!r}{suggest(settings.field, names)}")
+    with outside_errors(f"{where}.dataset: cannot read {settings.dataset!r}"):
+        rows = range(min(settings.rows or len(data), len(data)))
+        documents = data.select(rows)[settings.field][:] if settings.rows else data[settings.field][:]
+    place = f"{where}.field: expected text in field {settings.field!r} of {settings.dataset} row"
+    return [_checked_text(document, f"{place} {number}") for number, document in enumerate(documents, start=1)]

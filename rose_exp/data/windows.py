@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import outside_errors
 from ..settings.texts import Bos
 from .texts import Text
 
@@ -53,7 +54,7 @@ def contiguous_windows(
     Raises:
         RoseExpError: the text is shorter than one window, or than ``limit`` windows.
     """
-    tokens = _tokenize(text.joined, tokenizer, bos)
+    tokens = _tokenize(text.joined, tokenizer, bos, where)
     width = _text_tokens(length, bos)
     count = len(tokens) // width
     if count < (limit or 1):
@@ -92,7 +93,7 @@ def draw_windows(
     generator = random.Random(seed)
     width = _text_tokens(length, bos)
     if draw == "windows":
-        tokens = _tokenize(text.joined, tokenizer, bos)
+        tokens = _tokenize(text.joined, tokenizer, bos, where)
         if len(tokens) <= width:
             raise RoseExpError(
                 f"{where}.window: expected a text longer than one window of {length} tokens, "
@@ -112,7 +113,7 @@ def _draw_from_document(
 ) -> Tensor:
     width = _text_tokens(length, bos)
     for _ in range(MAX_DRAWS_PER_WINDOW):
-        tokens = _tokenize(text.documents[generator.randint(0, len(text.documents) - 1)], tokenizer, bos)
+        tokens = _tokenize(text.documents[generator.randint(0, len(text.documents) - 1)], tokenizer, bos, where)
         if len(tokens) > width:
             return _draw(tokens, width, generator)
     raise RoseExpError(
@@ -131,13 +132,14 @@ def _text_tokens(length: int, bos: Bos) -> int:
     return length - 1 if bos == "windows" else length
 
 
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Tensor:
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, bos: Bos, where: str) -> Tensor:
     """Return the token ids of ``text``, (tokens,) int64.
 
     Tokenizers turn a BOS token that is spelled out in the text into its id. With ``bos="windows"`` all of these are dropped, so
     that a window holds one BOS. With ``bos="tokenizer"``, one at the start replaces the tokenizer's own.
     """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=bos == "tokenizer", verbose=False).input_ids, dtype=torch.int64)
+    with outside_errors(f"{where}: the model's tokenizer cannot encode the text"):
+        ids = torch.tensor(tokenizer(text, add_special_tokens=bos == "tokenizer", verbose=False).input_ids, dtype=torch.int64)
     start = tokenizer.bos_token_id
     if start is None or bos == "none":
         return ids

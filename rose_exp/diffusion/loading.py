@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from ..models.saving import whole_or_not
 from ..runtime.errors import RoseExpError, suggest
 from ..runtime.fingerprint import folder_sha256
+from ..runtime.outside import outside_errors, read_json_object
 from ..settings.schema import ModelSettings
-from .components import read_components
+from .components import INDEX, read_components, read_index, with_tokenizer
 from .sampling import PARTS, denoiser_name
 from .small import small_pipeline
 
@@ -35,6 +40,7 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
     log.info("loading %s", settings.name)
     if settings.built is not None:
         pipeline = small_pipeline(settings.built)
+        _leave_out(pipeline, settings.omit)
         if settings.dtype not in ("auto", "float32"):
             pipeline.to(getattr(torch, settings.dtype))
         facts: dict[str, Any] = {"source": f"small {settings.built}, random weights"}
@@ -46,7 +52,8 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
         log.info("removing the safety checker: images that it blackens cannot be compared")
         pipeline.safety_checker = None
     if kind is not None:
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        with outside_errors(f"diffusion.scheduler: {scheduler} cannot use the noise schedule of the pipeline"):
+            pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     return pipeline, {
         "name": settings.name,
@@ -59,22 +66,48 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
 
 
 def _read(settings: ModelSettings) -> tuple[Any, dict[str, Any]]:
-    path = Path(settings.path).expanduser()
+    path = Path(os.path.expanduser(settings.path))
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)  # pipelines do not record their own
-    options = {"use_safetensors": True, "dtype": dtype}
-    try:
-        if path.exists():
-            folder, facts = path, {"source": str(path), "sha256": folder_sha256(path)}
-        else:
-            folder = Path(DiffusionPipeline.download(settings.path, revision=settings.revision, use_safetensors=True))
-            facts = {"source": settings.path, "revision": folder.name}  # the hub's cache names a folder after its commit
-        components, unused = read_components(folder, PARTS, options)
-        pipeline = DiffusionPipeline.from_pretrained(folder, **components, **options)
-    except (OSError, KeyError, TypeError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        hint = "" if path.exists() else " (no such local folder, and unavailable from the hub)"
-        reason = " ".join(str(error).split())[:400]
-        raise RoseExpError(f"model.path: cannot load the pipeline {settings.path!r}{hint}: {reason}") from error
+    options = {"use_safetensors": True, "dtype": dtype} | ({"variant": settings.variant} if settings.variant else {})
+    where = f"model.path: cannot load the pipeline {settings.path!r}"
+    if os.path.exists(path):
+        folder, facts = path, {"source": str(path), "sha256": folder_sha256(path)}
+    else:
+        with outside_errors(f"{where} (no such local folder, and unavailable from the hub)"):
+            downloaded = DiffusionPipeline.download(
+                settings.path, revision=settings.revision, variant=settings.variant, use_safetensors=True
+            )
+        folder = Path(downloaded)
+        facts = {"source": settings.path, "revision": folder.name}  # the hub's cache names a folder after its commit
+    components, unused = read_components(folder, PARTS, settings.omit, options)
+    with _readable(folder) as readable, outside_errors(where):
+        pipeline = DiffusionPipeline.from_pretrained(readable, **components, **options)
+        pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline, facts | ({"unused_weights": unused} if unused else {})
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[Path]:
+    """Yield a folder that diffusers can read: the given one, or links to its files and an index without plain nulls."""
+    index = read_json_object(folder / INDEX, "model.path")
+    absent = [name for name, entry in read_index(folder).items() if entry is None and index[name] is None]
+    if not absent:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rose_exp-pipeline-") as scratch:
+        for path in folder.iterdir():
+            if path.name != INDEX:
+                (Path(scratch) / path.name).symlink_to(path.resolve())
+        text = json.dumps(index | {name: [None, None] for name in absent})
+        (Path(scratch) / INDEX).write_text(text, encoding="utf-8")
+        yield Path(scratch)
+
+
+def _leave_out(pipeline: Any, omitted: Sequence[str]) -> None:
+    for name in omitted:
+        if name not in pipeline.components:
+            raise RoseExpError(f"model.omit: expected components of {type(pipeline).__name__}, got {name}")
+        pipeline.register_modules(**dict.fromkeys(with_tokenizer(name)))
 
 
 def _scheduler(name: str) -> Any:

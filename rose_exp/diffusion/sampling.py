@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..runtime import signals as interruption
 from ..runtime.batches import batch_size
+from ..runtime.outside import outside_errors
 from .denoiser import DenoiserCall
 
 PARTS = ("transformer", "unet")  # attributes that may hold the denoiser of a pipeline
@@ -81,13 +82,29 @@ class Sampler:
             yield numbers, self._batch([prompts[i] for i in numbers], [seeds[i] for i in numbers], decode)
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], decode: bool) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        inputs = {"prompt": list(prompts)} if self.conditioned else {"batch_size": len(prompts)}
-        kind = "np" if decode or not self.conditioned else "latent"
-        images = self.pipeline(**inputs, generator=generators, output_type=kind, **self.options).images
-        if kind == "np":
+        arguments = self._arguments(prompts, seeds, decode)
+        images = self.pipeline(**arguments).images
+        if arguments["output_type"] == "np":
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
         return images.float().cpu()
+
+    def _arguments(self, prompts: Sequence[str], seeds: Sequence[int], decode: bool) -> dict[str, Any]:
+        """Return the arguments of the pipeline."""
+        inputs = {"prompt": list(prompts)} if self.conditioned else {"batch_size": len(prompts)}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        kind = "np" if decode or not self.conditioned else "latent"
+        return inputs | self.options | {"generator": generators, "output_type": kind}
+
+    def rehearse(self, decode: bool) -> None:
+        """Generate one image, to find parts that do not fit together before any long work starts.
+
+        Raises:
+            RoseExpError: the pipeline cannot generate an image.
+        """
+        arguments = self._arguments(["a photograph"], [0], decode)
+        self.pipeline.set_progress_bar_config(disable=True)
+        with outside_errors(f"model.path, diffusion: {type(self.pipeline).__name__} cannot generate an image"), torch.no_grad():
+            self.pipeline(**arguments)
 
     def first_call(self, prompt: str) -> DenoiserCall:
         """Return the arguments of the denoiser in the first step for ``prompt``."""

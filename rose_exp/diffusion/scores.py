@@ -11,6 +11,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import outside_errors
 from ..settings.diffusion import ImagesSettings
 
 BATCH = 16
@@ -30,11 +31,7 @@ def load_scores(settings: ImagesSettings, device: torch.device) -> dict[str, Sco
     for name in settings.metrics:
         if name not in makers:
             continue
-        try:
-            scores[name] = makers[name](settings, device)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise RoseExpError(f"evaluation.images.metrics: {name} is unavailable: {reason}") from error
+        scores[name] = makers[name](settings, device)
     return scores
 
 
@@ -42,8 +39,12 @@ def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
     """Return the CLIP score as OBS-Diff reports it: cosine similarity of image and prompt (Hessel et al., 2021), unscaled."""
     from transformers import AutoProcessor, CLIPModel
 
-    model = CLIPModel.from_pretrained(settings.clip).eval().to(device)
-    processor = AutoProcessor.from_pretrained(settings.clip)
+    with outside_errors("evaluation.images.metrics: clip_score is unavailable"):
+        model, info = CLIPModel.from_pretrained(settings.clip, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(settings.clip)
+    if missing := sorted(info["missing_keys"]):  # transformers has initialized them at random
+        raise RoseExpError(f"evaluation.images.clip: expected all weights of CLIP in {settings.clip}, got no {missing[0]}")
+    model.eval().to(device)
 
     @torch.no_grad()
     def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
@@ -60,9 +61,10 @@ def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
 
 
 def _image_reward(_settings: ImagesSettings, device: torch.device) -> Score:
-    import ImageReward
+    with outside_errors("evaluation.images.metrics: image_reward is unavailable"):
+        import ImageReward
 
-    model = ImageReward.load("ImageReward-v1.0", device=str(device))
+        model = ImageReward.load("ImageReward-v1.0", device=str(device))
 
     @torch.no_grad()
     def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
@@ -78,16 +80,22 @@ def _image_reward(_settings: ImagesSettings, device: torch.device) -> Score:
 
 def _fid(settings: ImagesSettings, device: torch.device) -> Score:
     """Return the Fréchet inception distance to a folder of real images, without a standard error."""
+    from PIL import Image
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=2048).to(device)
+    with outside_errors("evaluation.images.metrics: fid is unavailable"):
+        metric = FrechetInceptionDistance(feature=2048).to(device)
     files = sorted(p for p in Path(settings.reference).expanduser().rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if len(files) < 2:
-        raise ValueError(f"expected at least two .png or .jpg files in {settings.reference}, got {len(files)}")
+        raise RoseExpError(
+            f"evaluation.images.reference: expected at least two .png or .jpg files in {settings.reference}, got {len(files)}"
+        )
+    for file in files:  # now, not after pruning
+        with outside_errors(f"evaluation.images.reference: cannot read {file}"), Image.open(file) as image:
+            image.load()
 
     def score(images: Tensor, _prompts: Sequence[str]) -> tuple[float, float | None]:
         import numpy as np
-        from PIL import Image
 
         size = tuple(images.shape[2:])
         for file in tqdm(files, "FID, real images", unit="image", disable=None):

@@ -18,11 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..runtime.errors import RoseExpError, suggest
 from ..runtime.fingerprint import folder_sha256
+from ..runtime.outside import outside_errors
 from ..settings.schema import ZeroShotSettings
 from ..settings.texts import Bos
 from .zero_shot_data import SPLITS, embedded_file, local_file
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
 
 log = logging.getLogger(__name__)
@@ -37,11 +39,13 @@ class Tasks:
 
     Attributes:
         protocol: recorded with the run.
+        requests: everything that the tasks ask the model.
     """
 
     names: list[str]
     manager: TaskManager
     protocol: dict[str, Any]
+    requests: list[Instance]
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,17 @@ class Accuracies:
 
 @contextmanager
 def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
-    """Find the tasks and read their rows, before any expensive work starts.
+    """Find the tasks, and read and score all of their rows, before any expensive work starts.
 
     Raises:
-        RoseExpError: a task is unknown, or its rows are unavailable.
+        RoseExpError: a task is unknown, or its rows are unavailable or damaged.
     """
-    from datasets.exceptions import DatasetsError  # slow to import
-    from jinja2 import UndefinedError
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # slow to import, like the next one
 
-    for noisy in ("lm_eval", "datasets"):  # they log every step, and the stock tasks' defaults
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from .rehearsal import rehearse
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs every step, and the stock tasks' defaults
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs the errors that it raises
     with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
         file_names, protocol = _task_files(settings, Path(folder))
         fingerprint: dict[str, str] = {}
@@ -79,27 +83,20 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
         if settings.include_path is not None:
             paths.append(str(Path(settings.include_path).expanduser()))
         log.info("reading the tasks %s", ", ".join(settings.tasks))
-        manager = TaskManager(include_path=paths, include_defaults=False)
-        if not set(settings.tasks) <= set(manager.all_tasks):  # finding lm-eval's own reads thousands of files
-            manager = TaskManager(include_path=paths)
+        with outside_errors(f"evaluation.zero_shot.include_path: cannot read the tasks in {settings.include_path}"):
+            manager = TaskManager(include_path=paths, include_defaults=False)
+            if not set(settings.tasks) <= set(manager.all_tasks):  # finding lm-eval's own reads thousands of files
+                manager = TaskManager(include_path=paths)
         for name in settings.tasks:
             if name not in manager.all_tasks:
                 raise RoseExpError(
                     f"evaluation.zero_shot.tasks: expected names of lm-eval's tasks, got {name!r}"
                     f"{suggest(name, manager.all_tasks)}"
                 )
-        try:
-            for task in manager.load(list(settings.tasks))["tasks"].values():
-                task.build_all_requests(limit=1)  # finds rows with another schema now, not after hours of pruning
-        except (OSError, ValueError, RuntimeError, LookupError, DatasetsError, UndefinedError) as error:  # hub, data or prompt
-            reason = " ".join(str(error).split())[:300]
-            raise RoseExpError(
-                f"evaluation.zero_shot: cannot read the rows of {', '.join(settings.tasks)}: {reason}; the papers' seven "
-                f"need no hub with evaluation.zero_shot.data=embedded"
-            ) from error
+        requests = rehearse(manager, settings)
         if settings.include_path is not None:
             fingerprint = {"include_sha256": folder_sha256(Path(settings.include_path).expanduser())}
-        yield Tasks(list(settings.tasks), manager, {"data": protocol} | fingerprint)
+        yield Tasks(list(settings.tasks), manager, {"data": protocol} | fingerprint, requests)
 
 
 def _task_files(settings: ZeroShotSettings, folder: Path) -> tuple[list[str], dict[str, Any]]:

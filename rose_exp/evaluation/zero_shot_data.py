@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import parse_json, read_text
 from ..runtime.wheels import WHEELS, fetch, file_sha256
 
 SPLITS = {  # the split on which lm-eval evaluates each task
@@ -42,14 +43,24 @@ def local_file(folder: Path, task: str) -> ZeroShotFile:
     """Return the rows of ``task`` in ``folder``, from its one file TASK…SPLIT….jsonl, such as ``arc_easy_test.jsonl``.
 
     Raises:
-        RoseExpError: ``folder`` holds no such file, or several.
+        RoseExpError: ``folder`` holds no such file or several, or the file has other lines than JSON objects.
     """
     pattern = f"{task}*{SPLITS[task]}*.jsonl"
     paths = sorted(folder.glob(pattern))
     if len(paths) != 1:
         got = ", ".join(path.name for path in paths) or "none"
         raise RoseExpError(f"evaluation.zero_shot.data_dir: expected one file {pattern} in {folder}, got {got}")
+    _check_rows(paths[0])
     return _described(paths[0], str(paths[0]))
+
+
+def _check_rows(path: Path) -> None:
+    """Report the line of an error, which the libraries that read the rows do not know."""
+    where = "evaluation.zero_shot.data_dir"
+    for number, line in enumerate(read_text(path, where).split("\n"), start=1):
+        place = f"{where}: expected a JSON object in {path} line {number}"
+        if line.strip() and not isinstance(row := parse_json(line, place), dict):
+            raise RoseExpError(f"{place}, got {type(row).__name__}")
 
 
 def embedded_file(folder: Path, task: str) -> ZeroShotFile:

@@ -8,7 +8,7 @@ from .heads_and_neurons import Part, Structure, find_structures
 from .loading import LoadedModel, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
-from .saving import save_model, save_streamed, sparsity_description
+from .saving import check_savable, save_model, save_streamed, sparsity_description
 from .shapes import ModelShape, model_shape, shape_of
 from .streaming import StreamedModel, extra_files, let_go, load_model, open_model
 
@@ -26,6 +26,7 @@ __all__ = [
     "all_linear_layers",
     "check_layouts",
     "check_removable",
+    "check_savable",
     "extra_files",
     "families",
     "find_blocks",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pickle
+import re
+import reprlib
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import outside_errors, read_json_object
+from .gguf_header import check_gguf
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -92,10 +95,12 @@ class FilesCheckpoint(Checkpoint):
         """Return dtype and shape of every tensor in a file."""
 
     def _weight_map(self, index: Path) -> dict[str, str]:
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RoseExpError(f"{self.where}: {index} is not an index of shards: {error!r}") from error
+        weight_map = read_json_object(index, self.where).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise RoseExpError(f"{self.where}: {index} is not an index of shards: expected names of files in weight_map")
+        if not weight_map:
+            raise RoseExpError(f"{self.where}: {index} is not an index of shards: weight_map is empty")
+        return weight_map
 
     def _shard(self, find: Find, shard: str) -> Path:
         if Path(shard).name != shard or shard.startswith("."):  # the fingerprint does not cover hidden files
@@ -121,29 +126,27 @@ class SafetensorsCheckpoint(FilesCheckpoint):
         super().__init__(find, where, SINGLE, INDEX)
 
     def _contents(self, path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        with self._open(path) as file:  # rejects a header that does not match the file size
+        with self._open(path) as file, outside_errors(f"{self.where}: {path} is damaged"):
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-            return {name: (self._dtype(name, part), torch.Size(part.get_shape())) for name, part in slices.items()}
+            facts = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        return {name: (self._dtype(name, dtype), torch.Size(shape)) for name, (dtype, shape) in facts.items()}
 
-    def _dtype(self, name: str, part: Any) -> torch.dtype:
-        if part.get_dtype() not in DTYPES:
-            raise RoseExpError(f"{self.where}: expected a dtype such as BF16 for {name}, got {part.get_dtype()}")
-        return DTYPES[part.get_dtype()]
+    def _dtype(self, name: str, dtype: str) -> torch.dtype:
+        if dtype not in DTYPES:
+            raise RoseExpError(f"{self.where}: expected a dtype such as BF16 for {name}, got {dtype}")
+        return DTYPES[dtype]
 
     @contextmanager
     def read(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         with ExitStack() as stack:
             opened = {path: stack.enter_context(self._open(path)) for path in {self.files[name] for name in names}}
-            try:
-                yield {name: opened[self.files[name]].get_slice(name) for name in names}
-            except (SafetensorError, OSError) as error:
-                raise RoseExpError(f"{self.where}: cannot read the weights: {error}") from error
+            with outside_errors(f"{self.where}: cannot read the weights"):
+                slices = {name: opened[self.files[name]].get_slice(name) for name in names}
+            yield slices
 
-    def _open(self, path: Path):
-        try:
-            return safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise RoseExpError(f"{self.where}: {path} is missing or damaged: {error}") from error
+    def _open(self, path: Path) -> Any:
+        with outside_errors(f"{self.where}: {path} is missing or damaged"):
+            return safe_open(path, framework="pt", device="cpu")  # rejects a header that does not match the file size
 
 
 class TorchCheckpoint(FilesCheckpoint):
@@ -161,15 +164,33 @@ class TorchCheckpoint(FilesCheckpoint):
         yield {name: loaded[self.files[name]][name] for name in names}
 
     def _load(self, path: Path) -> dict[str, Tensor]:
-        try:
-            mapped = zipfile.is_zipfile(path)  # the older format cannot be mapped into memory
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RoseExpError(f"{self.where}: {path} is missing, damaged or contains more than tensors: {reason}") from error
+        with outside_errors(f"{self.where}: {path} is missing, damaged or contains more than tensors"):
+            try:
+                mapped = zipfile.is_zipfile(path)  # the older format cannot be mapped into memory
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            except pickle.UnpicklingError as error:  # torch's message recommends to execute the file
+                raise ValueError(_refusal(str(error))) from None
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise RoseExpError(f"{self.where}: expected a mapping of names to tensors in {path}, got {type(state).__name__}")
-        return dict(state)
+        if wrong := next((name for name in state if not isinstance(name, str)), None):
+            raise RoseExpError(f"{self.where}: expected names of tensors in {path}, got {reprlib.repr(wrong)}")
+        return {name: self._plain(name, value) for name, value in state.items()}
+
+    def _plain(self, name: str, value: Tensor) -> Tensor:
+        kinds = {"nested": value.is_nested, "quantized": value.is_quantized, "meta": value.is_meta}
+        kind = next((kind for kind, found in kinds.items() if found), str(value.layout).removeprefix("torch."))
+        if kind != "strided":
+            raise RoseExpError(f"{self.where}: expected dense tensors, got the {kind} tensor {name}")
+        return value
+
+
+def _refusal(message: str) -> str:
+    """Return what torch refuses to load, from its message about a pickle."""
+    function = re.search(r"GLOBAL (\S+)", message)
+    if function:
+        return f"it refers to {function[1]}, which is not executed"
+    lines = message.rpartition("WeightsUnpickler error:")[2].split("\n")
+    return next((line.strip() for line in lines if line.strip()), "invalid pickle")
 
 
 class GgufCheckpoint(Checkpoint):
@@ -186,7 +207,8 @@ class GgufCheckpoint(Checkpoint):
         from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
         self.where = where
-        try:
+        check_gguf(path, where)
+        with outside_errors(f"{where}: cannot read {path}"):
             self.parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
             reader = GGUFReader(str(path))
             field = reader.fields["general.architecture"]
@@ -194,8 +216,6 @@ class GgufCheckpoint(Checkpoint):
             kind = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)
             self.processor = kind(config=self.parsed.get("config", {}))
             self.keys = gguf_utils.get_gguf_hf_weights_map(model, self.processor)
-        except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
-            raise RoseExpError(f"{where}: cannot read {path}: {error}") from error
         self.sources: dict[str, list[Any]] = {}  # source tensors in the file of each model tensor
         self.unmapped: list[str] = []
         for tensor in reader.tensors:
@@ -215,12 +235,13 @@ class GgufCheckpoint(Checkpoint):
         merged = self.parsed["tensors"] = {}  # where transformers stores a tensor merged from several
         for name in names:
             for tensor in self.sources[name]:
-                result = self.processor.process(
-                    weights=dequantize(tensor.data, tensor.tensor_type),
-                    name=tensor.name,
-                    tensor_key_mapping=self.keys,
-                    parsed_parameters=self.parsed,
-                )
+                with outside_errors(f"{self.where}: cannot read {tensor.name}"):
+                    result = self.processor.process(
+                        weights=dequantize(tensor.data, tensor.tensor_type),
+                        name=tensor.name,
+                        tensor_key_mapping=self.keys,
+                        parsed_parameters=self.parsed,
+                    )
                 if result.name is not None:
                     tensors[self.keys[result.name]] = torch.from_numpy(numpy.copy(result.weights))
         tensors |= merged

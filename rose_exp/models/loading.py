@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,11 +20,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ..runtime.errors import RoseExpError
 from ..runtime.fingerprint import model_sha256, weights_sha256
+from ..runtime.outside import outside_errors, read_json_object
 from ..runtime.wheels import WHEELS, fetch
 from ..settings.schema import ModelSettings
 from .families import installed_families
+from .gguf_header import check_gguf
 
 log = logging.getLogger(__name__)
+
+DEEPEST = 10_000  # layers or experts; the largest known models have a few hundred
+
+JSON_FILES = (  # small files of a model that contain one JSON object; transformers ignores repeated keys
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,20 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
             f"{where}: expected plain weights, got a checkpoint quantized with {getattr(method, 'value', method)}, which "
             "cannot be pruned"
         )
-    try:
-        return class_for(config).from_config(config, trust_remote_code=settings.trust_remote_code, **options)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
-        raise RoseExpError(
-            f"{where}: transformers cannot build a causal language model from its configuration ({config.model_type}): "
-            f"{_first_lines(error)}"
-        ) from error
+    _check_depth(config, where)
+    kind = class_for(config)
+    with outside_errors(
+        f"{where}: transformers cannot build a causal language model from its configuration ({config.model_type})"
+    ):
+        return kind.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+
+
+def _check_depth(config: Any, where: str) -> None:
+    """Check that building the model ends: a damaged number of layers or experts would run for hours."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if name.endswith(("layer", "layers", "blocks", "experts")) and isinstance(value, int) and value > DEEPEST:
+                raise RoseExpError(f"{where}: expected {name} of at most {DEEPEST} in the configuration, got {value}")
 
 
 def class_for(config: Any) -> Any:
@@ -111,26 +128,25 @@ def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
     """
     options |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     source, gguf = located(settings)
-    options |= {"gguf_file": gguf} if gguf else {}
-    try:
+    if gguf:
+        check_gguf(Path(source) / gguf, setting_of(settings))
+        options["gguf_file"] = gguf
+    local, name = os.path.exists(source), source if settings.path is not None else settings.embedded
+    if local:
+        for file in JSON_FILES:
+            if os.path.lexists(path := Path(source) / file):
+                read_json_object(path, setting_of(settings))
+    hint = "" if local else " (no such local folder, and not available from the hub)"
+    with outside_errors(f"{setting_of(settings)}: cannot load {name!r}{hint}"):
         return auto.from_pretrained(source, **options)
-    except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
-        model_name = source if settings.path is not None else settings.embedded
-        hint = "" if Path(source).exists() else " (no such local folder, and not available from the hub)"
-        raise RoseExpError(f"{setting_of(settings)}: cannot load {model_name!r}{hint}: {_first_lines(error)}") from error
 
 
 def located(settings: ModelSettings) -> tuple[str, str | None]:
     """Return the model's folder or hub ID, and the name of the GGUF file in the folder, if any."""
-    path = fetch(settings.embedded) if settings.path is None else Path(settings.path).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    path = fetch(settings.embedded) if settings.path is None else Path(os.path.expanduser(settings.path))
+    if path.suffix == ".gguf" and os.path.isfile(path):
         return str(path.parent), path.name
-    return (str(path) if path.exists() else settings.path), None
-
-
-def _first_lines(error: Exception, limit: int = 400) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[:limit] + " …"
+    return (str(path) if os.path.exists(path) else settings.path), None
 
 
 def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..engine.pieces import aligned
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import outside_errors
 from .blocks import BlockList
 from .checkpoint import Checkpoint, GgufCheckpoint
 
@@ -58,14 +59,14 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
     """
     expected = {name: value.shape for name, value in model.state_dict().items()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    places, renamed = _places(model, checkpoint.names, expected)
+    places, renamed = _places(model, checkpoint.names, expected, checkpoint.where)
     problems = [*_quantized(checkpoint, places, parameters), *_duplicates({name: places[name] for name in renamed})]
     problems += _gaps(checkpoint.names)
     empty = {
         name: torch.empty(shape if shape is not None else expected.get(places[name], ()), dtype=dtype, device="meta")
         for name, (dtype, shape) in checkpoint.tensors.items()
     }
-    info = convert(model, empty, "meta")
+    info = convert(model, empty, "meta", checkpoint.where)
     problems += [f"{name}: {reason}" for name, reason in dict(info.conversion_errors).items()] + list(info.error_msgs)
     problems += [
         f"expected {name} of shape {tuple(configured)} according to the configuration, got {tuple(actual)}"
@@ -103,7 +104,7 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], m
     if not names:
         return
     with checkpoint.read(names) as tensors:
-        info = convert(model, tensors, "cpu")
+        info = convert(model, tensors, "cpu", checkpoint.where)
         if info.mismatched_keys or info.error_msgs or info.conversion_errors:
             problems = [*info.mismatched_keys, *info.error_msgs, *dict(info.conversion_errors).items()]
             raise RoseExpError(f"{checkpoint.where}: the weights do not fit the configuration: {problems[:3]}")
@@ -136,14 +137,20 @@ def tie_again(model: PreTrainedModel) -> None:
     model.tie_weights(recompute_mapping=False)
 
 
-def convert(model: PreTrainedModel, tensors: dict[str, Any], device: str) -> Any:
+def convert(model: PreTrainedModel, tensors: dict[str, Any], device: str, where: str) -> Any:
     """Rename, stack and cast checkpoint tensors into a model with transformers' own function.
 
     The function is not public, and its parameters vary within version 5. Only parameters that the installed version knows are
     passed.
 
+    Args:
+        where: name and value of the setting that selects the checkpoint, for error messages.
+
     Returns:
         transformers' report of missing, unexpected and mismatched tensors.
+
+    Raises:
+        RoseExpError: transformers cannot read or convert a tensor.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -158,7 +165,8 @@ def convert(model: PreTrainedModel, tensors: dict[str, Any], device: str) -> Any
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # otherwise one is shown for each block
     try:
-        result = convert_and_load_state_dict_in_model(**_supported(convert_and_load_state_dict_in_model, arguments))
+        with outside_errors(f"{where}: cannot read the weights"):
+            result = convert_and_load_state_dict_in_model(**_supported(convert_and_load_state_dict_in_model, arguments))
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -170,7 +178,9 @@ def _supported(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def _places(model: PreTrainedModel, names: Iterable[str], expected: dict[str, torch.Size]) -> tuple[dict[str, str], list[str]]:
+def _places(
+    model: PreTrainedModel, names: Iterable[str], expected: dict[str, torch.Size], where: str
+) -> tuple[dict[str, str], list[str]]:
     """Return the model name of each checkpoint tensor's target, and the checkpoint tensors that are only renamed.
 
     If a tensor has several targets, the first one counts. Tensors that are stacked or split are not among the renamed ones.
@@ -187,7 +197,8 @@ def _places(model: PreTrainedModel, names: Iterable[str], expected: dict[str, to
         "meta_state_dict": model.state_dict(),
     }
     arguments = _supported(rename_source_key, arguments)
-    renamed_keys = {name: rename_source_key(name, **arguments) for name in names}
+    with outside_errors(f"{where}: transformers cannot map the names of the tensors"):
+        renamed_keys = {name: rename_source_key(name, **arguments) for name in names}
     places = {name: name if place not in expected and name in expected else place for name, (place, _) in renamed_keys.items()}
     return places, [name for name, (_, converter) in renamed_keys.items() if converter is None and places[name] in expected]
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import outside_errors
 from .blocks import find_blocks
 from .checkpoint import INDEX, open_checkpoint
 from .matching import match
@@ -90,6 +91,21 @@ def save_streamed(
         _check_complete(model, scratch, blocks.name)
         _describe(scratch, sparsity)
     return folder
+
+
+def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that transformers can save everything but the weights, such as a generation configuration that it has loaded.
+
+    Raises:
+        RoseExpError: saving fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="rose_exp-save-") as scratch:
+        with outside_errors("save: transformers cannot save the configuration of the model"):
+            model.config.save_pretrained(scratch)
+            if model.can_generate():
+                model.generation_config.save_pretrained(scratch)
+        with outside_errors("save: transformers cannot save the tokenizer of the model"):
+            tokenizer.save_pretrained(scratch)
 
 
 def sparsity_description(pattern: str, share: float, targets: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:

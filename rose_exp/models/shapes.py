@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..runtime.errors import RoseExpError
 from ..settings.schema import ModelSettings
 from .blocks import all_linear_layers, find_blocks, linear_layers
 from .loading import build_empty, from_pretrained
+
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # names of the maximum sequence length
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class ModelShape:
         block: layers of the largest block, in module order.
         hidden: width of the hidden states.
         widest: the widest input or output of a layer.
+        tokens: number of rows of the embedding, which bounds the token IDs.
+        context: maximum sequence length; None if the model has none.
     """
 
     parameters: int
@@ -50,6 +55,16 @@ class ModelShape:
     hidden: int
     widest: int
     vocabulary: int
+    tokens: int
+    context: int | None
+
+    def check_tokens(self, where: str, largest: int) -> None:
+        """Raise RoseExpError if the embedding has no row for the token ID ``largest``, the largest one that ``where`` needs."""
+        if largest >= self.tokens:
+            raise RoseExpError(
+                f"{where}: expected token IDs below {self.tokens}, the number of rows of the model's embedding, got {largest}; "
+                "does the tokenizer belong to the model?"
+            )
 
 
 def model_shape(settings: ModelSettings) -> ModelShape:
@@ -88,4 +103,20 @@ def shape_of(config: PreTrainedConfig, dtype: torch.dtype | str, settings: Model
         hidden=text.hidden_size,
         widest=max(max(shape) for shape in layers),
         vocabulary=text.vocab_size,
+        tokens=_embedding_rows(model, text.vocab_size),
+        context=context_length(config),
     )
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return the maximum sequence length of a model, or None if it has none."""
+    text = config.get_text_config()
+    lengths = [getattr(text, name, None) for name in CONTEXT]
+    return next((length for length in lengths if isinstance(length, int)), None)
+
+
+def _embedding_rows(model: nn.Module, vocabulary: int) -> int:
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):  # a model with its own code
+        return vocabulary

@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import outside_errors
 from ..settings.schema import ModelSettings
 from .blocks import BlockList, find_blocks
 from .checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
@@ -123,8 +124,9 @@ def open_model(settings: ModelSettings) -> tuple[LoadedModel, StreamedModel]:
     with init_empty_weights(include_buffers=False):
         model = build_empty(config, settings, dtype=dtype)
     model.eval().requires_grad_(False)
-    if not gguf and find("generation_config.json") is not None:
-        model.generation_config = GenerationConfig.from_pretrained(find("generation_config.json").parent)
+    if not gguf and (path := find("generation_config.json")) is not None:
+        with outside_errors(f"{setting_of(settings)}: cannot load {path}"):
+            model.generation_config = GenerationConfig.from_pretrained(path.parent)
     streamed = StreamedModel(model, checkpoint, find_blocks(model, settings.blocks), matched)
     return LoadedModel(model, protocol(settings, model), _warnings(streamed)), streamed
 
@@ -162,10 +164,8 @@ def _finder(source: str, settings: ModelSettings, config: Any) -> Callable[[str]
     revision = getattr(config, "_commit_hash", None) or settings.revision
 
     def find(name: str) -> Path | None:
-        try:
+        with outside_errors(f"{setting_of(settings)}: cannot fetch {name} of {source!r}"):
             path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        except OSError as error:
-            raise RoseExpError(f"model.path: cannot fetch {name} of {source!r}: {error}") from error
         return Path(path) if path is not None else None
 
     return find

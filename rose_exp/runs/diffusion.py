@@ -86,6 +86,7 @@ class DiffusionRun(Run):
                 f"diffusion: expected null for {', '.join(self.sampler.ignored)}, which {type(self.pipeline).__name__} "
                 "does not support, got a value"
             )
+        self.sampler.rehearse(decode=settings.evaluation.images is not None)
         self._find_layers()
 
     def _find_layers(self) -> None:

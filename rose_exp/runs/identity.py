@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..runtime.errors import SettingsError
+from ..runtime.errors import RoseExpError
 from ..runtime.fingerprint import content_sha256, folder_sha256, model_sha256
 from ..runtime.wheels import WHEELS
 from ..settings.effects import Setting, settings_of
@@ -33,6 +34,9 @@ def identifying(settings: Settings) -> dict[str, Any]:
     """Return the settings that can change the result, by dotted name, with the contents of files in place of their paths.
 
     :mod:`rose_exp.settings.effects` decides which settings these are.
+
+    Raises:
+        RoseExpError: a file is unreadable.
     """
     return {setting.name: _contents(setting) for setting in settings_of(settings.model_dump(mode="json"))}
 
@@ -44,8 +48,12 @@ def _contents(setting: Setting) -> Any:
         return value
     if kind == "embedded":
         return content_sha256(prompts_file(value)) if value in PROMPTS else WHEELS[value].sha256
-    place = Path(value).expanduser()
-    content = (model_sha256 if kind == "model" else folder_sha256)(place) if place.exists() else value
+    place = Path(os.path.expanduser(value))
+    fingerprint = model_sha256 if kind == "model" else folder_sha256
+    try:
+        content = fingerprint(place) if os.path.exists(place) else value
+    except RoseExpError as error:
+        raise RoseExpError(f"{setting.name}: {error}") from error
     return f"{content} {text_format(value)}" if kind == "text" else content  # the format decides how a file is read
 
 
@@ -53,7 +61,7 @@ def _resolved_run_id(*, _root_: DictConfig) -> str:
     plain = OmegaConf.create({name: _root_._get_node(name) for name in _root_ if name != "hydra"})
     try:
         return run_id(read_settings(OmegaConf.to_container(plain, resolve=True)))
-    except SettingsError:
+    except RoseExpError:
         return UNKNOWN  # the configuration is only shown, not run
 
 

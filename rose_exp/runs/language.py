@@ -20,6 +20,7 @@ from ..models import (
     StreamedModel,
     all_linear_layers,
     check_removable,
+    check_savable,
     extra_files,
     find_blocks,
     linear_layers,
@@ -82,15 +83,24 @@ class LanguageRun(Run):
         with self.watch.stage("preflight"), self.ranks.first_rank_first():
             cuda = self.device.type == "cuda"
             free = available(self.folder.root, self.device)
-            self.placed, estimate = check_fits(settings, model_shape(settings.model), cuda, free)
+            shape = model_shape(settings.model)
+            check_window_lengths(settings, shape.context)
+            self.placed, estimate = check_fits(settings, shape, cuda, free)
         self.record.data["estimate"] = estimate.as_dict() | vars(self.placed)
         with self.watch.stage("texts"), self.ranks.first_rank_first():
             self.tokenizer = load_tokenizer(settings.model)
             self.bos = resolve_bos(settings.model, self.tokenizer)
             self.calibration = calibration_windows(settings, self.tokenizer, self.bos) if settings.pruned else None
             self.evaluation = evaluation_windows(settings, self.tokenizer, self.bos)
+            cut = {"calibration": self.calibration} if self.calibration else {}
+            cut |= {f"evaluation.perplexity.{name}": windows for name, windows in self.evaluation.items()}
+            for setting, windows in cut.items():
+                shape.check_tokens(setting, int(windows.tokens.max()))
             if self.zero_shot.tasks and self.ranks.first:  # the stack removes the tasks' temporary folder
                 self.tasks = stack.enter_context(prepared(self.zero_shot))
+                from ..evaluation.rehearsal import check_requests  # slow to import
+
+                check_requests(self.tasks.requests, self.tokenizer, shape)
                 facts = {"few_shot": self.zero_shot.few_shot, "limit": self.zero_shot.limit, "bos": self.bos}
                 self.protocol["zero_shot"] = facts | self.tasks.protocol
         self.protocol["calibration"] = self.calibration.protocol if self.calibration else None
@@ -108,8 +118,8 @@ class LanguageRun(Run):
         self.protocol["model"] = loaded.protocol
         for kind, detail in loaded.warnings:
             self.record.warn(kind, detail)
-        check_window_lengths(settings, self.model)
         if settings.save:  # now, while the hub is known to be reachable
+            check_savable(self.model, self.tokenizer)
             self.extra_files = extra_files(settings.model)
         self.blocks = self.streamed.blocks if self.streamed else find_blocks(self.model, settings.model.blocks)
         if settings.removes and settings.save:

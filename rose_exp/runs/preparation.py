@@ -72,13 +72,12 @@ def limited(settings: Settings, limit: int | None) -> int | None:
     return min(limits, default=None)
 
 
-def check_window_lengths(settings: Settings, model: torch.nn.Module) -> None:
+def check_window_lengths(settings: Settings, limit: int | None) -> None:
     """Check that no window is longer than the model's maximum sequence length.
 
     Raises:
         RoseExpError: a window is too long.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     windows = {f"evaluation.perplexity.{name}.window": text.window for name, text in settings.evaluation.perplexity.items()}
     if settings.pruned:
         windows["calibration.window"] = settings.calibration.window

@@ -14,6 +14,9 @@ class RoseExpError(Exception):
     def __init__(self, message: str = ""):
         super().__init__(redacted(message))
 
+    def __init__(self, message: str):
+        super().__init__(message.encode(errors="backslashreplace").decode())  # lone surrogates cannot be printed
+
 
 class SettingsError(RoseExpError):
     """Errors in the configuration. The message lists all of them."""

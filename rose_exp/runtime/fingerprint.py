@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from .outside import outside_errors
 from .wheels import cache_folder, file_sha256
 
 # the parts of this package that cannot change a result
@@ -33,7 +34,8 @@ def content_sha256(path: Path) -> str:
 
     A damaged cache entry is recomputed.
     """
-    facts = path.stat()
+    with outside_errors(f"cannot read {path}"):
+        facts = path.stat()
     if facts.st_size < LARGE:
         return file_sha256(path)
     key = json.dumps([str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ino])
@@ -41,10 +43,11 @@ def content_sha256(path: Path) -> str:
     if (cached := _read_entry(entry, key)) is not None:
         return cached
     digest = file_sha256(path)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    scratch = entry.with_suffix(f".{os.getpid()}")
-    scratch.write_text(_entry(key, digest), encoding="ascii")
-    os.replace(scratch, entry)
+    text, scratch = _entry(key, digest), entry.with_suffix(f".{os.getpid()}")
+    with outside_errors(f"cannot write {entry}", "; set ROSE_EXP_CACHE to a folder that is writable"):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="ascii")
+        os.replace(scratch, entry)
     return digest
 
 
@@ -67,14 +70,17 @@ def weights_sha256(path: Path) -> str:
     """Return one fingerprint of a file, or of the names and contents of all weight files in a folder."""
     if path.is_file():
         return _files_sha256([path], path.parent)
-    return _files_sha256([file for file in path.iterdir() if file.suffix in WEIGHTS], path)
+    with outside_errors(f"cannot read {path}"):
+        files = [file for file in path.iterdir() if file.suffix in WEIGHTS]
+    return _files_sha256(files, path)
 
 
 def folder_sha256(path: Path) -> str:
     """Return one fingerprint of a file, or of the names and contents of all files below a folder, except hidden ones."""
     if path.is_file():
         return content_sha256(path)
-    files = [file for file in path.rglob("*") if file.is_file()]
+    with outside_errors(f"cannot read {path}"):
+        files = [file for file in path.rglob("*") if file.is_file()]
     return _files_sha256([f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)], path)
 
 
@@ -83,7 +89,8 @@ def model_sha256(path: Path) -> str:
     and configuration files next to it."""
     if not path.is_file():
         return folder_sha256(path)
-    companions = [file for file in path.parent.iterdir() if file.name in BESIDE_GGUF and file.is_file()]
+    with outside_errors(f"cannot read {path.parent}"):
+        companions = [file for file in path.parent.iterdir() if file.name in BESIDE_GGUF and file.is_file()]
     return _files_sha256([path, *companions], path.parent) if companions else content_sha256(path)
 
 

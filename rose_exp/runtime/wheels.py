@@ -21,6 +21,7 @@ from typing import Literal
 import platformdirs
 
 from .errors import RoseExpError
+from .outside import outside_errors
 
 log = logging.getLogger(__name__)
 
@@ -192,5 +193,10 @@ def _download(wheel_file: WheelFile, folder: Path) -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        RoseExpError: the file is unreadable.
+    """
+    with outside_errors(f"cannot read {path}"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

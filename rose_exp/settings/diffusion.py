@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -69,7 +70,7 @@ class ImagesSettings(PromptSettings):
             if missing:
                 package = missing[0].replace("_", "-").replace("ImageReward", "image-reward")
                 problems.append(f"{where}.metrics: expected an installed package for {name}, got none: pip install {package}")
-        if "fid" in self.metrics and (self.reference is None or not Path(self.reference).expanduser().is_dir()):
+        if "fid" in self.metrics and not os.path.isdir(os.path.expanduser(self.reference or "")):
             problems.append(f"{where}.reference: expected a folder of real images for fid, got {self.reference!r}")
         return problems
 
@@ -78,11 +79,14 @@ class ImagesSettings(PromptSettings):
 
         The fingerprint of a local folder is that of its content.
         """
-        clip = Path(self.clip).expanduser()
-        known = folder_sha256(clip) if clip.is_dir() else self.clip
+        clip = os.path.expanduser(self.clip)
+        known = folder_sha256(Path(clip)) if os.path.isdir(clip) else self.clip
         real = folder_sha256(Path(self.reference).expanduser()) if "fid" in self.metrics and self.reference else None
         return {"clip": known if "clip_score" in self.metrics else None, "reference": real}
 
 
 ModelKind = Literal["language", "diffusion"]
 Built = Literal["sd3", "flux", "sd", "sdxl", "ddpm"]
+
+Omissible = Literal["text_encoder_3"]
+"""Components that a pipeline can work without: the T5 encoder of Stable Diffusion 3."""

@@ -167,6 +167,8 @@ EFFECTS: dict[str, Effect] = {
     "model.built": Effect(DIFFUSION),
     "model.path": Effect(EVERYTHING, place="model", recorded_as="protocol.model.sha256", moments=True),
     "model.revision": Effect(EVERYTHING, MODEL_ON_HUB, moments=True),
+    "model.variant": Effect(DIFFUSION, _when("model.variant")),
+    "model.omit": Effect(DIFFUSION, _when("model.omit"), unordered=True),
     "model.dtype": Effect(EVERYTHING, moments=True),
     "model.blocks": Effect(LANGUAGE, of_dense=SPARSITY_ALONE, moments=True),
     "model.bos": Effect(LANGUAGE, moments=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,16 +80,16 @@ def embedded_problem(where: str, name: str | None, kind: str) -> list[str]:
 
 def looks_local(path: str) -> bool:
     """Return whether a model path must be local, because a hub ID is 'name' or 'owner/name'."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf") or Path(path).exists()
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf") or os.path.exists(path)
 
 
 def file_problem(where: str, path: str, folder: bool = True) -> list[str]:
     """Return the error of a path that does not exist, with the most similar name in its folder, or an empty list."""
-    place = Path(path).expanduser()
-    if place.is_file() or (folder and place.is_dir()):
-        return []
+    place = Path(os.path.expanduser(path))
+    if os.path.isfile(place) or (folder and os.path.isdir(place)):  # unlike those of Path, these never raise an error
+        return [] if os.access(place, os.R_OK) else [f"{where}: expected a readable file, got {path!r}: permission denied"]
     expected = "a folder or file" if folder else "a file"
     hint = ""
-    if place.parent.is_dir():
+    if os.path.isdir(place.parent) and os.access(place.parent, os.R_OK):
         hint = suggest(place.name, [entry.name for entry in place.parent.iterdir()])
     return [f"{where}: expected {expected} that exists, got {str(path)!r}{hint}"]

@@ -6,6 +6,8 @@ Each section mirrors a group of ``conf/``. :func:`read_settings` reports all err
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from ..engine import METHODS, Allocation, EngineOptions, Ordering, Refine, Targe
 from ..engine.bounds import Count, Positive
 from ..runtime.errors import SettingsError
 from .compatibility import STRUCTURED, kind_problems, structured_problems
-from .diffusion import Built, DiffusionSettings, ImagesSettings, ModelKind
+from .diffusion import Built, DiffusionSettings, ImagesSettings, ModelKind, Omissible
 from .messages import embedded_problem, explain, file_problem, looks_local
 from .pruning import DENSE, MethodSettings, PipelineSettings, SparsitySettings
 from .section import Section, is_section, problems_of
@@ -32,6 +34,10 @@ class ModelSettings(Section):
     built: Built | None = None  # a small diffusion pipeline with random weights
     path: str | None = None  # a folder in Hugging Face format, a GGUF file, or a hub ID
     revision: str | None = None  # branch, tag or commit on the hub
+    variant: str | None = (
+        None  # variant of the weight files of a diffusion pipeline, such as fp16; null: those without a variant
+    )
+    omit: list[Omissible] = Field([])  # components of a diffusion pipeline to leave out
     # auto: the checkpoint's; float32 for a diffusion pipeline, which does not state it
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     blocks: str | None = None  # dotted name of the list of decoder blocks; None: detected from the model's structure
@@ -46,8 +52,10 @@ class ModelSettings(Section):
     def problems(self, where: str) -> list[str]:
         if self.kind == "diffusion":
             return self._diffusion_problems(where)
-        if self.built is not None:
-            return [f"{where}.built: expected null unless model.kind is diffusion, got {self.built!r}"]
+        for name in ("built", "variant", "omit"):
+            if value := getattr(self, name):
+                expected = "none" if name == "omit" else "null"
+                return [f"{where}.{name}: expected {expected} unless model.kind is diffusion, got {value!r}"]
         if self.path is None:
             return embedded_problem(f"{where}.embedded", self.embedded, "model")
         return file_problem(f"{where}.path", self.path) if looks_local(self.path) else []
@@ -58,6 +66,9 @@ class ModelSettings(Section):
             return [f"{where}.kind: expected an installed {missing[0]} for diffusion: pip install 'rose_exp[diffusion]'"]
         if (self.path is None) == (self.built is None):
             return [f"{where}: expected one of path and built, got {'none' if self.path is None else 'both'}"]
+        if self.variant is not None and (self.path is None or not re.fullmatch(r"\w[\w-]*", self.variant)):
+            expected = "null with model.built" if self.path is None else "a name such as fp16"
+            return [f"{where}.variant: expected {expected}, got {self.variant!r}"]
         return file_problem(f"{where}.path", self.path) if self.path and looks_local(self.path) else []
 
 
@@ -76,7 +87,7 @@ class ZeroShotSettings(Section):
         problems = []
         for name in ("include_path", "data_dir"):
             path = getattr(self, name)
-            if path is not None and not Path(path).expanduser().is_dir():
+            if path is not None and not os.path.isdir(os.path.expanduser(path)):
                 problems.append(f"{where}.{name}: expected a folder that exists, got {path!r}")
         if len(set(self.tasks)) != len(self.tasks):
             problems.append(f"{where}.tasks: expected each task once, got {', '.join(self.tasks)}")

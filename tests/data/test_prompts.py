@@ -57,3 +57,11 @@ def test_prompt_sets_from_the_literature(shared):
     assert not any("\t" in text or text.startswith("http") for text in captions.texts)
     assert len(load(path=str(folder / "drawbench.txt"), samples=200).texts) == 200
     assert load(path=str(folder / "PartiPrompts.tsv"), field="Prompt", samples=1600).texts[0] != "Prompt"
+
+
+def test_damaged_tables_are_named(tmp_path):
+    path = tmp_path / "prompts.tsv"
+    for content, message in {"a" * 200_000: "field larger than field limit", "a\0b": "got a NUL character"}.items():
+        path.write_text(content)
+        with pytest.raises(RoseExpError, match=rf"^calibration\.path: .*prompts\.tsv.*{message}"):
+            load(path=str(path))

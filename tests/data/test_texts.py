@@ -124,7 +124,17 @@ def test_run_id_depends_on_the_format_and_not_on_suffix_case(tmp_path):
         ('[{"text": ["a"]}]', "text", r"c\.field: expected text in field 'text' of .* row 1, got \[\"a\"\]"),
         ("", "text", r"c: expected text, got none"),
         ("[]", "text", r"c: expected text, got none"),
-        ("\xff\xfe".encode("latin-1"), "text", r"c\.path: cannot read .* as UTF-8 text"),
+        ("\xff\xfe".encode("latin-1"), "text", r"c\.path: expected UTF-8 text in .*a.jsonl, got UTF-16"),
+        ("\xe9".encode("latin-1"), "text", r"c\.path: expected UTF-8 text in .*a.jsonl: 'utf-8' codec can't decode byte 0xe9"),
+        ('{"text": "a"}'.encode("utf-16-le"), "text", r"c\.path: expected UTF-8 text in .*a.jsonl, got a NUL character"),
+        ('{"text": "a"}\n{"text": "a\\ud83d."}', "text", r"of .* line 2, got the lone surrogate '\\ud83d' at character 1"),
+        ('{"text": "a", "text": "b"}', "text", r"c\.path: .*: the key 'text' occurs twice in one object"),
+        ('{"text": "a"}\n{"id": 1, "id": 2, "text": "b"}', "text", r"line 2, .*: the key 'id' occurs twice in one object"),
+        ('{"text": "a"}\n' + "[" * 200_000, "text", r"line 2, got '\[+': nested too deeply"),
+        ("[" * 200_000, "text", r"c\.path: expected a JSON array in .*a.jsonl: nested too deeply"),
+        ('{"text": ' + "1" * 9_999 + "}", "text", r"line 1, got .*: Exceeds the limit"),
+        ('{"text": "a"}\nnull', "text", r"c\.path: expected a JSON object in .* line 2, got NoneType"),
+        ('{"text": "a"}\n{"txt": "a"}', "text", r"c\.field: expected a field of .* line 2, one of txt, got 'text'"),
     ],
 )
 def test_invalid_files_raise_an_error(tmp_path, content, field, message):
@@ -146,7 +156,7 @@ def test_dataset_rows_without_text_raise_an_error(monkeypatch):
     data = datasets.Dataset.from_dict({"text": ["a", None]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
     settings = TextSettings(dataset="some/set", split="train")
-    with pytest.raises(RoseExpError, match=r"c\.field: expected text in field 'text' of some/set row 2, got NoneType"):
+    with pytest.raises(RoseExpError, match=r"c\.field: expected text in field 'text' of some/set row 2, got null"):
         load_text(settings, "c")
     assert load_text(settings.model_copy(update={"rows": 1}), "c").documents == ["a"]
 

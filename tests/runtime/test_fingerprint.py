@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 import rose_exp
-from rose_exp.runtime.fingerprint import CODE, IRRELEVANT, code_sha256
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.runtime.fingerprint import CODE, IRRELEVANT, code_sha256, folder_sha256, model_sha256, weights_sha256
 
 PACKAGE = Path(rose_exp.__file__).parent
 
@@ -32,3 +35,10 @@ def test_fingerprint_covers_every_file_except_those_listed_as_irrelevant(tmp_pat
 
 def test_irrelevant_paths_exist():
     assert [name for name in IRRELEVANT if not (PACKAGE / name).exists()] == []
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "memory.safetensors").symlink_to("/proc/self/mem")
+    for fingerprint in (folder_sha256, model_sha256, weights_sha256):
+        with pytest.raises(RoseExpError, match=r"^cannot read .*memory\.safetensors: "):
+            fingerprint(tmp_path)
