@@ -12,10 +12,8 @@ class RoseExpError(Exception):
     """An error outside the code: in a setting, a file, a download or a disk. The message names it, without secrets."""
 
     def __init__(self, message: str = ""):
-        super().__init__(redacted(message))
-
-    def __init__(self, message: str):
-        super().__init__(message.encode(errors="backslashreplace").decode())  # lone surrogates cannot be printed
+        printable = message.encode(errors="backslashreplace").decode()  # lone surrogates cannot be printed
+        super().__init__(redacted(printable))
 
 
 class SettingsError(RoseExpError):
