@@ -159,8 +159,8 @@ class Run(ABC):
         with self.watch.stage("pruning"):
             reports = self.prune_layers(context)
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(context.seconds).items()}
-        engine = settings.engine
-        warnings = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
+        engine, studied = settings.engine, settings.figures.study
+        warnings = [event for report in reports for event in events(report, engine.damping, engine.block_size, studied)]
         record.pruned([report.as_dict() for report in reports], warnings, bool(settings.reorder))
 
     def finish(self) -> None:
