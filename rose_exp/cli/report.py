@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..report.conditions import SPARSITY
-from ..report.gather import BASELINE, gather
-from ..report.page import sheets_of, studies_of, web_page
-from ..report.table import collect_records
-from ..report.text import comma_separated, latex, markdown
-from ..runtime.errors import RoseExpError
-from ..tracking.record import FILE_NAME, write_atomically
+from ..runtime.exits import exit_on_signals, guarded_output  # every other import is slower, and a signal can interrupt it
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write ``report.md``, ``.csv``, ``.tex`` and ``.html``, and print the Markdown report."""
+    exit_on_signals()
+    with guarded_output():
+        _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    import argparse
+    import sys
+    from pathlib import Path
+
+    from ..report.conditions import SPARSITY
+    from ..report.files import write_report
+    from ..report.gather import BASELINE
+    from ..runtime.errors import RoseExpError
+    from ..tracking.record import FILE_NAME
+
     parser = argparse.ArgumentParser(
         prog="rose-exp-report",
         description="Generate tables of run records: methods × sparsities, over paired seeds, with published values.",
@@ -37,32 +47,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RoseExpError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-
-
-def write_report(
-    folders: Sequence[Path],
-    output: Path | None = None,
-    columns: str = SPARSITY,
-    baseline: str = BASELINE,
-    allowed: Sequence[str] = (),
-) -> str:
-    """Read the records below ``folders``, write the report to ``output``, and return it as Markdown.
-
-    Raises:
-        RoseExpError: a folder does not exist, no folder has a record, a record is unreadable, or writing fails.
-    """
-    for folder in folders:
-        if not folder.is_dir():
-            raise RoseExpError(f"DIR: expected a folder that exists, got {folder}")
-    runs = list({path.resolve(): (path, record) for folder in folders for path, record in collect_records(folder)}.values())
-    if not runs:
-        raise RoseExpError(f"DIR: expected folders with {FILE_NAME} in them, got none in {', '.join(map(str, folders))}")
-    report = gather([record for _, record in runs], columns, baseline, allowed)
-    output = output or folders[0] / "report"
-    text = markdown(report)
-    write_atomically(output / "report.md", text)
-    write_atomically(output / "report.csv", comma_separated(report))
-    write_atomically(output / "report.tex", latex(report))
-    sheets = sheets_of([(path.parent, record) for path, record in runs])
-    write_atomically(output / "report.html", web_page(report, studies_of([path.parent for path, _ in runs]), sheets))
-    return f"{text}\nwritten to {output.resolve()}: report.md, report.csv, report.tex, report.html"
