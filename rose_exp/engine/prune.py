@@ -273,9 +273,7 @@ class _Attempt:
         facts: statistics of the result, scalar float64 tensors.
     """
 
-    def __init__(
-        self, problem: _Problem, layer: Layer, solution: Solution, refined: Refined | None, hessian_used: bool = True
-    ):
+    def __init__(self, problem: _Problem, layer: Layer, solution: Solution, refined: Refined | None, hessian_used: bool = True):
         self.problem, self.layer, self.solution, self.refined = problem, layer, solution, refined
         self.hessian_used = hessian_used or refined is not None or problem.goal is not problem.dense
         self.mask = (refined or solution).mask

@@ -125,9 +125,7 @@ def report_of(name: str, result: PruneResult, tokens: int, seconds: float, saved
     )
 
 
-def events(
-    report: LayerReport, damping: float, block_size: int = 128, studied: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+def events(report: LayerReport, damping: float, block_size: int = 128, studied: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the warnings for a layer, each with ``kind``, ``layer`` and ``detail``, for the run record.
 
     Args:

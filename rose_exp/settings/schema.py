@@ -219,6 +219,13 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def applied(config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return a resolved configuration without a ratio that its N:M pattern ignores, so that a record contains what was done."""
+    if settings.sparsity.contradiction("sparsity") is None:
+        return dict(config)
+    return {**config, "sparsity": {**config["sparsity"], "ratio": None}}
+
+
 def _missing(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the names of required settings ('???') that have no value."""
     missing = []
