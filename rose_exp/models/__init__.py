@@ -1,9 +1,10 @@
 """Loading and saving models, and locating their prunable layers."""
 
-from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
+from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers, shared_layers
 from .bos import needs_bos, resolve_bos
-from .experts import check_layouts, projections, unstacked_experts
-from .heads_and_neurons import Structure, find_structures
+from .experts import Layout, Projection, check_layouts, projections, unstacked_experts
+from .families import Family, families
+from .heads_and_neurons import Part, Structure, find_structures
 from .loading import LoadedModel, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
@@ -13,15 +14,20 @@ from .streaming import StreamedModel, extra_files, let_go, load_model, open_mode
 
 __all__ = [
     "BlockList",
+    "Family",
+    "Layout",
     "LinearLayer",
     "LoadedModel",
     "ModelShape",
+    "Part",
+    "Projection",
     "StreamedModel",
     "Structure",
     "all_linear_layers",
     "check_layouts",
     "check_removable",
     "extra_files",
+    "families",
     "find_blocks",
     "find_structures",
     "let_go",
@@ -39,6 +45,7 @@ __all__ = [
     "save_model",
     "save_streamed",
     "shape_of",
+    "shared_layers",
     "sparsity_description",
     "tie_again",
     "unstacked_experts",

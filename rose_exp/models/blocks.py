@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +55,31 @@ class BlockList:
     """The blocks of a decoder, in execution order.
 
     Attributes:
-        name: full name of the list in the model, such as ``model.layers``.
+        name: full name of the list in the model, such as ``model.layers``; several names are separated by commas.
+        names: full name of each block.
     """
 
     name: str
+    names: list[str]
     blocks: list[nn.Module]
 
+    @classmethod
+    def of(cls, lists: Mapping[str, nn.ModuleList]) -> BlockList:
+        """Return the blocks of one or several lists by full name."""
+        names = [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
+        return cls(",".join(lists), names, [block for blocks in lists.values() for block in blocks])
+
     def block_name(self, index: int) -> str:
-        return f"{self.name}.{index}"
+        return self.names[index]
+
+    def index_of(self, tensor: str) -> int | None:
+        """Return the index of the block that contains a tensor, by full name; None if it is outside the blocks."""
+        dots = [place for place, letter in enumerate(tensor) if letter == "."]
+        return next((self._indices[tensor[:dot]] for dot in dots if tensor[:dot] in self._indices), None)
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
 
 
 def linear_layers(module: nn.Module, name: str) -> list[LinearLayer]:
@@ -78,12 +97,14 @@ def linear_layers(module: nn.Module, name: str) -> list[LinearLayer]:
 def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
     """Find the ``nn.ModuleList`` of the decoder's blocks.
 
-    Multimodal models have further lists, of their vision and audio towers, which do not count.
+    Multimodal models have further lists, of their vision and audio towers, which do not count. Lists of equal size are pruned
+    together, such as the two stacks of HRM.
 
     Args:
-        name: full name of the list; None for the outermost list of the decoder with the most linear weights.
+        name: full name of the list, or several names separated by commas; None for the outermost list of the decoder with the
+            most linear weights.
     Raises:
-        RoseExpError: there is no such list, or several are equally large.
+        RoseExpError: there is no such list.
     """
     lists = {
         path: module
@@ -91,9 +112,13 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
         if isinstance(module, nn.ModuleList) and len(module) and any(linear_layers(block, "") for block in module)
     }
     if name is not None:
-        if name not in lists:
-            raise RoseExpError(f"model.blocks: expected one of {', '.join(lists)}, got {name!r}{suggest(name, lists)}")
-        return BlockList(name, list(lists[name]))
+        names = [part.strip() for part in name.split(",")]
+        unknown = [part for part in names if part not in lists]
+        if unknown:
+            raise RoseExpError(
+                f"model.blocks: expected one of {', '.join(lists)}, got {unknown[0]!r}{suggest(unknown[0], lists)}"
+            )
+        return BlockList.of({part: lists[part] for part in names})
     inside = _decoder_name(model)
     lists = {path: module for path, module in lists.items() if path.startswith(inside)} or lists
     outer = {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
@@ -101,10 +126,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
     if not sizes:
         raise RoseExpError(f"{type(model).__name__} has no list of blocks with linear layers to prune")
     largest = max(sizes.values())
-    candidates = [path for path, size in sizes.items() if size == largest]
-    if len(candidates) > 1:
-        raise RoseExpError(f"model.blocks: expected the name of one of the lists {', '.join(candidates)}, all equally large")
-    return BlockList(candidates[0], list(outer[candidates[0]]))
+    return BlockList.of({path: outer[path] for path, size in sizes.items() if size == largest})
 
 
 def _decoder_name(model: nn.Module) -> str:
@@ -117,3 +139,20 @@ def _decoder_name(model: nn.Module) -> str:
 def all_linear_layers(blocks: BlockList) -> list[LinearLayer]:
     """Return the linear layers of all blocks, in block order."""
     return [layer for i, block in enumerate(blocks.blocks) for layer in linear_layers(block, blocks.block_name(i))]
+
+
+def shared_layers(model: nn.Module, blocks: BlockList) -> set[str]:
+    """Return the names of the linear layers whose weight belongs to several blocks, as in Zamba.
+
+    Such a layer has different inputs in each block.
+    """
+    owners: dict[object, set[int]] = {}
+    names: dict[object, list[str]] = {}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        index = blocks.index_of(name)
+        if index is not None:
+            for key in {id(parameter), tied.get(name, name)}:
+                owners.setdefault(key, set()).add(index)
+                names.setdefault(key, []).append(name.removesuffix(".weight"))
+    return {name for key, indices in owners.items() if len(indices) > 1 for name in names[key]}

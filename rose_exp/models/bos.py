@@ -9,22 +9,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from ..runtime.errors import RoseExpError
 from ..settings.schema import ModelSettings
 from ..settings.texts import Bos
+from .families import families
 from .loading import from_pretrained
 
 log = logging.getLogger(__name__)
 
-NEEDED_BY = ("gemma",)
-"""Families, by a part of ``model_type``, that predict poorly from a window without BOS.
-
-Sources: EleutherAI/lm-evaluation-harness pull requests 1465 (Gemma 7B on lambada_openai: accuracy 0.004 without BOS, 0.671
-with it) and 2049 (Gemma 2), and issue 3430 (Gemma 3); ggml-org/llama.cpp pull request 21500 (Gemma 4).
-"""
-
 
 def needs_bos(config: PreTrainedConfig) -> bool:
-    """Return whether the model, or the text model inside it, belongs to a family in :data:`NEEDED_BY`."""
-    kinds = (config.model_type, config.get_text_config().model_type)
-    return any(family in kind for kind in kinds for family in NEEDED_BY)
+    """Return whether the model, or the text model inside it, belongs to a family that predicts poorly without BOS."""
+    return any(family.bos and family.matches(config) for family in families())
 
 
 def resolve_bos(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Bos:

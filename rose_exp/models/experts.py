@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..runtime.errors import RoseExpError
+from .families import families
 
 CLOSE = 1e-3  # relative tolerance for equal outputs of a stack and of its layers; at least four times the dtype's epsilon
 DEFAULT = "_default_apply_gate"  # name of transformers' own activation of gated experts, act_fn(gate) · up
@@ -53,7 +54,7 @@ Layers = dict[str, Projection]
 
 
 class Layout(ABC):
-    """How a module stores and runs its experts. Subclasses in :data:`LAYOUTS` are tried in order."""
+    """How a module stores and runs its experts. The layouts of families and those in :data:`LAYOUTS` are tried in order."""
 
     @abstractmethod
     def layers(self, module: nn.Module) -> list[Layers]:
@@ -161,7 +162,7 @@ class Parallel(Layout):
 
 
 LAYOUTS: list[Layout] = [Gated(), Parallel()]
-"""The known layouts. To support another one, append to the list before a model is loaded."""
+"""The built-in layouts. Other packages add theirs through a :class:`rose_exp.models.families.Family`."""
 
 
 def projections(module: nn.Module) -> list[Layers]:
@@ -173,7 +174,8 @@ def _found(module: nn.Module) -> tuple[Layout | None, list[Layers]]:
     """Return the layout of a module and its layers, which are kept with the module."""
     kept = module.__dict__.get("_projections")
     if kept is None:
-        candidates = ((layout, layout.layers(module)) for layout in LAYOUTS)
+        layouts = [*(layout for family in families() for layout in family.layouts), *LAYOUTS]
+        candidates = ((layout, layout.layers(module)) for layout in layouts)
         kept = next(((layout, layers) for layout, layers in candidates if layers), (None, []))
         module.__dict__["_projections"] = kept
     return kept

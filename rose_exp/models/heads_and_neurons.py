@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..runtime.errors import RoseExpError
 from .blocks import LinearLayer
+from .families import families
 
 MAKERS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "q_proj", "k_proj", "v_proj")
 OF_KEYS = ("to_k", "to_v", "add_k_proj", "add_v_proj", "k_proj", "v_proj")  # makers with one head per group of query heads
@@ -129,7 +130,7 @@ def find_structures(module: nn.Module, name: str = "", kinds: Collection[str] = 
     """Find the heads and neurons of all attentions and FFNs in a module, in module order.
 
     Supports attentions with ``to_q`` … ``to_out`` (diffusers) or ``q_proj`` … ``o_proj`` (transformers), Flux's single blocks,
-    and FFNs with ``net`` (diffusers) or ``up_proj`` and ``down_proj``, gated or not.
+    FFNs with ``net`` (diffusers) or ``up_proj`` and ``down_proj``, gated or not, and the structures of model families.
 
     Args:
         name: full name of the module in the model.
@@ -142,6 +143,10 @@ def find_structures(module: nn.Module, name: str = "", kinds: Collection[str] = 
 def _iterate(module: nn.Module, name: str, kinds: Collection[str]) -> Iterator[Structure]:
     for inner, part in module.named_modules():
         full = ".".join(text for text in (name, inner) if text)
+        own = [s for family in families() if family.structures is not None for s in family.structures(part, full)]
+        if own:
+            yield from (structure for structure in own if structure.kind in kinds)
+            continue
         layers = {
             child: LinearLayer(f"{full}.{child}" if full else child, layer)
             for child, layer in part.named_modules()

@@ -23,6 +23,7 @@ from ..runtime.errors import RoseExpError
 from ..runtime.fingerprint import model_sha256, weights_sha256
 from ..runtime.wheels import WHEELS, fetch
 from ..settings.schema import ModelSettings
+from .families import installed_families
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
             "cannot be pruned"
         )
     try:
-        return _class_for(config).from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+        return class_for(config).from_config(config, trust_remote_code=settings.trust_remote_code, **options)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
         raise RoseExpError(
             f"{where}: transformers cannot build a causal language model from its configuration ({config.model_type}): "
@@ -91,7 +92,7 @@ def build_empty(config: Any, settings: ModelSettings, **options: Any) -> nn.Modu
         ) from error
 
 
-def _class_for(config: Any) -> Any:
+def class_for(config: Any) -> Any:
     """Return the automatic class for a configuration: for text and images if transformers has one, else for text."""
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(config, "auto_map", None)
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
@@ -135,9 +136,12 @@ def _first_lines(error: Exception, limit: int = 400) -> str:
 def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
     """Return the identity of the weights for the run record.
 
-    ``sha256`` covers the weights of a local model, and ``files_sha256`` all of its files, such as the tokenizer.
+    ``families`` names the model families of other packages, which may change how a model is pruned. ``sha256`` covers the
+    weights of a local model, and ``files_sha256`` all of its files, such as the tokenizer.
     """
-    facts: dict[str, Any] = {
+    others = [f"{installed.family.name} ({installed.source})" for installed in installed_families()]
+    facts: dict[str, Any] = {"families": others} if others else {}
+    facts |= {
         "name": settings.name,
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -29,14 +29,18 @@ class Match:
     Attributes:
         outside: checkpoint names of the tensors outside the blocks.
         of_block: checkpoint names of the tensors of each block, by block index.
+        places: model name of the target of each tensor of the checkpoint.
         missing: model names of tensors that the checkpoint omits because they are tied to others.
+        tied_blocks: model names of such tensors inside the blocks, and of the tensors they are tied to, in another block.
         unused: checkpoint names of tensors outside the blocks that the model does not have.
         conversions: transformers' conversions that the checkpoint needs; saving reverts them.
     """
 
     outside: list[str] = field(default_factory=list)
     of_block: dict[int, list[str]] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
+    tied_blocks: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     conversions: Any = None
 
@@ -78,7 +82,13 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint, blocks: BlockList) -> 
     if problems:
         raise RoseExpError(f"{checkpoint.where}: the weights do not fit the configuration: {'; '.join(problems)}")
     outside, by_block = _by_block(places, blocks)
-    return Match(outside, by_block, set(info.missing_keys), unexpected, getattr(model, "_weight_conversions", None))
+    absent, conversions = set(info.missing_keys), getattr(model, "_weight_conversions", None)
+    tied_blocks = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if target in absent and blocks.index_of(target) is not None and blocks.index_of(source) is not None
+    }
+    return Match(outside, by_block, places, absent, tied_blocks, unexpected, conversions)
 
 
 def fill(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], matched: Match) -> None:
@@ -244,9 +254,11 @@ def _unexpected(
     patterns += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"]  # buffers stored by older versions
     names = [name for name in unexpected if not any(re.search(pattern, name) for pattern in patterns)]
     unmapped = checkpoint.unmapped if isinstance(checkpoint, GgufCheckpoint) else []
-    listed = re.compile(rf"(^|\.){re.escape(blocks.name.rpartition('.')[2])}\.\d+\.|^blk\.\d+\.")
-    parent = blocks.name.rpartition(".")[0]
-    inside = {n for n in names if listed.search(n) and (n.startswith(f"{parent}.") or not _is_other_modality(n))}
+    lists = blocks.name.split(",")
+    ends = "|".join({re.escape(name.rpartition(".")[2]) for name in lists})
+    listed = re.compile(rf"(^|\.)({ends})\.\d+\.|^blk\.\d+\.")
+    parents = tuple(f"{name.rpartition('.')[0]}." for name in lists)
+    inside = {n for n in names if listed.search(n) and (n.startswith(parents) or not _is_other_modality(n))}
     inside |= {name for name in unmapped if listed.search(name)}
     return sorted({*names, *unmapped} - inside), sorted(inside)
 
@@ -260,18 +272,20 @@ def _by_block(places: dict[str, str], blocks: BlockList) -> tuple[list[str], dic
     """Split the names of checkpoint tensors into those outside the blocks and those of each block."""
     outside: list[str] = []
     by_block: dict[int, list[str]] = {}
-    inside = re.compile(rf"^{re.escape(blocks.name)}\.(\d+)\.")
     for name, place in places.items():
-        block_match = inside.match(place)
-        if block_match:
-            by_block.setdefault(int(block_match[1]), []).append(name)
-        else:
+        index = blocks.index_of(place)
+        if index is None:
             outside.append(name)
+        else:
+            by_block.setdefault(index, []).append(name)
     return outside, by_block
 
 
 def _own_tensor(model: nn.Module, name: str, where: str) -> None:
-    """Give a loaded tensor its own memory, and check that it is finite."""
+    """Give a loaded tensor its own memory, and check that it is finite.
+
+    Single numbers can be infinite, such as the bounds of clipped activations in Gemma 4.
+    """
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     tensors = module._parameters if key in module._parameters else module._buffers
@@ -279,7 +293,8 @@ def _own_tensor(model: nn.Module, name: str, where: str) -> None:
     if tensor is None or tensor.is_meta:
         return
     value = tensor.detach()
-    if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
+    bounds = torch.stack(torch.aminmax(value)) if value.is_floating_point() and value.numel() else torch.zeros(())
+    if bounds.isnan().any() or (value.ndim and bounds.isinf().any()):
         raise RoseExpError(f"{where}: expected finite weights, got NaN or infinity in {name}")
     owned = own_memory(value)
     if isinstance(tensor, nn.Parameter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -26,7 +27,7 @@ def check_removable(model: nn.Module, blocks: BlockList, sparsity: Structured) -
     """
     config = model.config.get_text_config()
     entries = _narrowed(config, sparsity)
-    groups = {"heads": getattr(config, KEYS, None) or getattr(config, QUERIES, None), "neurons": getattr(config, NEURONS, None)}
+    groups = {"heads": _field(config, KEYS) or _field(config, QUERIES), "neurons": _field(config, NEURONS)}
     for index, block in enumerate(blocks.blocks):
         structures = find_structures(block, blocks.block_name(index), sparsity.kinds)
         for kind in sparsity.kinds:
@@ -93,25 +94,41 @@ def _narrowed(config: PreTrainedConfig, sparsity: Structured) -> dict[str, int]:
     """Return the changed configuration fields by name."""
     entries: dict[str, int] = {}
     if sparsity.heads:
-        queries, width = getattr(config, QUERIES, None), getattr(config, "head_dim", None)
+        queries, width = _field(config, QUERIES), _field(config, "head_dim")
         if queries is None:
             raise RoseExpError(
                 f"sparsity.heads: expected a model whose configuration has {QUERIES}, got {config.model_type}; "
                 "set sparsity.heads=false to remove only neurons"
             )
-        keys = getattr(config, KEYS, None) or queries
+        keys = _field(config, KEYS) or queries
         remaining = keys - sparsity.count(keys)
         entries |= {QUERIES: queries // keys * remaining, KEYS: remaining, "head_dim": width or config.hidden_size // queries}
     if sparsity.neurons:
-        neurons = getattr(config, NEURONS, None)
+        neurons = _field(config, NEURONS)
         if not isinstance(neurons, int):
             raise RoseExpError(f"sparsity.neurons: expected a configuration with one {NEURONS}, got {config.model_type}")
         entries[NEURONS] = neurons - sparsity.count(neurons)
     try:
-        values = copy.deepcopy(config).to_dict() | entries
-        type(config).from_dict(values)
-    except (ValueError, TypeError, StrictDataclassError) as error:  # from the checks of the configuration class
+        changed = copy.deepcopy(config)
+        for name, value in entries.items():
+            setattr(changed, name, value)
+        type(config).from_dict(changed.to_dict())
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # from checks of the configuration class
         reason = " ".join(str(error).split())[:200]
         changes = ", ".join(f"{name} {value}" for name, value in entries.items())
         raise RoseExpError(f"sparsity.ratio: {config.model_type} does not support {changes}: {reason}") from error
     return entries
+
+
+def _field(config: PreTrainedConfig, name: str) -> Any:
+    """Return a field of a configuration, or None if there is no such field.
+
+    Raises:
+        RoseExpError: the field has different values for different blocks.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError as error:  # transformers' error for a field that differs between blocks
+        raise RoseExpError(
+            f"sparsity: expected a configuration with one {name} for all blocks, got {config.model_type}"
+        ) from error

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..runtime.errors import RoseExpError
 from .blocks import find_blocks
@@ -79,6 +80,8 @@ def save_streamed(
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         model.config.architectures = [type(model).__name__]
+        if model._auto_class is not None:  # a class with its own code, which transformers copies and names in the configuration
+            custom_object_save(model, scratch, config=model.config)
         model.config.save_pretrained(scratch)
         if model.can_generate():
             model.generation_config.save_pretrained(scratch)

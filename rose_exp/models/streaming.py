@@ -52,12 +52,27 @@ class StreamedModel:
         """
         block, name = self.blocks.blocks[index], self.blocks.block_name(index)
         fill(self.model, self.checkpoint, self.matched.of_block.get(index, []), self.matched)
+        self._fill_tied(index)
         self._check_filled({f"{name}.{inner}": value for inner, value in _tensors(block).items()}, name)
         return block
 
+    def _fill_tied(self, index: int) -> None:
+        """Load the weights of a block that are tied to those of another block, such as the shared attention of Zamba."""
+        tied = self.matched.tied_blocks.items()
+        sources = {target: source for target, source in tied if self.blocks.index_of(target) == index}
+        missing = {t: s for t, s in sources.items() if _parameter(self.model, t).is_meta and _parameter(self.model, s).is_meta}
+        if missing:
+            names = {name for name, place in self.matched.places.items() if place in missing.values()}
+            fill(self.model, self.checkpoint, sorted(names), self.matched)
+        for target, source in sources.items():
+            value = _parameter(self.model, source)
+            _set_parameter(self.model, target, value)
+            if source in missing.values():
+                _set_parameter(self.model, source, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
+
     def inside(self, name: str) -> bool:
         """Return whether the parameter ``name`` belongs to a block."""
-        return name.startswith(f"{self.blocks.name}.")
+        return self.blocks.index_of(name) is not None
 
     def _check_filled(self, tensors: Mapping[str, Tensor], part: str) -> None:
         missing = [name for name, value in tensors.items() if value.is_meta]
@@ -154,6 +169,16 @@ def _finder(source: str, settings: ModelSettings, config: Any) -> Callable[[str]
         return Path(path) if path is not None else None
 
     return find
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    owner, _, key = name.rpartition(".")
+    return model.get_submodule(owner)._parameters[key]
+
+
+def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, key = name.rpartition(".")
+    model.get_submodule(owner)._parameters[key] = value
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class Activations:
     and the next batch is transferred while the current one is processed.
 
     Args:
-        shape: (windows, tokens, width).
+        shape: (windows, tokens, width), or (windows, …) with several streams of hidden states.
         place: where the tensor is stored.
         device: where batches are processed.
         batch: number of windows per batch; the last batch may be smaller.
@@ -34,7 +34,7 @@ class Activations:
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         place: Place,
         device: torch.device | str,
@@ -119,7 +119,7 @@ class Activations:
             return self._store[piece].to(self.device, non_blocking=True)
 
 
-def _on_disk(shape: tuple[int, int, int], dtype: torch.dtype, file: Path) -> Tensor:
+def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, file: Path) -> Tensor:
     size = torch.Size(shape).numel()
     required, free = size * dtype.itemsize, shutil.disk_usage(file.parent).free
     if required > free:

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models import BlockList, find_blocks, linear_layers, unstacked_experts
+from ..models import BlockList, find_blocks, linear_layers, shared_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
-from ..runtime.signals import Interrupted
 from .activations import Activations
 from .calls import BlockCall
-from .capture import Probe, probe
-from .collect import Calibration, Collector, GroupInputs
+from .capture import NotAChain, Probe, probe
+from .collect import Calibration, Collector, GroupInputs, Roles
+from .component import Group
 from .components import components_for
 from .context import PruneContext
 from .enter import Calls, enter, second_stream
-from .loop import Pruner, Unit
+from .loop import Pruner, Unit, save_part
 from .permutation import Channels
 from .plan import SUBSTANTIAL, PruningPlan, check_plan
 from .report import LayerReport
+from .waves import limited_waves
 from .weights import InMemory, fill
+from .whole import ModelPruner
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,13 @@ def prune_model(model: nn.Module, tokens: Tensor, plan: PruningPlan, context: Pr
     """
     context = context or PruneContext()
     pruner = BlockPruner(model, plan, context)
-    probed = pruner.probe(tokens)
+    try:
+        probed = pruner.probe(tokens)
+    except NotAChain as error:
+        reason = f"{error}; each block is calibrated by forward passes of the whole model"
+        if context.on_warning is not None:
+            context.on_warning("whole_passes", reason)
+        return ModelPruner(model, tokens, plan, context).run()
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=context.scratch) as folder:
         try:
             pruner.enter(tokens, probed, Path(folder))
@@ -125,24 +133,28 @@ class BlockPruner(Pruner):
         return probed
 
     def _check_calls(self, probed: Probe) -> None:
-        """Warn of layers that stay dense because their block calls them never or several times.
+        """Warn of layers that stay dense because their block never calls them.
 
         Raises:
-            RoseExpError: they hold a substantial share of a block's weights.
+            RoseExpError: they hold a substantial share of a block's weights, and the block itself is called.
         """
-        unusable: dict[str, list[str]] = {"is never called": [], "is called several times in a pass of its block": []}
+        unused: list[str] = []
+        skipped = [self.blocks.block_name(index) for index in range(len(probed.layers)) if index not in probed.called]
+        shared = shared_layers(self.model, self.blocks)
+        self.context.warn("left_dense", skipped, "each is a block that text does not run through")
+        self.context.warn("left_dense", sorted(shared), "each is shared by several blocks")
         for (block, name), groups in zip(self.modules(), probed.layers, strict=True):
-            once = {name for group in groups for name in group}
+            if name in skipped:
+                continue
+            used = {name for group in groups for name in group}
             size = sum(parameter.numel() for parameter in block.parameters())
             for layer in linear_layers(block, name):
-                if layer.name in once or not self.plan.wants(layer.name):
+                if layer.name in used | shared or not self.plan.wants(layer.name):
                     continue
-                why = list(unusable)[layer.name in probed.repeated]
                 if layer.weight.numel() > SUBSTANTIAL * size:
-                    raise RoseExpError(f"{layer.name} {why}, so it cannot be calibrated; add it to pipeline.skip")
-                unusable[why].append(layer.name)
-        for why, names in unusable.items():
-            self.context.warn("left_dense", names, f"each {why}")
+                    raise RoseExpError(f"{layer.name} is never called, so it cannot be calibrated; add it to pipeline.skip")
+                unused.append(layer.name)
+        self.context.warn("left_dense", unused, "each is never called")
         if not any(self.plan.wants(name) for groups in probed.layers for group in groups for name in group):
             raise RoseExpError("pipeline.layers, pipeline.skip: expected at least one layer that can be calibrated, got none")
 
@@ -192,12 +204,14 @@ class BlockPruner(Pruner):
         layers = {layer.name: layer for layer in linear_layers(block, name)}
         groups = [[layers[name] for name in group if plan.wants(name)] for group in probed.layers[index]]
         calls, dense_calls = (
-            {start: batch[index] for start, batch in calls.items()} for calls in (self.calls, self.dense_calls)
+            {start: batch[index] for start, batch in calls.items() if index in batch}
+            for calls in (self.calls, self.dense_calls)
         )
         called = [name for group in probed.layers[index] for name in group]
         adding = probed.adding[index]
         closing = called[-1] if called and called[-1] in adding else None
         alone = [group[0] for group in probed.layers[index] if len(group) == 1]  # reordering would affect other readers
+        alone = [name for name in alone if name not in probed.repeated]
         state, stop = self.context.state, self.context.check_stop_between_batches
         return BlockUnit(
             index,
@@ -211,8 +225,15 @@ class BlockPruner(Pruner):
             calls,
             dense_calls,
             [layer_channels for layer_channels in probed.channels[index] if layer_channels.layer in alone],
-            Collector(block, name, (calls, dense_calls), plan, self.context.device, adding, closing, stop),
+            Collector(
+                block, name, (calls, dense_calls), plan, self.context.device, Roles(adding, closing, probed.repeated), stop
+            ),
         )
+
+    def waves(self, groups: Sequence[Group]) -> list[list[Group]]:
+        if any(group[0].name in self.probed.repeated for group in groups):
+            return [list(groups)]  # its last calls may read what later layers compute
+        return limited_waves(groups, self.plan, self.context)
 
     def calibrate(self, unit: BlockUnit, calibration: Calibration) -> list[GroupInputs]:
         return unit.collector.moments(calibration, self.hidden)
@@ -220,6 +241,8 @@ class BlockPruner(Pruner):
     def propagate(self, unit: BlockUnit) -> None:
         if unit.index < self.units - 1:  # the last block's outputs are not used
             self.advance(unit, self.hidden)
+        for call in [*unit.calls.values(), *unit.dense_calls.values()]:
+            call.received.clear()
 
     def advance(self, unit: BlockUnit, hidden: Activations, weights: str = "pruned") -> None:
         """Run a block on all hidden states and replace them by its outputs.
@@ -229,6 +252,8 @@ class BlockPruner(Pruner):
         Raises:
             RoseExpError: the block returns NaN or infinity.
         """
+        if unit.index not in self.probed.called:
+            return
         context, start = self.context, self.context.now()
         calls = unit.dense_calls if hidden is self.dense else unit.calls
         finite = torch.ones((), dtype=torch.bool, device=context.device)  # read once at the end, to synchronize once
@@ -274,12 +299,4 @@ class BlockPruner(Pruner):
         return [stream for stream in (self.hidden, self.dense) if stream is not None]
 
     def stop_inside(self, unit: BlockUnit, reports: Sequence[LayerReport]) -> None:
-        names = {report.name for report in reports}
-        for component in self.components:
-            component.after_groups(unit, names, [component.outgoing(unit)])
-        if self.context.state is not None:
-            others = self.changed_with(unit, names)
-            weights = {name: unit.layers[name].weight for name in names | others}
-            biases = {f"{name}.bias": unit.layers[name].module.bias for name in others}
-            self.context.state.commit_part(reports, weights | {key: bias for key, bias in biases.items() if bias is not None})
-        raise Interrupted(f"stopped after {reports[-1].name}")
+        save_part(self, unit, reports)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,21 @@ class BlockCall:
         args: positional arguments after the hidden states.
         kwargs: keyword arguments, such as mask, position embeddings and cache.
         by_keyword: whether the hidden states are passed as ``hidden_states=``.
+        axis: dimension of the windows in the block's hidden states; not 0 for models with several streams of hidden states in
+            the first dimension, such as Gemma 3n.
+        received: arguments that the previous block returned, by position in ``args`` or by keyword. They replace those of
+            ``args`` and ``kwargs``.
+        following: the call of the next block, which receives some of this block's return values.
+        passes: places of these values among the arguments of the next call, with their positions in the returned tuple.
     """
 
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     by_keyword: bool = False
+    axis: int = 0
+    received: dict[int | str, Tensor] = field(default_factory=dict)
+    following: BlockCall | None = None
+    passes: Mapping[int | str, int] = field(default_factory=dict)
 
     @classmethod
     def split(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -32,15 +42,19 @@ class BlockCall:
         return (args[0] if args else kwargs["hidden_states"]), cls(args[1:], rest, by_keyword=not args)
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """Return the block's output hidden states for ``hidden`` (windows, tokens, width)."""
-        return first_tensor(self.output(block, hidden))
+        """Return the block's output hidden states for ``hidden`` (windows, …, width), and pass its other outputs on."""
+        output = self.output(block, hidden.movedim(0, self.axis) if self.axis else hidden)
+        if self.following is not None:
+            self.following.received = {place: output[position] for place, position in self.passes.items()}
+        states = first_tensor(output)
+        return states.movedim(self.axis, 0) if self.axis else states
 
     def output(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """Return everything that the block returns."""
-        args, kwargs = (
-            _moved(self.args, hidden.device),
-            {k: _moved(v, hidden.device) for k, v in self.kwargs.items()},
-        )
+        """Return everything that the block returns for ``hidden``, whose windows are in dimension :attr:`axis`."""
+        positional = tuple(self.received.get(place, value) for place, value in enumerate(self.args))
+        keywords = self.kwargs | {place: value for place, value in self.received.items() if isinstance(place, str)}
+        args = _moved(positional, hidden.device)
+        kwargs = {name: _moved(value, hidden.device) for name, value in keywords.items()}
         if self.by_keyword:
             return block(*args, hidden_states=hidden, **kwargs)
         return block(hidden, *args, **kwargs)
@@ -53,7 +67,21 @@ class BlockCall:
         """
         copies = {} if copies is None else copies
         args, kwargs = (_copy_containers(value, copies) for value in (self.args, self.kwargs))
-        return BlockCall(args, dict(kwargs), self.by_keyword)
+        return replace(self, args=args, kwargs=dict(kwargs))
+
+    def without(self, places: Collection[int | str]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments without those at ``places``."""
+        args = [value for place, value in enumerate(self.args) if place not in places]
+        return args, {name: value for name, value in self.kwargs.items() if name not in places}
+
+    def places_of(self, values: Sequence[Any]) -> dict[int | str, int]:
+        """Return the places of the arguments that are one of the tensors in ``values``, with their positions there."""
+        places: dict[int | str, int] = {}
+        for place, argument in [*enumerate(self.args), *self.kwargs.items()]:
+            for position, value in enumerate(values):
+                if isinstance(value, Tensor) and value is argument:
+                    places[place] = position
+        return places
 
     def contents(self) -> list[tuple[int, tuple[int, ...]]]:
         """Return the ``id`` of every container and of its items, to detect whether a block writes to it."""
@@ -67,16 +95,27 @@ def on_device(calls: list[BlockCall], device: torch.device | str, moved: dict[in
         moved: replacements by ``id`` of the original, extended by every object that this function moves.
     """
     moved = {} if moved is None else moved
-    return [BlockCall(*to_device((call.args, call.kwargs), device, moved), call.by_keyword) for call in calls]
+    pairs = [to_device((call.args, call.kwargs), device, moved) for call in calls]
+    return [replace(call, args=args, kwargs=kwargs) for call, (args, kwargs) in zip(calls, pairs, strict=True)]
 
 
 def share_equal(calls: list[BlockCall], others: list[BlockCall]) -> list[BlockCall]:
     """Return ``calls`` with each tensor replaced by the one in ``others`` if the two are equal, to save memory."""
     seen: dict[int, Any] = {}
-    return [
-        BlockCall(*_share((call.args, call.kwargs), (other.args, other.kwargs), seen), call.by_keyword)
-        for call, other in zip(calls, others, strict=True)
+    shared = [
+        _share((call.args, call.kwargs), (other.args, other.kwargs), seen) for call, other in zip(calls, others, strict=True)
     ]
+    return [replace(call, args=args, kwargs=kwargs) for call, (args, kwargs) in zip(calls, shared, strict=True)]
+
+
+def link(calls: Sequence[BlockCall], passes: Sequence[Mapping[int | str, int]]) -> None:
+    """Make each call pass values that its block returns on to the next call.
+
+    Args:
+        passes: for each call, :attr:`BlockCall.passes`.
+    """
+    for call, following, places in zip(calls, calls[1:], passes, strict=False):
+        call.following, call.passes = (following, places) if places else (None, {})
 
 
 def first_tensor(output: Any) -> Tensor:

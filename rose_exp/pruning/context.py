@@ -58,6 +58,8 @@ class PruneContext:
         state: checkpoint to write each pruned unit to; units that it already holds are restored.
         first_block: cache for the moments of a language model's first block, reused by runs with the same ``first_key``. The
             key must distinguish everything the moments depend on. Denoisers ignore the cache.
+        moments_bytes: largest size of the moments that are kept at a time; None for no limit. Blocks with more moments, such as
+            mixtures of many experts, are calibrated in several passes, from the last layers to the first.
         on_warning: called with the kind and the detail of each warning about the whole model.
         on_layer: called with the index of each pruned layer, starting at 0, and its report, once its unit is pruned.
         on_study: called with the name of each studied layer and the result, on the rank that solves the layer.
@@ -71,6 +73,7 @@ class PruneContext:
     state: RunState | None = None
     first_block: FirstBlock | None = None
     first_key: str | None = None
+    moments_bytes: int | None = None
     on_warning: Callable[[str, str], None] | None = None
     on_layer: Callable[[int, LayerReport], None] | None = None
     on_study: Callable[[str, LayerStudy], None] | None = None

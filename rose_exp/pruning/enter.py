@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..models import BlockList
 from ..runtime.batches import batch_size
 from .activations import Activations, Place
-from .calls import BlockCall, on_device, share_equal
+from .calls import BlockCall, link, on_device, share_equal
 from .capture import Probe, trace
 
-Calls = dict[int, list[BlockCall]]  # arguments of every block for each batch, by the index of the batch's first window
+Calls = dict[int, dict[int, BlockCall]]
+"""Arguments of the blocks for each batch, by the index of the batch's first window and the index of the block."""
 
 
 def enter(
@@ -47,11 +48,13 @@ def enter(
         states, called = trace(model, blocks, windows, probed)
         if len(windows) in first:
             captured, moved = first[len(windows)]
-            calls[start] = on_device(share_equal(called, captured), home, dict(moved))
+            batch_calls = on_device(share_equal(called, captured), home, dict(moved))
         else:
             moved = {}
-            calls[start] = on_device(called, device, moved)
+            batch_calls = on_device(called, device, moved)
             first[len(windows)] = called, {key: value for key, value in moved.items() if isinstance(value, Tensor)}
+        link(batch_calls, probed.passes)
+        calls[start] = dict(zip(probed.called, batch_calls, strict=True))
         if hidden is None:
             shape = (len(tokens), *states.shape[1:])
             hidden = Activations(shape, states.dtype, place, device, size, file)
@@ -64,5 +67,6 @@ def second_stream(calls: Calls) -> Calls:
     copied: Calls = {}
     for start, batch_calls in calls.items():
         copies: dict[int, Any] = {}
-        copied[start] = [call.isolated(copies) for call in batch_calls]
+        copied[start] = {index: call.isolated(copies) for index, call in batch_calls.items()}
+        link([*copied[start].values()], [call.passes for call in batch_calls.values()])
     return copied

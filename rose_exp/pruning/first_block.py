@@ -53,7 +53,7 @@ class FirstBlockReuse(Component):
 
     def collect(self, unit: Unit, calibration: Calibration) -> list[GroupInputs] | None:
         context, groups = self.context, calibration.groups
-        if not self._applies(unit):
+        if not self._applies(unit, len(groups)):
             return None
         cached = context.first_block.find(context.first_key, context.device)
         if cached is None:
@@ -64,9 +64,10 @@ class FirstBlockReuse(Component):
         return [GroupInputs(group_moments) for group_moments in moments]
 
     def after_collect(self, unit: Unit, inputs: Sequence[GroupInputs], seconds: float) -> None:
-        if self._applies(unit) and inputs:
+        if self._applies(unit, len(inputs)) and inputs:
             self.context.first_block.keep(self.context.first_key, [group_inputs.moments for group_inputs in inputs], seconds)
 
     @staticmethod
-    def _applies(unit: Unit) -> bool:
-        return unit.index == 0 and not unit.part[0]
+    def _applies(unit: Unit, groups: int) -> bool:
+        """Return whether a pass collects the moments of all ``groups`` of the first block."""
+        return unit.index == 0 and not unit.part[0] and groups == len(unit.groups)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..runtime import signals as interruption
+from ..runtime.batches import batch_size
 from .activations import Place
-from .capture import Probe, home_of, intercept_blocks, probe
+from .capture import NotAChain, Probe, home_of, intercept_blocks, probe
 from .enter import enter
 from .weights import BlockWeights
+from .whole import running_blocks
 
 
 @torch.no_grad()
@@ -38,17 +40,25 @@ def answers_by_blocks(
         scratch: folder for hidden states on disk.
         name: name of the progress bar.
     Yields:
-        A batch of windows and its logits (windows, length, vocabulary), equal to those of the whole model.
+        A batch of windows and its logits (windows, length, vocabulary), equal to those of the whole model. If the blocks are
+        not a chain, each batch reads all blocks.
     """
     blocks = weights.blocks
-    probed = probe(model, blocks, tokens, device, weights)
+    try:
+        probed = probe(model, blocks, tokens, device, weights)
+    except NotAChain:
+        with running_blocks(weights, device):
+            for windows in tqdm(tokens.split(batch_size(batch, device)), name, unit="batch", disable=None, leave=False):
+                interruption.check()
+                yield windows, model(input_ids=windows.to(home_of(model)), use_cache=False).logits
+        return
     with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
         hidden, calls = enter(model, blocks, tokens, batch, place, probed, device, Path(folder) / "hidden")
-        for index in tqdm(range(len(blocks.blocks)), f"{name}, by blocks", unit="block", disable=None, leave=False):
+        for index in tqdm(probed.called, f"{name}, by blocks", unit="block", disable=None, leave=False):
             interruption.check()
             with weights.at(index, device) as block:
                 for windows, states in hidden:
-                    hidden[windows] = calls[windows.start][index].run(block, states)
+                    hidden[windows] = calls[windows.start].pop(index).run(block, states)
         for windows, states in hidden:
             yield tokens[windows], _after_blocks(model, weights, probed, tokens[windows], states)
 
@@ -58,8 +68,9 @@ def _after_blocks(model: nn.Module, weights: BlockWeights, probed: Probe, tokens
 
     Runs the model with blocks that return their inputs, except the last one, which returns ``states``.
     """
-    last = len(weights.blocks.blocks) - 1
+    last = probed.called[-1]
     home = home_of(model)
+    states = states.movedim(0, probed.axis)
 
     def run(index: int, _block: nn.Module, _forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden = states.to(home) if index == last else (args[0] if args else kwargs["hidden_states"])

@@ -156,29 +156,48 @@ class Pruner(ABC):
         Args:
             before: reports of the unit's layers that are already pruned.
         """
-        context, seconds = self.context, self.context.seconds
         earlier = {report.name: report for report in unit.part[0]}
         pending = [group for group in groups if group[0].name not in earlier]
         done = [layer for group in groups for layer in group if layer.name in earlier]
-        start = context.now()
-        clock = Clock(context.device)
         last = not groups or groups[-1] is unit.groups[-1]
-        inputs = self._collect(unit, Calibration(pending, last, clock))
-        for layer in done:  # after calibration, which needs the dense weights
+        reports = [*before, *(earlier[layer.name] for layer in done)]
+        waves = self.waves(pending) or [pending]
+        for place, wave in reversed([*enumerate(waves)]):  # later layers first: they do not affect the inputs of earlier ones
+            final = place == 0
+            whole = last and (final or place == len(waves) - 1)
+            calibration = Calibration(wave, whole, last and final, Clock(self.context.device))
+            reports += self._prune_wave(unit, calibration, reports, done if final else [])
+        by_name = {report.name: report for report in reports}
+        return [by_name[name] for group in groups for name in names_of(group) if name in by_name]
+
+    def waves(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """Split groups into successive parts whose statistics are collected in separate passes, to limit their memory."""
+        return [list(groups)]
+
+    def _prune_wave(
+        self, unit: Unit, calibration: Calibration, before: Sequence[LayerReport], done: Sequence[LinearLayer]
+    ) -> list[LayerReport]:
+        """Calibrate and prune the groups of one pass.
+
+        Args:
+            before: reports of the unit's layers that are already pruned.
+            done: layers that an earlier process has pruned, to restore after the calibration, which needs the dense weights.
+        """
+        context, seconds, groups = self.context, self.context.seconds, calibration.groups
+        start = context.now()
+        inputs = self._collect(unit, calibration)
+        for layer in done:
             self._restore_layer(unit, layer)
         solving_start, studied = context.now(), seconds.studying
-        arranged = (component.arrange(unit, pending) for component in self.components)
-        solve_groups = next((order for order in arranged if order is not None), pending)
-        by_layer = {layer.name: group_inputs for group, group_inputs in zip(pending, inputs, strict=True) for layer in group}
+        arranged = (component.arrange(unit, groups) for component in self.components)
+        solve_groups = next((order for order in arranged if order is not None), groups)
+        by_layer = {layer.name: group_inputs for group, group_inputs in zip(groups, inputs, strict=True) for layer in group}
         del inputs
-        solved = self._solve(unit, solve_groups, by_layer, [*before, *(earlier[layer.name] for layer in done)])
-        seconds.moments += clock.seconds()
-        seconds.calibrating += solving_start - start - clock.seconds()
+        solved = self._solve(unit, solve_groups, by_layer, before)
+        seconds.moments += calibration.clock.seconds()
+        seconds.calibrating += solving_start - start - calibration.clock.seconds()
         seconds.solving += context.now() - solving_start - (seconds.studying - studied)
-        if not done:
-            return solved
-        reports = earlier | {report.name: report for report in solved}
-        return [reports[name] for group in groups for name in names_of(group)]
+        return solved
 
     def _collect(self, unit: Unit, calibration: Calibration) -> list[GroupInputs]:
         for component in self.components:
@@ -335,6 +354,23 @@ def solve_by_plan(
         report_of(layer.name, result, inputs.moments.tokens, seconds * len(result.weight), count, **facts.get(layer.name, {}))
         for layer, result, count in zip(group, results, saved, strict=True)
     ]
+
+
+def save_part(pruner: Pruner, unit: Unit, reports: Sequence[LayerReport]) -> None:
+    """Save the pruned layers of a unit to the checkpoint, if there is one, and stop.
+
+    Raises:
+        Interrupted: always.
+    """
+    names = {report.name for report in reports}
+    for component in pruner.components:
+        component.after_groups(unit, names, [component.outgoing(unit)])
+    if pruner.context.state is not None:
+        others = pruner.changed_with(unit, names)
+        weights = {name: unit.layers[name].weight for name in names | others}
+        biases = {f"{name}.bias": unit.layers[name].module.bias for name in others}
+        pruner.context.state.commit_part(reports, weights | {key: bias for key, bias in biases.items() if bias is not None})
+    raise interruption.Interrupted(f"stopped after {reports[-1].name}")
 
 
 def solving_cost(group: Group) -> float:

@@ -35,6 +35,8 @@ def adding_layers(run: Callable[[Tensor], Tensor], layers: list[LinearLayer], hi
         layers: linear layers of the block.
         hidden: real inputs of the block, (windows, tokens, width).
     """
+    if hidden.ndim != 3:  # several streams: the block mixes its output into each of them
+        return []
     width, near = hidden.shape[-1], max(NEAR, 4 * torch.finfo(hidden.dtype).eps)
     answers: dict[str, Tensor] = {}
     names = []
@@ -79,7 +81,8 @@ class RegressionTargets(Component):
         pruner.dense = pruner.hidden.copy(pruner.folder / "dense")
 
     def before_unit(self, unit: BlockUnit) -> None:
-        self.dense_block = copy.deepcopy(unit.module) if unit.plan.true_sequential else unit.module
+        several = unit.plan.true_sequential or len(self.pruner.waves(unit.groups)) > 1
+        self.dense_block = copy.deepcopy(unit.module) if several else unit.module
 
     def collect(self, unit: BlockUnit, calibration: Calibration) -> list[GroupInputs]:
         return unit.collector.pairs(calibration, self.pruner.hidden, self.pruner.dense, self.dense_block)

@@ -154,24 +154,6 @@ def test_plans_that_do_not_match_the_model_raise_before_pruning(options, message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-class _Skipping(nn.Module):
-    """A model whose second block receives more than the output of the first."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(10, 8)
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-
-    def forward(self, input_ids, **_):
-        hidden = self.embed(input_ids)
-        return self.layers[1](self.layers[0](hidden) + hidden)
-
-
-def test_non_sequential_model_raises_an_error():
-    with pytest.raises(RoseExpError, match="layers.1: expected the output of the previous block as input"):
-        prune_model(_Skipping(), torch.zeros(1, 4, dtype=torch.int64), plan())
-
-
 def test_large_tensors_in_an_unknown_layout_are_not_silently_left_dense():
     model = build("llama")
     model.model.layers[0].mlp.experts = nn.Parameter(torch.zeros(2, 40, 40))

@@ -16,6 +16,7 @@ from rose_exp.runtime.ranks import Ranks
 
 from ..cli.test_app import rose_exp
 from ..conftest import REPOSITORY
+from ..models import survey
 from ..models.families import build, tokens
 
 PLAN = {"method": SparseGPT(), "sparsity": Unstructured(0.5), "ordering": Ordering.rose(), "block_size": 16, "batch": 2}
@@ -34,12 +35,21 @@ OPTIONS = {
     "structured": {"sparsity": Structured(0.5), "ordering": None},
 }
 FAST = ("target and allocation",)  # involves every collective operation
+CASES = [pytest.param("llama", OPTIONS[name], id=name, marks=[pytest.mark.slow] * (name not in FAST)) for name in OPTIONS]
+CASES += [
+    pytest.param("GptOssConfig", {}, id="experts", marks=pytest.mark.slow),  # transposed stacks, in several passes
+    pytest.param("GptOssConfig", {"target": Target(0.6, 0.4)}, id="experts, target", marks=pytest.mark.slow),
+    pytest.param("HrmTextConfig", {}, id="whole passes", marks=pytest.mark.slow),
+]
+MOMENTS_BYTES = 30_000
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param(OPTIONS[name], id=name, marks=[pytest.mark.slow] * (name not in FAST)) for name in OPTIONS]
-)
-def test_two_ranks_match_a_single_process(options, tmp_path):
+def model_of(name: str) -> torch.nn.Module:
+    return (survey.build(name) if name.endswith("Config") else build(name)).double()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_two_ranks_match_a_single_process(name, options, tmp_path):
     """Five windows give the ranks unequal shares; in float64, masks do not depend on the summation order."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -49,15 +59,16 @@ def test_two_ranks_match_a_single_process(options, tmp_path):
         from rose_exp.pruning import PruneContext
         from rose_exp.runtime.ranks import process_group
         with process_group():
-            ranks, model = Ranks(), build("llama").double()
+            ranks, model = Ranks(), model_of({name!r})
             plan = PruningPlan(**PLAN | {options!r})
-            reports = prune_model(model, tokens(), plan, PruneContext(ranks=ranks))
+            limit = None if plan.permute or plan.structured else MOMENTS_BYTES
+            reports = prune_model(model, tokens(), plan, PruneContext(ranks=ranks, moments_bytes=limit))
             torch.save((model.state_dict(), [(r.name, r.tokens, r.error) for r in reports]), sys.argv[1] + str(ranks.rank))
         """)
     )
     done = two_ranks(str(script), str(tmp_path / "rank"))
     assert done.returncode == 0, done.stderr
-    alone = build("llama").double()
+    alone = model_of(name)
     reports = prune_model(alone, tokens(), PruningPlan(**PLAN | options))
     assert any(report.permuted for report in reports) == ("permute" in options)
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
@@ -65,10 +76,10 @@ def test_two_ranks_match_a_single_process(options, tmp_path):
     assert [(name, count) for name, count, _ in first[1]] == [(r.name, r.tokens) for r in reports]
     for (_, _, error), report in zip(first[1], reports, strict=True):
         assert error == pytest.approx(report.error, rel=1e-9)
-    for name, expected in alone.state_dict().items():
-        assert torch.equal(first[0][name], second[0][name]), name
-        assert torch.equal(first[0][name] == 0, expected == 0), name
-        torch.testing.assert_close(first[0][name], expected, rtol=1e-9, atol=1e-12, msg=name)
+    for key, expected in alone.state_dict().items():
+        assert torch.equal(first[0][key], second[0][key]), key
+        assert torch.equal(first[0][key] == 0, expected == 0), key
+        torch.testing.assert_close(first[0][key], expected, rtol=1e-9, atol=1e-12, msg=key)
 
 
 @pytest.mark.slow
