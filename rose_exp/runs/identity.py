@@ -58,12 +58,5 @@ def _resolved_run_id(*, _root_: DictConfig) -> str:
 
 
 def register_resolver() -> None:
-    """Register the resolvers of the configuration files.
-
-    * ``${run_id:}`` is the run ID.
-    * ``${unstructured_else:PATTERN,A,B}`` is A for an unstructured pattern and else B.
-    * ``${null_for_nm:PATTERN,A}`` is null for an N:M pattern, which implies its ratio, and else A.
-    """
+    """Register ``${run_id:}``. Reading the settings registers the other resolvers of the configuration files."""
     OmegaConf.register_new_resolver("run_id", _resolved_run_id, replace=True)
-    OmegaConf.register_new_resolver("unstructured_else", lambda kind, a, b: a if kind == "unstructured" else b, replace=True)
-    OmegaConf.register_new_resolver("null_for_nm", lambda kind, a: None if ":" in str(kind) else a, replace=True)

@@ -19,8 +19,11 @@ from .compatibility import STRUCTURED, kind_problems, structured_problems
 from .diffusion import Built, DiffusionSettings, ImagesSettings, ModelKind
 from .messages import embedded_problem, explain, file_problem, looks_local
 from .pruning import DENSE, MethodSettings, PipelineSettings, SparsitySettings
+from .resolvers import register_resolvers
 from .section import Section, is_section, problems_of
 from .texts import Bos, CalibrationSettings, PerplexitySettings
+
+register_resolvers()  # everything that reads a configuration file imports this module
 
 
 class ModelSettings(Section):

@@ -59,7 +59,7 @@ def moments(count: int, seconds: float) -> list[tuple[int, float]]:
 )
 @pytest.mark.parametrize("arguments", [[], pytest.param(["-m", "seed=0,1"], marks=pytest.mark.slow)])
 def test_signal_at_a_random_moment_ends_the_command(arguments, number, seconds, small, tmp_path):
-    process = process_of([*small, *LONGER, *arguments], tmp_path)
+    process = process_of([*arguments, *small, *LONGER], tmp_path)
     time.sleep(seconds)
     process.send_signal(number)
     check_end(process, number, (0, EXIT_STATUS))
@@ -79,7 +79,7 @@ def test_signal_ends_a_report(number, seconds, tmp_path):
     [[], pytest.param(["-m", "seed=0,1"], marks=pytest.mark.slow), pytest.param(SEARCH, marks=pytest.mark.slow)],
 )
 def test_second_interrupt_ends_a_run_at_once(arguments, count, small, tmp_path):
-    process = process_of([*small, *LONGER, *arguments], tmp_path)
+    process = process_of([*arguments, *small, *LONGER], tmp_path)
     wait_for_state(tmp_path, process)
     for _ in range(count):
         process.send_signal(signal.SIGINT)
