@@ -11,6 +11,7 @@ from .cli.overrides import ADD_MULTIRUN
 from .pruning import FirstBlock
 from .runs.execution import do_run
 from .runtime.errors import SettingsError
+from .runtime.output import guard_logs
 from .sweeps.devices import claimed
 from .sweeps.job import Job
 from .tracking import Identity, read_record
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
     """See :func:`rose_exp.run`."""
+    guard_logs()
     try:
         jobs = check_command(overrides).jobs
     except SettingsError as error:
@@ -34,6 +36,7 @@ def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
 
 def run_all(overrides: list[str], folder: Path) -> list[dict[str, Any]]:
     """See :func:`rose_exp.sweep`."""
+    guard_logs()
     command, first_block = check_command(["--multirun", *overrides]), FirstBlock()
     if command.searched:
         raise SettingsError(["hydra/sweeper: expected basic, because only the command line searches, got another sweeper"])

@@ -28,8 +28,10 @@ from ..report import format_table
 from ..report.terminal import show_config
 from ..runs.identity import register_resolver, run_id
 from ..runtime.errors import RoseExpError, SettingsError
+from ..runtime.escaping import terminal
+from ..runtime.output import guard_logs, redacted_output
 from ..runtime.ranks import launched, process_group
-from ..runtime.redaction import guard_logs, redacted
+from ..runtime.redaction import redacted
 from ..runtime.signals import EXIT_STATUS, Interrupted
 from ..settings.schema import Settings, applied, read_settings
 from ..sweeps.devices import claimed
@@ -38,6 +40,7 @@ from ..sweeps.summary import format_outcomes, outcomes
 from ..tracking import Identity
 from ..tracking.record import FILE_NAME, now
 from .command import Command, check_command
+from .hydra_files import redact_hydra, without_secrets
 from .paths import config_folder
 from .quoting import quoted
 
@@ -55,6 +58,7 @@ SWEPT = "ROSE_EXP_SWEPT"  # environment variable with the names of the swept set
 
 register_resolver()
 register_sweeper()
+redact_hydra()
 
 
 class _Checked:
@@ -82,10 +86,16 @@ _checked = _Checked()
 
 def main() -> None:
     """Check the whole command, so that errors are reported before any job runs. Then let Hydra run its jobs."""
+    with redacted_output():
+        _main()
+
+
+def _main() -> None:
+    sys.argv[1:] = without_secrets(sys.argv[1:])
     try:
         command = check_command(sys.argv[1:])
     except SettingsError as error:
-        print(redacted(str(error)), file=sys.stderr)
+        _print_error(error)
         sys.exit(2)
     if command.planned:
         from ..sweeps.plan import format_plan  # slow to import
@@ -107,7 +117,7 @@ def main() -> None:
         with process_group(on_cpu):
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
     except RoseExpError as error:
-        print(redacted(str(error)), file=sys.stderr)
+        _print_error(error)
         sys.exit(1)
     except Interrupted as stop:
         exits.message(f"{stop}; {_resume_hint(command)}")
@@ -138,6 +148,10 @@ def _prepare(command: Command) -> None:
 def _resume_hint(command: Command) -> str:
     rerun = any(job.settings.rerun for job in command.jobs)
     return "to resume, run the same command without rerun=true" if rerun else "run the same command again to resume"
+
+
+def _print_error(error: object) -> None:
+    print(terminal(redacted(str(error)), lines=True), file=sys.stderr)
 
 
 def _print_outcomes(command: Command, started: str) -> bool:
@@ -189,7 +203,7 @@ def job(config: DictConfig) -> dict[str, Any] | None:
     Returns:
         The metrics; None if the job of a sweep failed.
     """
-    with contextlib.chdir(HydraConfig.get().runtime.cwd):
+    with redacted_output(), contextlib.chdir(HydraConfig.get().runtime.cwd):
         try:
             return _job(config)
         except Interrupted:

@@ -16,6 +16,7 @@ from ..settings.schema import applied, read_settings
 from ..sweeps.job import Job
 from ..sweeps.search import is_search, search_problems
 from .composer import COMPOSITION_ERRORS, RUN_ID, Composer, one_line
+from .hydra_files import stored_secrets
 from .overrides import SEVERAL, as_text, choices, choices_error, valid_overrides
 from .paths import config_folder
 from .quoting import value_hint
@@ -62,6 +63,7 @@ def check_command(arguments: Sequence[str]) -> Command:
     composer = Composer(parsed)
     overrides, problems = valid_overrides(composer, parsed.overrides)
     hydra_config = _hydra_config(composer, overrides) if composer.multirun else None
+    problems += stored_secrets(hydra_config.launcher._target_, parsed.overrides) if hydra_config is not None else []
     added, added_problems = _params(composer, overrides, hydra_config)
     problems += added_problems
     single, swept = _separated([*overrides, *added])

@@ -14,7 +14,10 @@ def main() -> None:
     """Run the ``rose-exp`` command."""
     exit_on_signals()
     with guarded_output():
-        _run()
+        from ..runtime.output import redacted_output
+
+        with redacted_output():
+            _run()
 
 
 def _run() -> None:

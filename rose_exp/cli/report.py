@@ -14,7 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write ``report.md``, ``.csv``, ``.tex`` and ``.html``, and print the Markdown report."""
     exit_on_signals()
     with guarded_output():
-        _run(arguments)
+        from ..runtime.output import redacted_output
+
+        with redacted_output():
+            _run(arguments)
 
 
 def _run(arguments: Sequence[str] | None) -> None:
@@ -26,6 +29,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     from ..report.files import write_report
     from ..report.gather import BASELINE
     from ..runtime.errors import RoseExpError
+    from ..runtime.escaping import terminal
     from ..tracking.record import FILE_NAME
 
     parser = argparse.ArgumentParser(
@@ -45,5 +49,5 @@ def _run(arguments: Sequence[str] | None) -> None:
     try:
         print(write_report(options.folders, options.output, options.columns, options.baseline, options.allow))
     except RoseExpError as error:
-        print(error, file=sys.stderr)
+        print(terminal(str(error), lines=True), file=sys.stderr)
         sys.exit(1)

@@ -155,4 +155,5 @@ def shared_layers(model: nn.Module, blocks: BlockList) -> set[str]:
             for key in {id(parameter), tied.get(name, name)}:
                 owners.setdefault(key, set()).add(index)
                 names.setdefault(key, []).append(name.removesuffix(".weight"))
-    return {name for key, indices in owners.items() if len(indices) > 1 for name in names[key]}
+    linear = {layer.name for layer in all_linear_layers(blocks)}
+    return linear & {name for key, indices in owners.items() if len(indices) > 1 for name in names[key]}

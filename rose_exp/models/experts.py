@@ -161,7 +161,33 @@ class Parallel(Layout):
         return torch.cat([layers["proj"](part) for layers, part in parts])
 
 
-LAYOUTS: list[Layout] = [Gated(), Parallel()]
+class Shared(Layout):
+    """Gated experts that all process every token, as in Inkling: three stacks, and ``forward(hidden_states, gammas)``.
+
+    The weights ``gammas``, (..., experts), scale the inputs of the ``down_proj`` layers.
+    """
+
+    def layers(self, module: nn.Module) -> list[Layers]:
+        names = ("gate_proj", "up_proj", "down_proj")
+        stacks = {name: value for name, value in module._parameters.items() if value is not None}
+        if set(stacks) != set(names) or any(value.ndim != 3 for value in stacks.values()) or not hasattr(module, "act_fn"):
+            return []
+        experts = range(len(module.down_proj))
+        return [
+            {name: Projection(module, name, expert, slice(0, stacks[name].shape[1])) for name in names} for expert in experts
+        ]
+
+    def forward(self, module: nn.Module, experts: Sequence[Layers], *arguments: Any) -> Tensor:
+        hidden_states, gammas = arguments
+        inputs = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output = torch.zeros(inputs.shape, dtype=torch.promote_types(inputs.dtype, torch.float32), device=inputs.device)
+        for layers, gamma in zip(experts, gammas.reshape(len(inputs), -1).unbind(1), strict=True):
+            inner = module.act_fn(layers["gate_proj"](inputs)) * layers["up_proj"](inputs) * gamma[:, None]
+            output += layers["down_proj"](inner)
+        return output.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+LAYOUTS: list[Layout] = [Gated(), Parallel(), Shared()]
 """The built-in layouts. Other packages add theirs through a :class:`rose_exp.models.families.Family`."""
 
 

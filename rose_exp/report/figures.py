@@ -3,20 +3,65 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
 
+from ..runtime.escaping import figure_label, visible
 from ..tracking.record import write_atomically
+
+log = logging.getLogger(__name__)
 
 FOLDER = "figures"
 SHEET = "contact_sheet.png"  # written by diffusion runs
 DPI = 150
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # a palette safe for colour blindness
 MARKERS = "osD^vP*X"
+
+
+Errors = Annotated[list[FiniteFloat], Field(min_length=1)]
+
+
+class _Study(BaseModel):
+    """What the figures show of a layer study."""
+
+    model_config = ConfigDict(strict=True)
+
+    layer: str
+    sparsity: str
+    worst: int
+    rows: PositiveInt
+    columns: PositiveInt
+    moved: Errors
+    cumulative: Annotated[dict[str, Errors], Field(min_length=1, max_length=len(COLOURS))]
+    heat: Annotated[dict[str, Annotated[list[Errors], Field(min_length=1)]], Field(min_length=2, max_length=2)]
+    reorderings: Annotated[
+        dict[str, Annotated[dict[str, dict[str, FiniteFloat]], Field(min_length=1, max_length=len(COLOURS))]],
+        Field(min_length=2, max_length=2),
+    ]
+
+    @model_validator(mode="after")
+    def _check(self) -> _Study:
+        if any(len({len(row) for row in heat}) != 1 for heat in self.heat.values()):
+            raise ValueError("heat: expected rows of equal length")
+        for kinds in self.reorderings.values():
+            ratios = {tuple(errors) for errors in kinds.values()}
+            if len(ratios) != 1 or not ratios.pop() or not all(map(_is_number, next(iter(kinds.values())))):
+                raise ValueError("reorderings: expected errors at equal sparsities")
+        return self
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def write_study(folder: Path, name: str, study: Mapping[str, Any]) -> Path:
@@ -26,13 +71,27 @@ def write_study(folder: Path, name: str, study: Mapping[str, Any]) -> Path:
     return path
 
 
+def read_studies(folder: Path) -> list[dict[str, Any]]:
+    """Read the layer studies in a run's folder. Skip damaged ones with a warning."""
+    studies = []
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        try:
+            study = json.loads(path.read_text(encoding="utf-8"))
+            _Study.model_validate(study)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = visible(str(error).partition("\n")[0])
+            log.warning("skipped: %s is not a layer study (%s); delete it and run the run again", visible(str(path)), reason)
+        else:
+            studies.append(study)
+    return studies
+
+
 def draw_figures(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """Draw all figures that a run's folder has data for, and return their paths by name."""
     figures: dict[str, Figure] = {}
     if record["layers"]:
         figures["layers"] = layers_figure(record)
-    for path in sorted((folder / FOLDER).glob("*.json")):
-        study = json.loads(path.read_text(encoding="utf-8"))
+    for study in read_studies(folder):
         for name, draw in STUDIES.items():
             figures[f"{study['layer']}.{name}"] = draw(study)
     return {name: _save(figure, folder / FOLDER / f"{name}.png") for name, figure in figures.items()}
@@ -53,7 +112,8 @@ def layers_figure(record: Mapping[str, Any]) -> Figure:
         numbers = [part for part in layer["name"].split(".") if part.isdigit()]
         kinds.setdefault(layer["name"].rsplit(".", 1)[-1], []).append((int(numbers[0]) if numbers else 0, layer))
     for i, (kind, layers) in enumerate(kinds.items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 3, "lw": 1, "label": kind}
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 3, "lw": 1}
+        style["label"] = figure_label(kind)
         blocks = [block for block, _ in layers]
         left.plot(blocks, [layer["error"] for _, layer in layers], **style)
         right.plot(blocks, [layer["relative_range"] for _, layer in layers], **style)
@@ -69,7 +129,8 @@ def layers_figure(record: Mapping[str, Any]) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     right.legend(fontsize=7, ncols=2)
-    figure.suptitle(f"{record['label']}, {record['protocol']['model']['name']}, {_pattern(record)}", fontsize=10)
+    title = f"{record['label']}, {record['protocol']['model']['name']}, {_pattern(record)}"
+    figure.suptitle(figure_label(title), fontsize=10)
     return figure
 
 
@@ -86,7 +147,7 @@ def orders_figure(study: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, errors) in enumerate(study["cumulative"].items()):
-        style = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 3, "lw": 1.2, "label": name}
+        style = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 3, "lw": 1.2, "label": figure_label(name)}
         left.plot(range(1, len(errors) + 1), errors, **style)
     left.set(xlabel="blocks pruned", ylabel="cumulative relative error (damped)", title="order of all blocks")
     left.legend(fontsize=8)
@@ -99,7 +160,7 @@ def orders_figure(study: Mapping[str, Any]) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{study['layer']}, {study['sparsity']}", fontsize=10)
+    figure.suptitle(figure_label(f"{study['layer']}, {study['sparsity']}"), fontsize=10)
     return figure
 
 
@@ -113,10 +174,10 @@ def heat_figure(study: Mapping[str, Any]) -> Figure:
     for axes, (name, heat) in zip(panels, heats.items(), strict=True):
         extent = (0, study["columns"], study["rows"], 0)
         image = axes.imshow(heat, aspect="auto", cmap="viridis", vmin=0, vmax=largest, extent=extent, interpolation="nearest")
-        axes.set(xlabel=f"input channel, {name} order")
+        axes.set(xlabel=figure_label(f"input channel, {name} order"))
     panels[0].set(ylabel="output channel")
     figure.colorbar(image, ax=panels, label="mean |W| of a cell")
-    figure.suptitle(study["layer"], fontsize=10)
+    figure.suptitle(figure_label(study["layer"]), fontsize=10)
     return figure
 
 
@@ -128,13 +189,13 @@ def reorderings_figure(study: Mapping[str, Any]) -> Figure:
         width = 0.8 / len(kinds)
         for i, (kind, errors) in enumerate(kinds.items()):
             places = [x + (i - (len(kinds) - 1) / 2) * width for x in range(len(errors))]
-            axes.bar(places, list(errors.values()), width, color=COLOURS[i], label=kind)
+            axes.bar(places, list(errors.values()), width, color=COLOURS[i], label=figure_label(kind))
         axes.set_xticks(range(len(errors)), [f"{float(ratio):.0%}" for ratio in errors])
-        axes.set(xlabel="unstructured sparsity", title=f"{direction} by expected loss")
+        axes.set(xlabel="unstructured sparsity", title=figure_label(f"{direction} by expected loss"))
         axes.grid(alpha=0.3, axis="y")
     panels[0].set(ylabel="relative error of the layer's output")
     panels[0].legend(title="reordered", fontsize=8)
-    figure.suptitle(study["layer"], fontsize=10)
+    figure.suptitle(figure_label(study["layer"]), fontsize=10)
     return figure
 
 

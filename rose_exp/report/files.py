@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..runtime.errors import RoseExpError
+from ..runtime.escaping import terminal
 from ..runtime.exits import signals_blocked
+from ..tracking.reading import values_of
 from ..tracking.record import FILE_NAME, write_atomically
 from .conditions import SPARSITY
 from .gather import BASELINE, gather
 from .page import sheets_of, studies_of, web_page
 from .table import collect_records
 from .text import comma_separated, latex, markdown
+
+log = logging.getLogger(__name__)
 
 
 def write_report(
@@ -24,15 +30,20 @@ def write_report(
 ) -> str:
     """Read the records below ``folders``, write the report to ``output``, and return it as Markdown.
 
+    Skips damaged records with a warning.
+
     Raises:
-        RoseExpError: a folder does not exist, no folder has a record, a record is unreadable, or writing fails.
+        RoseExpError: a folder does not exist, no folder has a valid record, an option is wrong, or writing fails.
     """
     for folder in folders:
         if not folder.is_dir():
             raise RoseExpError(f"DIR: expected a folder that exists, got {folder}")
-    runs = list({path.resolve(): (path, record) for folder in folders for path, record in collect_records(folder)}.values())
+    found = {path.resolve(): (path, record) for folder in folders for path, record in collect_records(folder)}
+    runs = [(path, record) for path, record in found.values() if _usable(path, record)]
     if not runs:
-        raise RoseExpError(f"DIR: expected folders with {FILE_NAME} in them, got none in {', '.join(map(str, folders))}")
+        damaged = any(next(folder.rglob(FILE_NAME), None) is not None for folder in folders)
+        expected = f"a {FILE_NAME} that is not damaged" if damaged else f"folders with {FILE_NAME} in them"
+        raise RoseExpError(f"DIR: expected {expected}, got none in {', '.join(map(str, folders))}")
     report = gather([record for _, record in runs], columns, baseline, allowed)
     output = output or folders[0] / "report"
     text, runs_and_folders = markdown(report), [(path.parent, record) for path, record in runs]
@@ -42,3 +53,16 @@ def write_report(
         for name, content in files.items():
             write_atomically(output / name, content)
     return f"{text}\nwritten to {output.resolve()}: {', '.join(files)}"
+
+
+def _usable(path: Path, record: Mapping[str, Any]) -> bool:
+    """Return whether a report of this record alone can be generated. If not, warn that its values are incomplete or wrong."""
+    try:
+        with values_of(path):
+            report = gather([record])
+            for generate in (markdown, comma_separated, latex):
+                generate(report)
+    except RoseExpError as error:
+        log.warning("skipped: %s", terminal(str(error)))
+        return False
+    return True

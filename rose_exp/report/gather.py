@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..runtime.errors import RoseExpError
-from ..settings.effects import without
+from ..runtime.errors import RoseExpError, suggest
+from ..settings.effects import EFFECTS, complete, without
 from ..settings.leaves import flat
 from ..tracking.record import REORDERED
 from .cells import Cell, mark_best, paired_difference
@@ -104,9 +104,11 @@ def gather(
         baseline: row that the other rows are compared with.
 
     Raises:
-        RoseExpError: no row has the name ``baseline``, unless that is the default.
+        RoseExpError: no run has the setting ``columns`` or one in ``allowed``; or no row has the name ``baseline``, unless that
+            is the default.
     """
     runs = [record for record in records if record["status"] == "finished"]
+    check_names(runs, columns, allowed)
     left_out = [_why_not(record) for record in records if record["status"] != "finished"]
     rows = _row_names(runs, columns)
     tables: list[Table] = []
@@ -124,6 +126,31 @@ def gather(
         table.cells = dict(sorted(table.cells.items(), key=lambda item: (item[0] != "Dense", order[item[0]])))
     tables.sort(key=lambda table: (table.model, table.metric in DESCRIPTIVE, table.metric))
     return Report(tables, _letters(tables), left_out, baseline, allowed, len({record.get("run_id") for record in runs}))
+
+
+def check_names(runs: Sequence[Mapping[str, Any]], columns: str, allowed: Sequence[str]) -> None:
+    """Check that at least one run has the setting ``columns``, and one each setting in ``allowed``.
+
+    Raises:
+        RoseExpError: otherwise, with the most similar name.
+    """
+    if not runs:
+        return
+    names = {name for record in runs for name in complete(record["config"])}
+    settings = _with_groups(names | {name for name in EFFECTS if "*" not in name})
+    if columns not in settings:
+        raise RoseExpError(f"--columns: expected the name of a setting, got {columns!r}{suggest(columns, settings)}")
+    facts = _with_groups({name for record in runs for name in flat(record["protocol"], "protocol.")})
+    texts = [text for record in runs for text in (record["protocol"].get("evaluation") or {}).values()]
+    facts |= _with_groups({name for text in texts for name in flat(text, "protocol.evaluation.")})
+    for name in allowed:
+        if name not in settings | facts:
+            raise RoseExpError(f"--allow: expected the name of a setting, got {name!r}{suggest(name, settings | facts)}")
+
+
+def _with_groups(names: Iterable[str]) -> set[str]:
+    """Return dotted names, and the groups that contain them."""
+    return {".".join(name.split(".")[: length + 1]) for name in names for length in range(len(name.split(".")))}
 
 
 def _why_not(record: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,16 +13,16 @@ from jinja2 import Environment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..runtime.escaping import figure_label, visible
 from .conditions import SPARSITY, column_of
-from .figures import COLOURS, DPI, FOLDER, MARKERS, SHEET, STUDIES
+from .figures import COLOURS, DPI, FOLDER, MARKERS, SHEET, STUDIES, read_studies
 from .gather import DESCRIPTIVE, Report, Table
 from .text import NOTHING, blocks, caption, notes
 
 
 def studies_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Read the layer studies in the folders of runs."""
-    paths = [path for folder in folders for path in sorted((folder / FOLDER).glob("*.json"))]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [study for folder in folders for study in read_studies(folder)]
 
 
 def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, str]]:
@@ -43,13 +42,17 @@ def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, 
 def web_page(report: Report, studies: Sequence[dict[str, Any]] = (), sheets: Sequence[dict[str, str]] = ()) -> str:
     """Return the report as HTML with embedded style and figures, without external resources."""
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_visible).from_string(template)
     return page.render(
         report=report,
         tables=[_table_context(report, table) for table in report.tables],
         sheets=sheets,
         studies=[{"layer": s["layer"], "figures": [_embedded(draw(s)) for draw in STUDIES.values()]} for s in studies],
     )
+
+
+def _visible(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) else value
 
 
 def _table_context(report: Report, table: Table) -> dict[str, Any]:
@@ -91,12 +94,12 @@ def values_figure(table: Table) -> Figure:
         means = [cells[table.names[x]].mean for x in places]
         spreads = [cells[table.names[x]].deviation or 0 for x in places]
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.4, "capsize": 3}
-        axes.errorbar(places, means, spreads, label=row, ls="--" if row == "Dense" else "-", **style)
+        axes.errorbar(places, means, spreads, label=figure_label(row), ls="--" if row == "Dense" else "-", **style)
     values = [cell.mean for row in table.cells.values() for cell in row.values()]
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
-    axes.set_xticks(range(len(table.names)), table.names)
-    axes.set(xlabel=table.columns, ylabel=table.metric)
+    axes.set_xticks(range(len(table.names)), list(map(figure_label, table.names)))
+    axes.set(xlabel=figure_label(table.columns), ylabel=figure_label(table.metric))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -117,11 +120,11 @@ def differences_figure(report: Report, table: Table) -> Figure:
         halves = [(d.high - d.low) / 2 * s for (_, d), s in zip(points, scale, strict=True)]
         look = list(table.cells).index(row)  # the same style as in the figure of the values
         style = {"color": COLOURS[look % len(COLOURS)], "marker": MARKERS[look % len(MARKERS)], "ms": 5, "ls": "", "capsize": 3}
-        axes.errorbar(places, [100 * d.relative for _, d in points], [abs(h) for h in halves], label=row, **style)
+        axes.errorbar(places, [100 * d.relative for _, d in points], [abs(h) for h in halves], label=figure_label(row), **style)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_yscale("symlog", linthresh=10)
-    axes.set_xticks(range(len(table.names)), table.names)
-    axes.set(xlabel=table.columns, ylabel=f"% of {report.baseline}, 95 % interval")
+    axes.set_xticks(range(len(table.names)), list(map(figure_label, table.names)))
+    axes.set(xlabel=figure_label(table.columns), ylabel=figure_label(f"% of {report.baseline}, 95 % interval"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

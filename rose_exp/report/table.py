@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..tracking.record import FILE_NAME, REORDERED, read_record
+from ..runtime.errors import RoseExpError
+from ..runtime.escaping import terminal
+from ..tracking import read_record
+from ..tracking.record import FILE_NAME, REORDERED
+
+log = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero_shot."
 IMAGES = "images."
@@ -14,13 +20,14 @@ UNMEASURED = ("sparsity", REORDERED)  # metrics with a column of their own
 
 
 def collect_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the run records below ``folder``, in the order in which the runs started.
-
-    Raises:
-        RoseExpError: a record is unreadable.
-    """
-    records = [(path, read_record(path)) for path in folder.rglob(FILE_NAME)]
-    return sorted(records, key=lambda item: (item[1].get("started", ""), str(item[0])))
+    """Return the run records below ``folder``, in the order in which the runs started. Skip damaged ones with a warning."""
+    records = []
+    for path in folder.rglob(FILE_NAME):
+        try:
+            records.append((path, read_record(path)))
+        except RoseExpError as error:
+            log.warning("skipped: %s", terminal(str(error)))
+    return sorted(records, key=lambda item: (item[1]["started"], str(item[0])))
 
 
 def format_table(records: Sequence[dict[str, Any]]) -> str:
@@ -40,6 +47,7 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
         for row, record in zip(rows, records, strict=True):
             row.insert(0, record["protocol"].get("model", {}).get("name", "-"))  # a run may fail before the model loads
     text_columns = header.index("sparsity")  # columns before it contain text
+    header, *rows = ([terminal(cell) for cell in row] for row in [header, *rows])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -57,7 +65,7 @@ def _row(record: dict[str, Any], measured: Sequence[str], ordered: bool) -> list
     pattern = "-" if dense else sparsity["pattern"]
     if record["status"] != "finished":
         return [record["label"], pattern, record["status"], *([""] if ordered else []), *("" for _ in measured), ""]
-    reached = f"{metrics['sparsity']:.4f}"
+    reached = f"{metrics['sparsity']:.4f}" if "sparsity" in metrics else ""
     values = [number(name, metrics[name]) if name in metrics else "" for name in measured]
     stages = [s for name, s in record["seconds"].items() if "." not in name]  # pruning.solving is a part of pruning
     moved = f"{metrics[REORDERED]}/{len(record['layers'])}" if REORDERED in metrics else ""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..runtime import escaping
 from ..tracking.record import REORDERED
 from .cells import Cell, Difference
 from .gather import DESCRIPTIVE, Report, Table
@@ -177,16 +178,18 @@ def _events(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(report: Report) -> str:
-    lines = [f"# {report.title}", ""]
+    escape = escaping.markdown
+    lines = [f"# {escape(report.title)}", ""]
     for table in report.tables:
-        lines += [f"## {table.title()}", "", f"{caption(table)}.", ""]
+        lines += [f"## {escape(table.title())}", "", f"{escape(caption(table))}.", ""]
         for heading, show in blocks(report, table):
-            rows = _rows(table, show, bold=("**", "**") if not heading else ("", ""))
+            rows = _rows(table, show, escape, bold=("**", "**") if not heading else ("", ""))
             if heading:
                 rows = [row for row in rows if set(row[1:]) != {NOTHING}]
-                lines += [f"{heading}:", ""]
-            lines += [_line(["", *table.names]), _line(["---", *("---:" for _ in table.names)]), *map(_line, rows), ""]
-        lines += [*(f"* {note}" for note in notes(table)), ""] if notes(table) else []
+                lines += [f"{escape(heading)}:", ""]
+            header = _line(["", *map(escape, table.names)])
+            lines += [header, _line(["---", *("---:" for _ in table.names)]), *map(_line, rows), ""]
+        lines += [*map(_item, notes(table)), ""] if notes(table) else []
     lines += _remarks(report)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -194,22 +197,30 @@ def markdown(report: Report) -> str:
 def _remarks(report: Report) -> list[str]:
     lines = []
     for title, settings in report.differences.items():
-        lines += [f"## Not in one table: {title}", "", "These settings differ between the protocols A, B and so on:", ""]
-        lines += [f"* `{name}`: {' | '.join(str(value) for value in values)}" for name, values in settings.items()]
+        lines += [f"## Not in one table: {escaping.markdown(title)}", ""]
+        lines += ["These settings differ between the protocols A, B and so on:", ""]
+        for name, values in settings.items():
+            shown = " | ".join(escaping.markdown(str(value)) for value in values)
+            lines.append(f"* {escaping.markdown_code(name)}: {shown}")
         lines.append("")
     if report.allowed:
-        lines += [f"Allowed to differ within a table: {', '.join(f'`{name}`' for name in report.allowed)}.", ""]
+        lines += [f"Allowed to differ within a table: {', '.join(map(escaping.markdown_code, report.allowed))}.", ""]
     if report.left_out:
-        lines += ["## Not in the tables", "", *(f"* {line}" for line in report.left_out), ""]
+        lines += ["## Not in the tables", "", *map(_item, report.left_out), ""]
     return lines
 
 
-def _rows(table: Table, show: Callable[[Cell], str], bold: tuple[str, str]) -> list[list[str]]:
+def _item(text: str) -> str:
+    return f"* {escaping.markdown(text, start=True)}"
+
+
+def _rows(table: Table, show: Callable[[Cell], str], escape: Callable[[str], str], bold: tuple[str, str]) -> list[list[str]]:
+    """Return the escaped cells of a table, starting with the name of the row."""
     rows = []
     for row, cells in table.cells.items():
-        texts = [show(cells[name]) if name in cells else NOTHING for name in table.names]
+        texts = [escape(show(cells[name]) if name in cells else NOTHING) for name in table.names]
         marked = [name in cells and cells[name].best for name in table.names]
-        rows.append([row, *(f"{bold[0]}{t}{bold[1]}" if best else t for t, best in zip(texts, marked, strict=True))])
+        rows.append([escape(row), *(f"{bold[0]}{t}{bold[1]}" if best else t for t, best in zip(texts, marked, strict=True))])
     return rows
 
 
@@ -230,7 +241,7 @@ def comma_separated(report: Report) -> str:
                 values = (" ".join(map(str, sorted(cell.values))), cell.mean, cell.deviation, cell.best)
                 difference_fields = (report.baseline, d.mean, d.low, d.high, d.pairs) if d else ("",) * 5
                 published_fields = (p.value, p.source, p.trust, p.deviation, p.within) if p else ("",) * 5
-                writer.writerow([*location, *values, *difference_fields, *published_fields])
+                writer.writerow(map(escaping.csv_cell, [*location, *values, *difference_fields, *published_fields]))
     return file.getvalue()
 
 
@@ -240,18 +251,19 @@ def latex(report: Report) -> str:
 
 
 def _latex_table(table: Table) -> str:
-    rows = _rows(table, values_of(table), bold=(r"\textbf{", "}"))
-    body = [" & ".join(_escape(cell) for cell in row) + r" \\" for row in rows]
+    escape = escaping.latex
+    rows = _rows(table, values_of(table), escape, bold=(r"\textbf{", "}"))
+    body = [" & ".join(row) + r" \\" for row in rows]
     arrow = r" $\downarrow$" if table.lower_is_better else r" $\uparrow$"
     arrow = "" if table.metric in DESCRIPTIVE else arrow
     return "\n".join(
         [
             r"\begin{table}[t]",
             r"  \centering",
-            rf"  \caption{{{_escape(table.title())}{arrow}. {_escape(caption(table))}.}}",
+            rf"  \caption{{{escape(table.title())}{arrow}. {escape(caption(table))}.}}",
             rf"  \begin{{tabular}}{{l{'r' * len(table.names)}}}",
             r"    \toprule",
-            "    " + " & ".join(["", *map(_escape, table.names)]) + r" \\",
+            "    " + " & ".join(["", *map(escape, table.names)]) + r" \\",
             r"    \midrule",
             *("    " + line for line in body),
             r"    \bottomrule",
@@ -260,9 +272,3 @@ def _latex_table(table: Table) -> str:
             "",
         ]
     )
-
-
-def _escape(text: str) -> str:
-    for sign in "&%#_":
-        text = text.replace(sign, "\\" + sign)
-    return text.replace("±", r"$\pm$").replace("×", r"$\times$").replace(NOTHING, "--")

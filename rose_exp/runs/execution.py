@@ -12,11 +12,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..pruning import FirstBlock
+from ..report import format_table
 from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
 from ..runtime.signals import check, handle_signals
 from ..settings.schema import Settings
 from ..tracking import Identity, read_record
+from ..tracking.reading import values_of
 from .folder import RunFolder
 from .identity import run_id
 from .reuse import lacking, supplement
@@ -53,12 +55,13 @@ def do_run(
         if earlier is None:
             return run_experiment(settings, dict(config), folder, identity, first_block)
         log.info("%s is finished already: %s", settings.label, RunFolder(folder).record)
-        if not ranks.first:
-            return earlier
-        with handle_signals():  # figures and records are completed before a signal stops the process
-            record = supplement(earlier, settings, config, folder, identity)
-            check()
-        return record
+        with values_of(RunFolder(folder).record):
+            if not ranks.first:
+                return earlier
+            with handle_signals():  # figures and records are completed before a signal stops the process
+                record = supplement(earlier, settings, config, folder, identity)
+                check()
+            return record
 
 
 def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
@@ -76,14 +79,16 @@ def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
             name = run_folder.model.name
             raise RoseExpError(f"hydra.run.dir: expected a folder without {name}, to which save=true writes, got {folder}")
         return None
-    record, expected_id = read_record(path), run_id(settings)
+    record, expected_id = read_record(path, reused=True), run_id(settings)
     if record.get("run_id") != expected_id:
         raise RoseExpError(
             f"hydra.run.dir: expected an empty folder or one of the same run, {expected_id}, got {folder} with run "
             f"{record.get('run_id')} ({record['label']})"
         )
     if record["status"] == "finished" and not settings.rerun:
-        missing = lacking(settings, record, folder)
+        with values_of(path):
+            format_table([record])  # the command prints it
+            missing = lacking(settings, record, folder)
         if not missing:
             return record
         log.info("%s is finished, but without %s: running it again", settings.label, ", ".join(missing))

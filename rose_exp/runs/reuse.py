@@ -6,6 +6,7 @@ A run ID covers everything that can change a result. It does not cover other fil
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 
 from ..report.figures import FOLDER, SHEET, STUDIES, draw_figures
-from ..runtime.redaction import redacted
 from ..settings.effects import complete, effective, within
-from ..settings.schema import Settings, TrackingSettings
-from ..tracking import FailSafeTracker, Identity
-from ..tracking.record import write_atomically
+from ..settings.schema import Settings
+from ..tracking import FailSafeTracker, Identity, is_tracked
+from ..tracking.record import write_record
 from .folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 def lacking(settings: Settings, record: Mapping[str, Any], folder: Path) -> list[str]:
@@ -55,8 +57,9 @@ def supplement(
     """
     if settings.figures.draw and not _drawn(record, folder):
         draw_figures(record, folder)
-    if _tracked(settings.tracking, record):
+    if not settings.tracking.active or is_tracked(settings.tracking, record, folder):
         return record
+    log.info("logging the results of the finished run to %s, without pruning again", settings.tracking.kind)
     data = record | {"config": record["config"] | {"tracking": config["tracking"]}}
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
     tracker = FailSafeTracker(settings.tracking, SimpleNamespace(data=data, kept=True), identity, folder, settings.tags)
@@ -68,7 +71,7 @@ def supplement(
     model = RunFolder(folder).model
     tracker.log("keep", RunFolder(folder).record, model if settings.tracking.save_model and model.exists() else None)
     tracker.finish(failed=False)
-    write_atomically(RunFolder(folder).record, redacted(json.dumps(data, indent=1, allow_nan=True)) + "\n")
+    write_record(RunFolder(folder).record, data)
     return data
 
 
@@ -111,14 +114,3 @@ def _drawn(record: Mapping[str, Any], folder: Path) -> bool:
     names = ["layers"] if record["layers"] else []
     names += [f"{path.stem}.{study}" for path in (folder / FOLDER).glob("*.json") for study in STUDIES]
     return all((folder / FOLDER / f"{name}.png").is_file() for name in names)
-
-
-def _tracked(tracking: TrackingSettings, record: Mapping[str, Any]) -> bool:
-    """Return whether the run was logged to the requested tracker, or no tracker is requested."""
-    if tracking.kind == "none" or (tracking.kind == "wandb" and tracking.mode == "disabled"):
-        return True
-    if record.get("tracking", {}).get("failure", "not started") is not None:
-        return False
-    fields = ("kind", "mode", "project", "entity", "save_model") if tracking.kind == "wandb" else ("kind",)
-    before = complete(record["config"])
-    return all(before[f"tracking.{name}"] == getattr(tracking, name) for name in fields)

@@ -18,6 +18,7 @@ from ..report.figures import draw_figures, write_study
 from ..runtime import signals as interruption
 from ..runtime.fingerprint import code_sha256
 from ..runtime.ranks import Ranks
+from ..runtime.redaction import redact
 from ..settings.schema import Settings
 from ..tracking import FailSafeTracker, Identity, RunRecord, Stopwatch, environment
 from .folder import RunFolder
@@ -201,7 +202,7 @@ class Run(ABC):
         model = {name: value for name, value in self.protocol["model"].items() if name not in ("name", "source")}
         facts = {"settings": identifying(self.settings), "model": model, "code": code_sha256()}
         facts["calibration"] = self.calibration_fingerprint()
-        return facts | {name: self.protocol[name] for name in DETERMINING}
+        return redact(facts | {name: self.protocol[name] for name in DETERMINING})
 
     @property
     def resume(self) -> Resume:

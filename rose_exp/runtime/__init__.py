@@ -1,1 +1,1 @@
-"""Shared infrastructure: errors, fingerprints, signals, ranks, redaction of secrets and files from wheels."""
+"""Shared infrastructure: errors, fingerprints, signals, ranks, redaction of secrets, escaping of text and files from wheels."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from .redaction import redacted
+
 
 class RoseExpError(Exception):
-    """An error outside the code: in a setting, a file, a download or a disk. The message names it."""
+    """An error outside the code: in a setting, a file, a download or a disk. The message names it, without secrets."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(redacted(message))
 
 
 class SettingsError(RoseExpError):
     """Errors in the configuration. The message lists all of them."""
 
     def __init__(self, problems: list[str]):
-        self.problems = problems
+        self.problems = [redacted(problem) for problem in problems]
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
-        super().__init__("\n".join([f"{count} in the configuration:", *(f"  * {problem}" for problem in problems)]))
+        super().__init__("\n".join([f"{count} in the configuration:", *(f"  * {problem}" for problem in self.problems)]))
 
 
 def suggest(wrong: object, known: Iterable[str]) -> str:

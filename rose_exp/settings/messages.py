@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from ..runtime.errors import suggest
+from ..runtime.redaction import redact
 from ..runtime.wheels import WHEELS
 from .section import fields_of, is_section
 
@@ -33,7 +34,7 @@ def unquoted_pattern(value: object) -> str | None:
 def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
     """Return one of pydantic's errors about ``root`` in the form "setting: expected …, got …"."""
     setting = ".".join(str(part) for part in mistake["loc"])
-    got = f"got {mistake['input']!r}"
+    got = f"got {redact({setting: mistake['input']})[setting]!r}"  # the value of a setting such as password is a secret
     kind, context = mistake["type"], mistake.get("ctx", {})
     if mistake["loc"][-1] in ("str", "list[str]"):  # the setting is a union of two types
         return f"{setting.rpartition('.')[0]}: expected text or a list of texts, {got}"

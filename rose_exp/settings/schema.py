@@ -22,6 +22,7 @@ from .pruning import DENSE, MethodSettings, PipelineSettings, SparsitySettings
 from .resolvers import register_resolvers
 from .section import Section, is_section, problems_of
 from .texts import Bos, CalibrationSettings, PerplexitySettings
+from .tracking import TrackingSettings
 
 register_resolvers()  # everything that reads a configuration file imports this module
 
@@ -107,23 +108,6 @@ class EvaluationSettings(Section):
         problems = [p for name, text in self.perplexity.items() for p in text.problems(f"{where}.perplexity.{name}")]
         problems += self.images.problems(f"{where}.images") if self.images is not None else []
         return problems + self.zero_shot.problems(f"{where}.zero_shot")
-
-
-class TrackingSettings(Section):
-    kind: Literal["none", "wandb", "tensorboard", "csv"] = "none"
-    mode: Literal["online", "offline", "disabled"] = "offline"  # W&B only
-    project: str = "rose_exp"
-    entity: str | None = None
-    group: str | None = None  # null: the name of the sweep
-    name: str | None = None  # null: the settings that differ from the other jobs of the sweep
-    job_type: str = "prune"
-    save_model: bool = False  # upload the pruned model as an artifact
-
-    def problems(self, where: str) -> list[str]:
-        package = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(self.kind)
-        if package is None or importlib.util.find_spec(package):
-            return []
-        return [f"{where}.kind: expected an installed package, got {self.kind}: pip install {package}"]
 
 
 class FiguresSettings(Section):
@@ -216,7 +200,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         if name not in invalid and is_section(field.annotation):
             sections[name] = TypeAdapter(field.annotation).validate_python(config.get(name, {}))
             problems += problems_of(sections[name], name)
-    problems += _cross_problems(sections | {name: config.get(name) for name in ("save", "sparsity_config")})
+    problems += _cross_problems(sections | {name: config.get(name) for name in ("save", "sparsity_config", "tags")})
     if problems:
         raise SettingsError(problems)
     return settings
@@ -263,6 +247,8 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
         )
     if sections["sparsity_config"] and (not sections["save"] or (sparsity is not None and sparsity.pattern == "unstructured")):
         problems.append("sparsity_config: expected false unless save=true and sparsity is N:M, got true")
+    if tracking is not None and isinstance(sections["tags"], list):
+        problems += tracking.tag_problems([tag for tag in sections["tags"] if isinstance(tag, str)])
     if tracking is not None and tracking.save_model and not sections["save"]:
         problems.append("tracking.save_model: expected false without save=true, got true")
     return problems

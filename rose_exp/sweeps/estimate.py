@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ import torch
 from ..models import ModelShape
 from ..settings.effects import acting, effective
 from ..settings.schema import Settings
+
+log = logging.getLogger(__name__)
 
 PROBE = 1024  # rows and columns of the matrix product that is timed if no record has a rate
 PROBE_SECONDS = 0.3
@@ -97,8 +100,14 @@ class Rates:
             protocol = record["protocol"]
             if record["status"] != "finished" or (protocol.get("device"), protocol["model"]["name"]) != (device, model):
                 continue
-            starting.append(record["seconds"]["texts"] + record["seconds"]["loading"])
-            for stage, operations in Work.done(record).operations.items():
+            try:
+                started = record["seconds"]["texts"] + record["seconds"]["loading"]
+                done = Work.done(record).operations
+            except (LookupError, TypeError, AttributeError) as error:
+                log.warning("the estimate ignores the damaged record of run %s: %r", record.get("run_id"), error)
+                continue
+            starting.append(started)
+            for stage, operations in done.items():
                 seconds = record["seconds"].get(stage.split()[0], 0)
                 if operations and seconds:
                     rates_by_stage.setdefault(stage, []).append(operations / seconds)

@@ -12,7 +12,9 @@ from ..report import collect_records
 from ..runs.memory import available, choose, footprint, gib
 from ..runs.reuse import lacking
 from ..runtime.errors import RoseExpError
-from ..tracking.record import FILE_NAME, device_name, read_record
+from ..runtime.escaping import terminal
+from ..tracking import read_record
+from ..tracking.record import FILE_NAME, device_name
 from .estimate import Rates, Work
 from .job import Job
 
@@ -58,6 +60,7 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
             rows.append((job.name, job.run_id, "to run", f"{'' if measured else '~'}{_time(seconds)}", shown))
         planned.add(job.run_id)
     header = ("job", "run", "state", "time", "peak memory")
+    rows = [tuple(map(terminal, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     to_run = sum(row[2] == "to run" for row in rows)

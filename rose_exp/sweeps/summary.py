@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..report import format_table
+from ..runtime.errors import RoseExpError
+from ..runtime.escaping import terminal
 from ..tracking import read_record
 from ..tracking.record import FILE_NAME, versions
 
@@ -51,16 +53,17 @@ def outcomes(
     folders = {identity: sweep / identity for _, identity in jobs} | dict(expected or {})
     missing = {identity for identity, folder in folders.items() if not (folder / FILE_NAME).exists()}
     if missing:  # hydra.sweep.subdir can set names that Hydra computes later
-        records = [(path.parent, read_record(path)) for path in sweep.rglob(FILE_NAME)]
-        for folder, record in sorted(records, key=lambda item: item[1].get("started", "")):
+        found = [(path.parent, _read(path)[0]) for path in sweep.rglob(FILE_NAME)]
+        records = [(folder, record) for folder, record in found if record]
+        for folder, record in sorted(records, key=lambda item: str(item[1].get("started"))):
             if record.get("run_id") in missing:
                 folders[record["run_id"]] = folder  # the latest one
     results: list[Outcome] = []
     seen = set()
     for name, identity in jobs:
         path = folders[identity] / FILE_NAME
-        record = read_record(path) if path.exists() else None
-        state, reason = _state(record, started, rerun)
+        record, problem = _read(path)
+        state, reason = ("failed", problem) if problem else _state(record, started, rerun)
         if state == "reused" and rerun:
             state, reason = "not run", "its record is from an earlier command"
         if identity in seen and state == "ran":
@@ -68,6 +71,14 @@ def outcomes(
         seen.add(identity)
         results.append(Outcome(name, state, reason, folders[identity], record))
     return results
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Return a run record, or None and the reason if it is damaged, or twice None if it does not exist."""
+    try:
+        return (read_record(path) if path.exists() else None), None
+    except RoseExpError as error:
+        return None, str(error)
 
 
 def _state(record: dict[str, Any] | None, started: str, rerun: bool) -> tuple[str, str | None]:
@@ -101,5 +112,5 @@ def format_outcomes(results: Sequence[Outcome]) -> str:
         for outcome in results:
             if outcome.state == state:
                 reason = f": {outcome.why}" if outcome.why else ""
-                lines.append(f"  {outcome.name.ljust(width)}  {outcome.folder}  {state}{reason}")
+                lines.append(terminal(f"  {outcome.name.ljust(width)}  {outcome.folder}  {state}{reason}"))
     return "\n".join(lines)

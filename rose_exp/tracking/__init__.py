@@ -1,6 +1,7 @@
 """Run records and experiment trackers."""
 
-from .record import RunRecord, Stopwatch, environment, read_record
-from .trackers import FailSafeTracker, Identity
+from .reading import read_record
+from .record import RunRecord, Stopwatch, environment
+from .trackers import FailSafeTracker, Identity, is_tracked
 
-__all__ = ["FailSafeTracker", "Identity", "RunRecord", "Stopwatch", "environment", "read_record"]
+__all__ = ["FailSafeTracker", "Identity", "RunRecord", "Stopwatch", "environment", "is_tracked", "read_record"]

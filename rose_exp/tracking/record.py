@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..runtime.errors import RoseExpError
-from ..runtime.redaction import redacted
+from ..runtime.redaction import redact
 from ..runtime.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class RunRecord:
 
     Fields: ``status`` (running, finished, failed, interrupted), ``run_id``, ``label``, ``config``, ``metrics``,
     ``standard_errors``, ``layers``, ``events``, ``protocol``, ``seconds`` by stage, ``estimate`` and ``peak_memory_bytes``,
-    ``error``, ``started`` and ``ended``.
+    ``error``, ``started`` and ``ended``; with a tracker, ``tracking`` (the last one and its failure) and ``tracked`` (all that
+    have the results of the finished run).
 
     Args:
         kept: whether to write the file; if several processes share a run, only the first one does.
@@ -73,7 +74,7 @@ class RunRecord:
         self.data["peak_memory_bytes"] = peak_memory()
         if not self.kept:
             return
-        write_atomically(self.path, redacted(json.dumps(self.data, indent=1, allow_nan=True)) + "\n")
+        write_record(self.path, self.data)
 
     def measured(self, name: str, value: float, standard_error: float | None = None) -> None:
         """Record a metric, and its standard error under the same name if it is known."""
@@ -136,19 +137,13 @@ class Stopwatch:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a ``run.json``.
+def write_record(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a run record atomically, without secrets.
 
     Raises:
-        RoseExpError: the file is unreadable, or not a run record.
+        RoseExpError: the file cannot be written.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RoseExpError(f"cannot read the run record {path}: {error}") from error
-    if not isinstance(data, dict) or "status" not in data:
-        raise RoseExpError(f"{path} is not a run record: expected a field 'status', got none")
-    return data
+    write_atomically(path, json.dumps(redact(data), indent=1, allow_nan=True) + "\n")
 
 
 def environment(device: torch.device, libraries: Iterable[str] = ()) -> dict[str, Any]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..settings.schema import TrackingSettings
+from ..runtime.escaping import csv_cell, markdown_block
+from ..runtime.redaction import redact
+from ..settings.tracking import LONGEST_NAME, TrackingSettings
 from .record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -72,19 +77,20 @@ class Wandb:
         import wandb  # slow to import
 
         self.wandb = wandb
-        self.run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            mode=settings.mode,
-            name=settings.name or identity.name,
-            group=settings.group or identity.group,
-            job_type=settings.job_type,
-            tags=list(tags),
-            config=config,
-            dir=str(folder),
-            reinit="create_new",  # jobs of a sweep run in one process but are separate runs
-            settings=wandb.Settings(silent=True),
-        )
+        with _redacted_command():  # W&B stores the command line
+            self.run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                mode=settings.mode,
+                name=settings.name or identity.name[:LONGEST_NAME],
+                group=settings.group or (identity.group and identity.group[-LONGEST_NAME:]),
+                job_type=settings.job_type,
+                tags=list(dict.fromkeys(tags)),
+                config=config,
+                dir=str(folder),
+                reinit="create_new",  # jobs of a sweep run in one process but are separate runs
+                settings=wandb.Settings(silent=True),
+            )
 
     def layer(self, step: int, report: Mapping[str, Any]) -> None:
         self.run.log(
@@ -114,16 +120,29 @@ class Wandb:
         self.run.finish(exit_code=int(failed))
 
 
+@contextmanager
+def _redacted_command() -> Iterator[None]:
+    """Replace the command line of this process by one without secrets while the body runs."""
+    before = sys.argv
+    sys.argv = redact(list(before))
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 class TensorBoard:
     """TensorBoard event files in the run's folder."""
+
+    FOLDER = "tensorboard"
 
     def __init__(
         self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path, tags: Sequence[str]
     ):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-        self.writer.add_text("config", f"```\n{config}\n```")
+        self.writer = SummaryWriter(str(folder / self.FOLDER))
+        self.writer.add_text("config", markdown_block(json.dumps(config, indent=1)))
 
     def layer(self, step: int, report: Mapping[str, Any]) -> None:
         for name in LAYER_NUMBERS:
@@ -151,15 +170,17 @@ class TensorBoard:
 class Csv:
     """``layers.csv`` and ``metrics.csv`` in the run's folder."""
 
+    LAYERS, METRICS = "layers.csv", "metrics.csv"
+
     def __init__(
         self, settings: TrackingSettings, config: dict[str, Any], identity: Identity, folder: Path, tags: Sequence[str]
     ):
         self.folder = folder
-        self.file = (folder / "layers.csv").open("w", newline="", encoding="utf-8")
+        self.file = (folder / self.LAYERS).open("w", newline="", encoding="utf-8")
         self.writer: csv.DictWriter | None = None
 
     def layer(self, step: int, report: Mapping[str, Any]) -> None:
-        row = {"step": step, **report}
+        row = {"step": step, **{name: csv_cell(value) for name, value in report.items()}}
         if self.writer is None:
             self.writer = csv.DictWriter(self.file, list(row))
             self.writer.writeheader()
@@ -167,10 +188,10 @@ class Csv:
         self.file.flush()
 
     def results(self, metrics: Mapping[str, float], layers: Sequence[Mapping[str, Any]]) -> None:
-        with (self.folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        with (self.folder / self.METRICS).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["metric", "value"])
-            writer.writerows(metrics.items())
+            writer.writerows((csv_cell(name), value) for name, value in metrics.items())
 
     def figure(self, name: str, path: Path) -> None:
         """Do nothing, because the file is already in the run's folder."""
@@ -183,30 +204,52 @@ class Csv:
 
 
 KINDS: dict[str, type] = {"wandb": Wandb, "tensorboard": TensorBoard, "csv": Csv}
+FILES = {"csv": (Csv.LAYERS, Csv.METRICS), "tensorboard": (TensorBoard.FOLDER,)}
+
+
+def destination(settings: TrackingSettings) -> dict[str, Any]:
+    """Return what identifies the place that a tracker logs to. The record lists these places under ``tracked``."""
+    names = ("kind", "mode", "project", "entity", "save_model") if settings.kind == "wandb" else ("kind",)
+    return redact({name: getattr(settings, name) for name in names})
+
+
+def is_tracked(settings: TrackingSettings, record: Mapping[str, Any], folder: Path) -> bool:
+    """Return whether a finished run has been logged to the tracker, and whether the files of the tracker still exist.
+
+    Args:
+        folder: the run's folder.
+    """
+    return destination(settings) in record.get("tracked", []) and all(
+        (folder / name).exists() for name in FILES.get(settings.kind, ())
+    )
 
 
 class FailSafeTracker:
-    """A wrapper that keeps failures of a tracker from failing the run.
+    """A wrapper that keeps secrets from a tracker, and failures of the tracker from failing the run.
 
     The first failure is logged and recorded. After it, the tracker only receives ``finish``.
     """
 
     def __init__(self, settings: TrackingSettings, record: RunRecord, identity: Identity, folder: Path, tags: Sequence[str]):
-        self.record = record
+        self.record, self.settings = record, settings
         self.tracker: Tracker = Nowhere()
         self.opened: Tracker | None = None
-        if settings.kind == "none" or (settings.kind == "wandb" and settings.mode == "disabled") or not record.kept:
+        if not settings.active or not record.kept:
             return
         record.data["tracking"] = {"kind": settings.kind, "failure": None}
+        data = record.data
+        config = redact({"label": data["label"], "run_id": data["run_id"]} | data["config"])
+        named = settings.model_copy(update=redact(settings.model_dump()))
+        identity = Identity(*redact([identity.name, identity.group]))
         try:
-            self.tracker = self.opened = KINDS[settings.kind](settings, record.data["config"], identity, folder, tags)
+            self.tracker = self.opened = KINDS[settings.kind](named, config, identity, folder, redact(list(tags)))
         except Exception as error:  # no error of a tracker may end the run
             self._failed("start", error)
 
     def log(self, what: str, *arguments: Any) -> None:
         """Call the tracker's method ``what`` with ``arguments``."""
         try:
-            getattr(self.tracker, what)(*arguments)
+            getattr(self.tracker, what)(*redact(arguments))
         except Exception as error:
             self._failed(what, error)
 
@@ -219,6 +262,9 @@ class FailSafeTracker:
         except Exception as error:
             self._failed("finish", error)
         self.opened = None
+        data = self.record.data
+        if not failed and data["tracking"]["failure"] is None:
+            data["tracked"] = [*data.get("tracked", []), destination(self.settings)]
 
     def _failed(self, what: str, error: Exception) -> None:
         reason = f"{what}: {type(error).__name__}: {error}"

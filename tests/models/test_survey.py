@@ -82,6 +82,7 @@ LAYOUTS = {  # the layers of one expert
     "AriaTextConfig": GATED,  # transposed
     "GptOssConfig": GATED,  # transposed, alternating rows, biases, an activation of its own
     "HYV4Config": GATED,  # an activation of its own
+    "InklingTextConfig": GATED,  # shared experts in stacks of their own
     "JetMoeConfig": ("proj",),  # one stack for each projection, and experts in attention
     "Llama4TextConfig": GATED,  # transposed, all tokens for every expert
     "LongcatFlashConfig": GATED,  # further experts without weights

@@ -269,3 +269,42 @@ def test_run_with_additional_metrics_is_not_a_conflict():
     report = gather([record("SparseGPT", 10.0), more])
     assert not [line for line in report.left_out if METRIC in line]
     assert {table.metric for table in report.tables} == {METRIC, "perplexity.c4", MINUTES}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"columns": "engine.blocksize"},
+            "--columns: expected the name of a setting, got 'engine.blocksize'; did you mean 'engine.",
+        ),
+        ({"columns": "sparsty"}, "--columns: expected the name of a setting, got 'sparsty'; did you mean 'sparsity'?"),
+        ({"columns": ""}, "--columns: expected the name of a setting, got ''"),
+        ({"columns": "engine."}, "--columns: expected the name of a setting, got 'engine.'; did you mean 'engine'?"),
+        ({"columns": "None"}, "--columns: expected the name of a setting, got 'None'"),
+        (
+            {"allowed": ["engine.dampign"]},
+            "--allow: expected the name of a setting, got 'engine.dampign'; did you mean 'engine.damping'?",
+        ),
+        ({"allowed": ["engine", "x"]}, "--allow: expected the name of a setting, got 'x'"),
+    ],
+)
+def test_unknown_settings_are_an_error_with_a_suggestion(options, message):
+    with pytest.raises(RoseExpError) as error:
+        gather([record("ROSE", 26.0), record("SparseGPT", 27.0)], **options)
+    assert str(error.value).startswith(message)
+
+
+def test_every_name_that_a_report_lists_as_different_is_known():
+    """The names under "Not in one table" can be used for --allow."""
+    records = [record("ROSE", 26.0), record("ROSE", 27.0, protocol__evaluation__wikitext2__window=1024, protocol__threads=4)]
+    (names, _) = gather(records).differences.values()
+    assert {"protocol.evaluation.window", "protocol.threads"} <= set(names)
+    assert not gather(records, allowed=list(names)).differences
+
+
+@pytest.mark.parametrize(
+    "columns", ["sparsity", "engine.block_size", "engine", "calibration.samples", "method.options", "tags"]
+)
+def test_settings_and_groups_are_known_columns(columns):
+    assert gather([record("ROSE", 26.0)], columns=columns).tables

@@ -185,5 +185,17 @@ def test_missing_and_invalid_records_raise_an_error(tmp_path, capsys):
         main([str(tmp_path)])
     assert capsys.readouterr().err.startswith("DIR: expected folders with run.json in them, got none in")
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(RoseExpError, match="cannot read the run record"):
+    with pytest.raises(RoseExpError, match=r"DIR: expected a run\.json that is not damaged, got none in"):
         write_report([tmp_path])
+
+
+def test_printed_report_equals_the_file(tmp_path, capsys):
+    """Commits have the format of a key, and both are redacted or kept alike."""
+    for seed, letter in enumerate("abc"):
+        (tmp_path / letter).mkdir()
+        run = record("ROSE", 26.0 + seed, protocol__revision=f"{letter * 40}{'+changes' * seed}")
+        (tmp_path / letter / "run.json").write_text(json.dumps(run))
+    main([str(tmp_path)])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"* `protocol.revision`: {'a' * 40} | {'b' * 40}+changes | {'c' * 40}+changes+changes" in text
+    assert text in capsys.readouterr().out

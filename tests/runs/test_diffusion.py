@@ -15,7 +15,7 @@ from rose_exp.engine.weighting import StepWeighting
 from rose_exp.report.files import write_report
 from rose_exp.runs import diffusion as experiment
 from rose_exp.runtime.errors import RoseExpError, SettingsError
-from rose_exp.tracking.record import read_record
+from rose_exp.tracking import read_record
 
 from ..diffusion.pipelines import NAMES
 

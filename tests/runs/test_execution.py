@@ -6,6 +6,7 @@ import copy
 import csv
 import fcntl
 import json
+import logging
 import threading
 from pathlib import Path
 
@@ -315,10 +316,41 @@ def test_finished_run_is_reported_to_a_tracker_once(small, tmp_path, monkeypatch
     assert record["tracking"] == {"kind": "csv", "failure": None}
     assert json.loads((folder / "run.json").read_text()) == record
     assert record["metrics"] == first["metrics"]
-    (folder / "layers.csv").unlink()
+    (folder / "metrics.csv").write_text("mine")
     assert rose_exp.run([*small, "tracking=csv"], tmp_path) == record
-    assert not (folder / "layers.csv").exists()  # not reported again
+    assert (folder / "metrics.csv").read_text() == "mine"  # not reported again
+    (folder / "layers.csv").unlink()
+    rose_exp.run([*small, "tracking=csv"], tmp_path)
+    assert (folder / "layers.csv").exists()
     assert len(done) == 1
+
+
+def test_finished_run_is_reported_once_to_each_of_several_trackers(small, tmp_path, monkeypatch, caplog):
+    done = counted(monkeypatch)
+    caplog.set_level(logging.INFO)
+    for tracking in ("csv", "tensorboard", "wandb", "csv", "none", "tensorboard", "wandb"):
+        record = rose_exp.run([*small, f"tracking={tracking}"], tmp_path)
+    assert [place["kind"] for place in record["tracked"]] == ["csv", "tensorboard", "wandb"]
+    assert caplog.text.count("logging the results of the finished run to") == 2
+    rose_exp.run([*small, "tracking=wandb", "tracking.project=other"], tmp_path)
+    assert len(list((tmp_path / record["run_id"] / "wandb").glob("offline-run-*"))) == 2
+    assert len(done) == 1
+
+
+def test_damaged_record_of_a_finished_run_is_an_error_with_a_remedy(small, tmp_path, monkeypatch):
+    done = counted(monkeypatch)
+    record = rose_exp.run(small, tmp_path)
+    path = tmp_path / record["run_id"] / "run.json"
+    del record["layers"][0]["name"]
+    for content in ("", "{", json.dumps(record), json.dumps(record | {"layers": 1}), json.dumps(record | {"config": {}})):
+        path.write_text(content)
+        for options in ([], ["tracking=csv"], ["rerun=true"]):
+            with pytest.raises(RoseExpError, match="delete this file or its folder to run the run again"):
+                rose_exp.run([*small, *options], tmp_path)
+        assert path.read_text() == content
+    path.unlink()
+    rose_exp.run(small, tmp_path)
+    assert len(done) == 2
 
 
 def test_missing_figures_are_drawn_from_the_run_record(small, tmp_path, monkeypatch):

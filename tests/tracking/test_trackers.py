@@ -16,7 +16,9 @@ from rose_exp.report import collect_records
 from rose_exp.runs.run import run_experiment
 from rose_exp.runtime.signals import EXIT_STATUS
 from rose_exp.settings.schema import read_settings
-from rose_exp.tracking import Identity, read_record
+from rose_exp.settings.tracking import TrackingSettings
+from rose_exp.tracking import FailSafeTracker, Identity, RunRecord, read_record
+from rose_exp.tracking.trackers import KINDS, Csv
 
 from ..cli.test_app import rose_exp
 from .offline import read_offline_run
@@ -46,6 +48,7 @@ def test_offline_wandb_run_contains_all_values(config, tmp_path):
     assert (found.run.display_name, found.run.run_group, found.run.job_type) == ("method=rose", "day/sweep", "test")
     assert list(found.run.tags) == ["a", "b"]
     assert found.config["calibration"] == config["calibration"]
+    assert (found.config["label"], found.config["run_id"]) == (record["label"], record["run_id"]) == ("ROSE", record["run_id"])
     steps = [step for step in found.history if "layer/error" in step]
     assert [step["layer/name"] for step in steps] == [layer["name"] for layer in record["layers"]]
     assert [step["layer/error"] for step in steps] == [layer["error"] for layer in record["layers"]]
@@ -59,6 +62,8 @@ def test_offline_wandb_run_contains_all_values(config, tmp_path):
     assert {artifact.type for artifact in found.artifacts} >= {"run-record", "model"}
     assert found.exit_code == 0
     assert record["tracking"] == {"kind": "wandb", "failure": None}
+    place = {"kind": "wandb", "mode": "offline", "project": "rose_exp", "entity": None, "save_model": True}
+    assert record["tracked"] == [place]
 
 
 def test_failed_run_is_closed_as_failed(config, tmp_path):
@@ -124,6 +129,7 @@ def test_failing_tracker_does_not_stop_the_run(broken, config, tmp_path, monkeyp
     assert record["metrics"]["perplexity.local"] > 1
     stage = {"init": "start", "log": "layer"}[broken]
     assert record["tracking"] == {"kind": "wandb", "failure": f"{stage}: ConnectionError: no route to host"}
+    assert "tracked" not in record
     assert read_record(tmp_path / "run.json")["tracking"] == record["tracking"]
     assert "tracking with wandb failed, the run continues without it" in caplog.text
 
@@ -159,3 +165,39 @@ def test_disabled_trackers_write_no_files(config, tmp_path):
         record = run_experiment(read_settings(config_of), config_of, tmp_path)
         assert "tracking" not in record
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "run.json"]
+
+
+class Recorder:
+    """A tracker that keeps what it receives."""
+
+    def __init__(self, *arguments):
+        self.received = [arguments]
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.received.append((name, arguments))
+
+
+def test_trackers_receive_no_secrets(tmp_path, monkeypatch):
+    secret = "hf_" + "a1B2" * 8
+    monkeypatch.setenv("MY_SECRET", "supersecretvalue")
+    monkeypatch.setitem(KINDS, "csv", Recorder)
+    record = RunRecord(tmp_path, {"x": secret, "password": "pw1"}, "ROSE", "0", kept=False)
+    record.kept = True
+    settings = TrackingSettings(kind="csv", project=f"p {secret}", name="supersecretvalue")
+    tracker = FailSafeTracker(settings, record, Identity(f"tags={secret}", secret), tmp_path, [secret, "a"])
+    tracker.log("layer", 0, {"name": secret, "error": 0.5})
+    tracker.log("results", {f"perplexity.{secret}": 1.0}, [{"name": "supersecretvalue"}])
+    received = repr(tracker.tracker.received)
+    tracker.finish(failed=False)
+    assert not any(text in received + repr(record.data["tracked"]) for text in (secret, "supersecretvalue", "pw1"))
+    assert "'error': 0.5" in received
+
+
+def test_csv_cells_are_no_formulas(tmp_path):
+    tracker = Csv(TrackingSettings(kind="csv"), {}, Identity("x"), tmp_path, [])
+    tracker.layer(0, {"name": "=cmd|' /C calc'!A0", "error": -0.5})
+    tracker.results({"@SUM(A1)": -1.5}, [])
+    tracker.finish(failed=False)
+    with (tmp_path / "layers.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{"step": "0", "name": "'=cmd|' /C calc'!A0", "error": "-0.5"}]
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "'@SUM(A1),-1.5"
