@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("rose_exp")
-except PackageNotFoundError:  # running from a checkout that is not installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 __all__ = ["run", "sweep"]
+
+
+def __getattr__(name: str) -> str:
+    """Return ``__version__``, which is slow to find."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rose_exp")
+    except PackageNotFoundError:  # running from a checkout that is not installed
+        return "0+unknown"
 
 
 def run(overrides: Sequence[str] = (), folder: str | Path = "outputs") -> dict[str, Any]:
@@ -27,6 +35,8 @@ def run(overrides: Sequence[str] = (), folder: str | Path = "outputs") -> dict[s
         SettingsError: the overrides have errors, or specify several runs. The message lists all errors.
         RoseExpError: an error outside the code. The record has status ``failed`` and the error.
     """
+    from pathlib import Path
+
     from .api import run_one  # slow to import, and the engine needs none of it
 
     return run_one(list(overrides), Path(folder))
@@ -43,6 +53,8 @@ def sweep(overrides: Sequence[str], folder: str | Path = "outputs") -> list[dict
     Raises:
         SettingsError: the overrides have errors. The message lists all of them.
     """
+    from pathlib import Path
+
     from .api import run_all
 
     return run_all(list(overrides), Path(folder))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli.command import check_command
+from .cli.overrides import ADD_MULTIRUN
 from .pruning import FirstBlock
 from .runs.execution import do_run
 from .runtime.errors import SettingsError
@@ -22,7 +23,11 @@ log = logging.getLogger(__name__)
 def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
     """See :func:`rose_exp.run`."""
     guard_logs()
-    jobs = check_command(overrides).jobs
+    try:
+        jobs = check_command(overrides).jobs
+    except SettingsError as error:
+        problems = [problem.replace(ADD_MULTIRUN, "rose_exp.sweep runs one job per value") for problem in error.problems]
+        raise SettingsError(problems) from None
     if len(jobs) != 1:
         raise SettingsError([f"overrides: expected those of one run, got those of {len(jobs)}; use rose_exp.sweep"])
     with claimed(jobs[0].settings.device, sweep=False) as device:
@@ -32,8 +37,10 @@ def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
 def run_all(overrides: list[str], folder: Path) -> list[dict[str, Any]]:
     """See :func:`rose_exp.sweep`."""
     guard_logs()
-    first_block = FirstBlock()
-    return [_tried(job, folder, first_block) for job in check_command(["--multirun", *overrides]).jobs]
+    command, first_block = check_command(["--multirun", *overrides]), FirstBlock()
+    if command.searched:
+        raise SettingsError(["hydra/sweeper: expected basic, because only the command line searches, got another sweeper"])
+    return [_tried(job, folder, first_block) for job in command.jobs]
 
 
 def _tried(job: Job, folder: Path, first_block: FirstBlock) -> dict[str, Any]:

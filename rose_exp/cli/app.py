@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from ..runtime import quiet  # noqa: F401  isort: skip
+from ..runtime import exits  # isort: skip
 
 import atexit
+import contextlib
 import logging
+import multiprocessing
 import os
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +33,7 @@ from ..runtime.output import guard_logs, redacted_output
 from ..runtime.ranks import launched, process_group
 from ..runtime.redaction import redacted
 from ..runtime.signals import EXIT_STATUS, Interrupted
-from ..settings.schema import Settings, read_settings
+from ..settings.schema import Settings, applied, read_settings
 from ..sweeps.devices import claimed
 from ..sweeps.optuna import register_sweeper
 from ..sweeps.summary import format_outcomes, outcomes
@@ -37,15 +42,21 @@ from ..tracking.record import FILE_NAME, now
 from .command import Command, check_command
 from .hydra_files import redact_hydra, without_secrets
 from .paths import config_folder
+from .quoting import quoted
 
 if TYPE_CHECKING:
     from ..pruning import FirstBlock
 
 log = logging.getLogger(__name__)
 
+WORKER = multiprocessing.current_process().name != "MainProcess"  # a launcher's worker, which imports only this module
+PARENT = os.getppid()
+if WORKER:
+    exits.exit_on_signals()
+
 SWEPT = "ROSE_EXP_SWEPT"  # environment variable with the names of the swept settings, for launchers' workers
 
-register_resolver()  # here, because launchers' workers import only this module
+register_resolver()
 register_sweeper()
 redact_hydra()
 
@@ -86,9 +97,6 @@ def _main() -> None:
     except SettingsError as error:
         _print_error(error)
         sys.exit(2)
-    if problem := command.without_multirun():
-        _print_error(problem)
-        sys.exit(2)
     if command.planned:
         from ..sweeps.plan import format_plan  # slow to import
 
@@ -102,10 +110,7 @@ def _main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    os.environ[SWEPT] = " ".join(sorted(command.swept))
-    _checked.run_ids = None if command.searched or not command.jobs else frozenset(job.run_id for job in command.jobs)
-    if launched()[0]:
-        _silence_hydra()
+    _prepare(command)
     started = now()
     try:
         on_cpu = bool(command.jobs) and all(job.settings.device == "cpu" for job in command.jobs)
@@ -115,15 +120,34 @@ def _main() -> None:
         _print_error(error)
         sys.exit(1)
     except Interrupted as stop:
-        rerun = any(job.settings.rerun for job in command.jobs)
-        hint = "to resume, run the same command without rerun=true" if rerun else "run the same command again to resume"
-        print(f"{stop}; {hint}", file=sys.stderr)
+        exits.message(f"{stop}; {_resume_hint(command)}")
         sys.exit(EXIT_STATUS)
+    except KeyboardInterrupt:
+        exits.message(f"stopped by SIGINT; {_resume_hint(command)}")
+        sys.exit(128 + signal.SIGINT)
     finally:
         if command.sweep is not None and not command.searched and not launched()[0]:
             complete = _print_outcomes(command, started)
             if not complete and sys.exc_info()[0] is None:
                 sys.exit(1)
+
+
+def _prepare(command: Command) -> None:
+    """Pass to Hydra and to launchers' workers what the check has found."""
+    os.environ[SWEPT] = " ".join(sorted(command.swept))
+    _checked.run_ids = None if command.searched or not command.jobs else frozenset(job.run_id for job in command.jobs)
+    if launched()[0]:
+        _silence_hydra()
+    elif command.sweep is not None:
+        fixed = quoted("hydra.sweep.dir", str(command.sweep))  # an interpolation such as ${now:} would give another folder
+        sys.argv += shlex.split(fixed) if fixed else []
+    # otherwise, joblib's process that cleans up after a signal warns of what it cleans up
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")))
+
+
+def _resume_hint(command: Command) -> str:
+    rerun = any(job.settings.rerun for job in command.jobs)
+    return "to resume, run the same command without rerun=true" if rerun else "run the same command again to resume"
 
 
 def _print_error(error: object) -> None:
@@ -133,7 +157,8 @@ def _print_error(error: object) -> None:
 def _print_outcomes(command: Command, started: str) -> bool:
     """Print the table at the end of a sweep. Return whether every job is done."""
     rerun = any(job.settings.rerun for job in command.jobs)
-    results = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun)
+    folders = {job.run_id: job.folder(command.sweep) for job in command.jobs if job.folder_template is not None}
+    results = outcomes([(job.name, job.run_id) for job in command.jobs], command.sweep, started, rerun, folders)
     print(f"\n{format_outcomes(results)}\n\nfull records: {command.sweep.resolve()}/RUN/{FILE_NAME}")
     return all(outcome.state in ("ran", "reused") for outcome in results)
 
@@ -158,7 +183,8 @@ def _silence_hydra() -> None:
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
     scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra always writes a file of the sweep
     sys.argv += ["hydra.run.dir=.", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    for register in (atexit.register, exits.cleanups.append):
+        register(partial(shutil.rmtree, scratch, ignore_errors=True))
 
 
 @cache
@@ -172,11 +198,18 @@ def _first_block() -> FirstBlock:
 def job(config: DictConfig) -> dict[str, Any] | None:
     """Run one job for Hydra, in this process or in a launcher's worker.
 
+    Relative paths refer to the folder in which the command was started, even with ``hydra.job.chdir=true``.
+
     Returns:
         The metrics; None if the job of a sweep failed.
     """
-    with redacted_output():
-        return _job(config)
+    with redacted_output(), contextlib.chdir(HydraConfig.get().runtime.cwd):
+        try:
+            return _job(config)
+        except Interrupted:
+            if WORKER and exits.is_orphan(PARENT):
+                os._exit(EXIT_STATUS)  # otherwise, the worker would wait for its next job
+            raise
 
 
 def _job(config: DictConfig) -> dict[str, Any] | None:
@@ -191,6 +224,7 @@ def _job(config: DictConfig) -> dict[str, Any] | None:
         show_config(resolved)
     try:
         settings = read_settings(resolved)
+        resolved = applied(resolved, settings)
         _checked.check(settings)
         with claimed(settings.device, sweep) as device:
             shared = _first_block() if sweep else None

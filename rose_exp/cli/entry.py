@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra._internal.utils import get_args_parser
-from omegaconf import DictConfig
+from ..runtime.exits import exit_on_signals, guarded_output  # every other import is slower, and a signal can interrupt it
 
-from ..runtime.output import redacted_output
-from .paths import config_folder
-
-GROUPS = {  # the groups of conf/ in the order of a run, with their descriptions for --help
-    "model": "the model to prune",
-    "method": "the pruning method",
-    "reorder": "the order in which SparseGPT prunes columns and blocks",
-    "sparsity": "the sparsity and its pattern",
-    "calibration": "the calibration data",
-    "evaluation": "the metrics of the pruned model; [a,b] selects several",
-    "engine": "numerical options of the layer solver",
-    "refine": "post-pruning refinement",
-    "allocation": "sparsity allocation across layers",
-    "target": "the layers' regression target",
-    "tracking": "the experiment tracker, in addition to the run record",
-    "experiment": "a complete study: choices of the groups above and the axes of its sweep",
-    "debug": "a tiny version of any run, as a smoke test",
-    "hydra/launcher": "where the jobs of a sweep run (default: one after the other in this process)",
-    "hydra/sweeper": "how a sweep chooses its jobs (default: every combination)",
-}
-USAGE = """rose-exp: one-shot pruning of large language and diffusion models
-
-  rose-exp SETTING=VALUE …                    start one run in outputs/RUN_ID; RUN_ID is a hash of the settings
-  rose-exp -m SETTING=A,B … experiment=NAME   sweep over all combinations; finished runs are reused
-  rose-exp … plan=true                        list the jobs with estimated time and memory, without running them
-  rose-exp … --cfg job                        print the composed configuration, without running it
-  rose-exp-report DIR …                       generate tables and figures from finished runs
-  eval "$(rose-exp -sc install=bash)"         enable tab completion (bash, zsh, fish)
-
-Set a whole group with GROUP=CHOICE, and a single setting with GROUP.NAME=VALUE. Groups and their choices:
-"""
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def main() -> None:
     """Run the ``rose-exp`` command."""
-    with redacted_output():
-        _main()
+    exit_on_signals()
+    with guarded_output():
+        from ..runtime.output import redacted_output
+
+        with redacted_output():
+            _run()
 
 
-def _main() -> None:
+def _run() -> None:
+    from hydra._internal.utils import get_args_parser
+
     parsed = get_args_parser().parse_args()
     if parsed.help:
+        from .help import help_text
+
         print(help_text())
     elif parsed.shell_completion:
+        import hydra
+
+        from .paths import config_folder
+        from .plugins import prefer_own_files
+
+        prefer_own_files()
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_no_task)()
     else:
         from .app import main as run  # slow to import
@@ -62,35 +44,3 @@ def _main() -> None:
 
 def _no_task(_: DictConfig) -> None:
     """Do nothing: Hydra needs a task function even if it only completes a command line."""
-
-
-def help_text() -> str:
-    """Return the usage, every group with its choices, and the ungrouped settings.
-
-    The first sentence of a choice's file describes it.
-    """
-    lines = [USAGE]
-    for group, description in GROUPS.items():
-        choices = sorted(p for p in (config_folder() / group).glob("*.yaml") if not p.stem.startswith("_"))
-        width = max(len(path.stem) for path in choices)
-        lines.append(f"{group}: {description}")
-        lines += [f"  {path.stem.ljust(width)}  {_first_sentence(path)}" for path in choices]
-        lines.append("")
-    lines += ["Ungrouped settings with their defaults (--hydra-help lists Hydra's own options):", *_single_settings()]
-    return "\n".join(lines)
-
-
-def _first_sentence(path: Path) -> str:
-    comments = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            comments.append(line.removeprefix("#").strip())
-    text = " ".join(comments).partition(" reproduces:")[0].strip()
-    return re.split(r"(?<=[^.A-Z][.;]) (?=[A-Z(])|: (?=rose-exp)", text)[0].rstrip(";")
-
-
-def _single_settings() -> list[str]:
-    text = (config_folder() / "config.yaml").read_text(encoding="utf-8").partition("\nhydra:")[0]
-    return [f"  {line}" for line in ("pipeline:" + text.partition("\npipeline:")[2]).splitlines() if line]

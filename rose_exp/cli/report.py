@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..report.conditions import SPARSITY
-from ..report.gather import BASELINE, gather
-from ..report.page import sheets_of, studies_of, web_page
-from ..report.table import collect_records
-from ..report.text import comma_separated, latex, markdown
-from ..runtime.errors import RoseExpError
-from ..runtime.escaping import terminal
-from ..runtime.output import redacted_output
-from ..tracking.reading import values_of
-from ..tracking.record import FILE_NAME, write_atomically
+from ..runtime.exits import exit_on_signals, guarded_output  # every other import is slower, and a signal can interrupt it
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write ``report.md``, ``.csv``, ``.tex`` and ``.html``, and print the Markdown report."""
-    with redacted_output():
-        _main(arguments)
+    exit_on_signals()
+    with guarded_output():
+        from ..runtime.output import redacted_output
+
+        with redacted_output():
+            _run(arguments)
 
 
-def _main(arguments: Sequence[str] | None) -> None:
+def _run(arguments: Sequence[str] | None) -> None:
+    import argparse
+    import sys
+    from pathlib import Path
+
+    from ..report.conditions import SPARSITY
+    from ..report.files import write_report
+    from ..report.gather import BASELINE
+    from ..runtime.errors import RoseExpError
+    from ..runtime.escaping import terminal
+    from ..tracking.record import FILE_NAME
+
     parser = argparse.ArgumentParser(
         prog="rose-exp-report",
         description="Generate tables of run records: methods × sparsities, over paired seeds, with published values.",
@@ -49,50 +51,3 @@ def _main(arguments: Sequence[str] | None) -> None:
     except RoseExpError as error:
         print(terminal(str(error), lines=True), file=sys.stderr)
         sys.exit(1)
-
-
-def write_report(
-    folders: Sequence[Path],
-    output: Path | None = None,
-    columns: str = SPARSITY,
-    baseline: str = BASELINE,
-    allowed: Sequence[str] = (),
-) -> str:
-    """Read the records below ``folders``, write the report to ``output``, and return it as Markdown.
-
-    Skips damaged records with a warning.
-
-    Raises:
-        RoseExpError: a folder does not exist, no folder has a valid record, an option is wrong, or writing fails.
-    """
-    for folder in folders:
-        if not folder.is_dir():
-            raise RoseExpError(f"DIR: expected a folder that exists, got {folder}")
-    found = {path.resolve(): (path, record) for folder in folders for path, record in collect_records(folder)}
-    runs = [(path, record) for path, record in found.values() if _usable(path, record)]
-    if not runs:
-        damaged = any(next(folder.rglob(FILE_NAME), None) is not None for folder in folders)
-        expected = f"a {FILE_NAME} that is not damaged" if damaged else f"folders with {FILE_NAME} in them"
-        raise RoseExpError(f"DIR: expected {expected}, got none in {', '.join(map(str, folders))}")
-    report = gather([record for _, record in runs], columns, baseline, allowed)
-    output = output or folders[0] / "report"
-    text = markdown(report)
-    write_atomically(output / "report.md", text)
-    write_atomically(output / "report.csv", comma_separated(report))
-    write_atomically(output / "report.tex", latex(report))
-    sheets = sheets_of([(path.parent, record) for path, record in runs])
-    write_atomically(output / "report.html", web_page(report, studies_of([path.parent for path, _ in runs]), sheets))
-    return f"{text}\nwritten to {output.resolve()}: report.md, report.csv, report.tex, report.html"
-
-
-def _usable(path: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether a report of this record alone can be generated. If not, warn that its values are incomplete or wrong."""
-    try:
-        with values_of(path):
-            report = gather([record])
-            for generate in (markdown, comma_separated, latex):
-                generate(report)
-    except RoseExpError as error:
-        log.warning("skipped: %s", terminal(str(error)))
-        return False
-    return True

@@ -18,15 +18,23 @@ class Curvature:
 
     Attributes:
         damping: damping of the factor, as a fraction of the mean of H's diagonal.
+        hessian_used: whether the Hessian, or what is derived from it other than its diagonal, has been read since this was
+            last set to False.
     """
 
     moments: InputMoments
     damping: float
     dtype: torch.dtype
+    hessian_used: bool = False
 
-    @cached_property
+    @property
     def hessian(self) -> Tensor:
         """H = 2·E[x xᵀ], (columns, columns), not damped."""
+        self.hessian_used = True
+        return self._hessian
+
+    @cached_property
+    def _hessian(self) -> Tensor:
         return self.moments.hessian().to(self.dtype)
 
     @cached_property
@@ -37,12 +45,17 @@ class Curvature:
     @cached_property
     def dead(self) -> Tensor:
         """Dead input channels (always zero on the calibration data), (columns,) bool."""
-        return self.hessian.diagonal() == 0
+        return self._hessian.diagonal() == 0
 
-    @cached_property
+    @property
     def factor(self) -> Factor:
         """Factor of the inverse Hessian, columns left to right."""
-        return factorize(self.hessian.clone(), self.damping)
+        self.hessian_used = True
+        return self._factor
+
+    @cached_property
+    def _factor(self) -> Factor:
+        return factorize(self._hessian.clone(), self.damping)
 
     def normalized(self, damping: float) -> tuple[Tensor, Tensor]:
         """Return D⁻¹(H + λI)D⁻¹, (columns, columns), which has a unit diagonal, and D, (columns,).
@@ -76,6 +89,7 @@ class Curvature:
 
     def penalised_inverse(self, penalty: float) -> Tensor:
         """Return (H + ρI)⁻¹ for the Hessian of :attr:`spectrum`, (columns, columns); not cached."""
+        self.hessian_used = True
         values, vectors = self.spectrum
         return ((vectors / (values + penalty)) @ vectors.T).to(self.dtype)
 

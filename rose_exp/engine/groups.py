@@ -22,7 +22,7 @@ from .ranges import check_range
 Saliency = Literal["diagonal", "exact"]
 
 FUSION = 60  # k of reciprocal rank fusion, OBS-Diff's
-METHODS_OF_GROUPS = ("sparsegpt", "wanda", "magnitude")
+METHODS_OF_GROUPS = ("sparsegpt", "wanda", "magnitude")  # only the first uses the Hessian beyond its diagonal
 
 
 @dataclass(frozen=True, kw_only=True)

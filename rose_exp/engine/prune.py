@@ -48,6 +48,8 @@ class PruneResult:
             Hessian.
         dead_columns: number of dead input channels (always zero on the calibration data).
         requested: fraction of the weights to prune according to the sparsity pattern.
+        hessian_used: whether the result depends on the Hessian beyond its diagonal: through the method, refinement or a
+            regression target. Errors, which are measured with the Hessian, do not count.
     """
 
     weight: Tensor
@@ -64,6 +66,7 @@ class PruneResult:
     mask_changes: int = 0
     refinement_rejected: bool = False
     requested: float = 0.0
+    hessian_used: bool = True
 
     @property
     def stored(self) -> int:
@@ -240,7 +243,11 @@ def _solve(
     problems: Sequence[_Problem], layers: Sequence[Layer], curvature: Curvature, options: SolverOptions
 ) -> Iterator[_Attempt | torch.linalg.LinAlgError]:
     """Yield an attempt for each layer, or the error if its method fails in linear algebra."""
-    solutions = [_solution(problem.method, layer) for problem, layer in zip(problems, layers, strict=True)]
+    solutions, uses = [], []
+    for problem, layer in zip(problems, layers, strict=True):
+        curvature.hessian_used = False  # the check of ranges has read it
+        solutions.append(_solution(problem.method, layer))
+        uses.append(curvature.hessian_used)
     solved = [i for i, solution in enumerate(solutions) if isinstance(solution, Solution)]
     refined: dict[int, Refined] = {}
     if options.refine and solved:
@@ -248,7 +255,7 @@ def _solve(
         targets, kinds = [layers[i].weight for i in solved], [layers[i].sparsity for i in solved]
         refined = dict(zip(solved, refine_layers(weights, targets, masks, curvature, kinds, options.refine), strict=True))
     for i, (problem, layer, solution) in enumerate(zip(problems, layers, solutions, strict=True)):
-        yield _Attempt(problem, layer, solution, refined.get(i)) if i in solved else solution
+        yield _Attempt(problem, layer, solution, refined.get(i), uses[i]) if i in solved else solution
 
 
 def _solution(method: Method, layer: Layer) -> Solution | torch.linalg.LinAlgError:
@@ -266,8 +273,9 @@ class _Attempt:
         facts: statistics of the result, scalar float64 tensors.
     """
 
-    def __init__(self, problem: _Problem, layer: Layer, solution: Solution, refined: Refined | None):
+    def __init__(self, problem: _Problem, layer: Layer, solution: Solution, refined: Refined | None, hessian_used: bool = True):
         self.problem, self.layer, self.solution, self.refined = problem, layer, solution, refined
+        self.hessian_used = hessian_used or refined is not None or problem.goal is not problem.dense
         self.mask = (refined or solution).mask
         self.solved = self._unscaled((refined or solution).weight)
         self.weight = self.solved.to(problem.weight.dtype)
@@ -331,6 +339,7 @@ class _Attempt:
             mask_changes=int(mask_changes),
             refinement_rejected=bool(rejected),
             requested=self.problem.sparsity.ratio,
+            hessian_used=self.hessian_used,
         )
 
     def _unscaled(self, weight: Tensor) -> Tensor:

@@ -167,6 +167,8 @@ class Pruner(ABC):
             whole = last and (final or place == len(waves) - 1)
             calibration = Calibration(wave, whole, last and final, Clock(self.context.device))
             reports += self._prune_wave(unit, calibration, reports, done if final else [])
+        if len(waves) == 1 and not done:
+            return reports[len(before) :]
         by_name = {report.name: report for report in reports}
         return [by_name[name] for group in groups for name in names_of(group) if name in by_name]
 

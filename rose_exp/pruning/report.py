@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class LayerReport:
         permuted: whether the order of the input channels differs from the dense model.
         removed, groups: number of removed heads or neurons, and their number before pruning.
         requested: sparsity that the plan requests for the layer; None if it leaves the layer dense.
+        hessian_used: whether the result depends on the Hessian beyond its diagonal, see :class:`rose_exp.engine.PruneResult`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class LayerReport:
     removed: int = 0
     groups: int = 0
     requested: float | None = None
+    hessian_used: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -117,20 +120,23 @@ def report_of(name: str, result: PruneResult, tokens: int, seconds: float, saved
         mask_changes=result.mask_changes,
         refinement_rejected=result.refinement_rejected,
         requested=result.requested,
+        hessian_used=result.hessian_used,
         **more,
     )
 
 
-def events(report: LayerReport, damping: float, block_size: int = 128) -> list[dict[str, Any]]:
+def events(report: LayerReport, damping: float, block_size: int = 128, studied: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the warnings for a layer, each with ``kind``, ``layer`` and ``detail``, for the run record.
 
     Args:
         damping, block_size: values of the plan.
+        studied: patterns of the layers whose order is studied, for which the study uses the Hessian.
     """
+    hessian_used = report.hessian_used or any(fnmatchcase(report.name, pattern) for pattern in studied)
     occurrences = []
     if report.fallback is not None:
         occurrences.append(("starved_expert", f"{report.tokens} tokens were routed to it: {report.fallback}"))
-    elif report.tokens < report.columns:
+    elif hessian_used and report.tokens < report.columns:
         occurrences.append(("rank_deficient", f"{report.tokens} tokens for a Hessian of {report.columns} columns"))
     if report.dead_columns:
         occurrences.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs are always zero"))

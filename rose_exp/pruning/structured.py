@@ -112,6 +112,7 @@ def prune_structure(structure: Structure, moments: Mapping[str, InputMoments], p
             removed=int(result.removed.sum()),
             groups=structure.groups,
             requested=sparsity.ratio,
+            hessian_used=method == "sparsegpt",
         )
         for part, weight, error in zip(structure.consumers, result.weights, result.errors, strict=True)
     ]

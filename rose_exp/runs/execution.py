@@ -15,6 +15,7 @@ from ..pruning import FirstBlock
 from ..report import format_table
 from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
+from ..runtime.signals import check, handle_signals
 from ..settings.schema import Settings
 from ..tracking import Identity, read_record
 from ..tracking.reading import values_of
@@ -55,7 +56,12 @@ def do_run(
             return run_experiment(settings, dict(config), folder, identity, first_block)
         log.info("%s is finished already: %s", settings.label, RunFolder(folder).record)
         with values_of(RunFolder(folder).record):
-            return supplement(earlier, settings, config, folder, identity) if ranks.first else earlier
+            if not ranks.first:
+                return earlier
+            with handle_signals():  # figures and records are completed before a signal stops the process
+                record = supplement(earlier, settings, config, folder, identity)
+                check()
+            return record
 
 
 def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:

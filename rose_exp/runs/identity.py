@@ -66,6 +66,5 @@ def _resolved_run_id(*, _root_: DictConfig) -> str:
 
 
 def register_resolver() -> None:
-    """Register ``${run_id:}`` and ``${unstructured_else:PATTERN,A,B}``, which is A for an unstructured pattern and else B."""
+    """Register ``${run_id:}``. Reading the settings registers the other resolvers of the configuration files."""
     OmegaConf.register_new_resolver("run_id", _resolved_run_id, replace=True)
-    OmegaConf.register_new_resolver("unstructured_else", lambda kind, a, b: a if kind == "unstructured" else b, replace=True)

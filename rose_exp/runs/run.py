@@ -54,31 +54,43 @@ def run_experiment(
     """
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
-    record = RunRecord(folder, config, settings.label, run_id(settings), kept=ranks.first)
-    identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
-    tracker = FailSafeTracker(settings.tracking, record, identity, folder, settings.tags)
-    try:
-        run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
-        with interruption.handle_signals(), ExitStack() as stack:
-            run.prepare(stack)
-            run.load()
-            if settings.pruned:
-                run.prune()
-            run.measure()
-            run.finish()
-    except BaseException as error:
-        record.fail(error)
-        tracker.finish(failed=True)
+    with interruption.handle_signals():
+        record = RunRecord(folder, config, settings.label, run_id(settings), kept=ranks.first)
+        identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
+        tracker = FailSafeTracker(settings.tracking, record, identity, folder, settings.tags)
+        try:
+            run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
+            _execute(run)
+        except BaseException as error:
+            interruption.leave()
+            record.fail(error)
+            tracker.finish(failed=True)
+            record.write()
+            raise
+        interruption.leave()
+        record.finish()
+        model = run.folder.model
+        tracker.log("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
+        tracker.finish(failed=False)
         record.write()
-        raise
-    record.finish()
-    model = run.folder.model
-    tracker.log("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
-    tracker.finish(failed=False)
-    record.write()
-    if run.state is not None:
-        run.state.delete()
+        if run.state is not None:
+            run.state.delete()
+        interruption.check()  # the run is finished, but not the sweep
     return record.data
+
+
+def _execute(run: Run) -> None:
+    """Run all stages. A signal stops the run between layers and stages."""
+    with ExitStack() as stack:
+        run.prepare(stack)
+        run.check_signals()
+        run.load()
+        run.check_signals()
+        if run.settings.pruned:
+            run.prune()
+        run.check_signals()
+        run.measure()
+        run.finish()
 
 
 def _kind(settings: Settings) -> type[Run]:
@@ -160,9 +172,14 @@ class Run(ABC):
         with self.watch.stage("pruning"):
             reports = self.prune_layers(context)
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(context.seconds).items()}
-        engine = settings.engine
-        warnings = [event for report in reports for event in events(report, engine.damping, engine.block_size)]
+        engine, studied = settings.engine, settings.figures.study
+        warnings = [event for report in reports for event in events(report, engine.damping, engine.block_size, studied)]
         record.pruned([report.as_dict() for report in reports], warnings, bool(settings.reorder))
+
+    def check_signals(self) -> None:
+        """Stop here if a signal has requested it, unless other processes would wait for this one."""
+        if self.ranks.size == 1:
+            interruption.check()
 
     def finish(self) -> None:
         """Save the model, log the results and draw the figures."""

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -16,6 +17,19 @@ from ..runtime.errors import suggest
 from ..runtime.redaction import redact
 from ..runtime.wheels import WHEELS
 from .section import fields_of, is_section
+
+UNQUOTED_PATTERN = 'YAML reads an unquoted N:M such as 2:4 as a number; write it in quotes, "2:4"'
+
+
+def unquoted_pattern(value: object) -> str | None:
+    """Return the N:M pattern that YAML has read as a number, or None if ``value`` is not such a number.
+
+    YAML 1.1 reads N:M with M below 60 as N · 60 + M, so both can be recovered. Other patterns are text in YAML as well.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    pruned, group = divmod(value, 60)
+    return f"{pruned}:{group}" if 1 <= pruned <= group else None
 
 
 def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
@@ -36,6 +50,8 @@ def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
     if kind == "literal_error":
         hint = suggest(mistake["input"], re.findall(r"'([^']+)'", context["expected"]))
         return f"{setting}: expected {context['expected']}, {got}{hint}"
+    if kind == "string_too_short":
+        return f"{setting}: expected text that is not empty, {got}"
     bounds = {
         "greater_than_equal": "at least {ge:g}",
         "less_than_equal": "at most {le:g}",
@@ -47,8 +63,17 @@ def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
         kind = "finite_number"
     if kind in bounds:
         return f"{setting}: expected {bounds[kind].format(**context)}, {got}"
+    if kind == "string_type":
+        return f"{setting}: expected text, {got}{_quotes_hint(setting, mistake['input'])}"
     expected = mistake["msg"].removeprefix("Input should be ").split(",")[0]
     return f"{setting}: expected {expected}, {got}"
+
+
+def _quotes_hint(setting: str, value: Any) -> str:
+    """Return a hint for text that YAML reads as a value of another type."""
+    if setting.endswith(".pattern") and (pattern := unquoted_pattern(value)) is not None:
+        return f', which is how YAML reads {pattern} without quotes; write "{pattern}"'
+    return f'; text that looks like another type needs quotes, "{value}"' if isinstance(value, (bool, int, float, date)) else ""
 
 
 def _nearest_choice(message: str) -> str:

@@ -21,9 +21,12 @@ from .compatibility import STRUCTURED, kind_problems, structured_problems
 from .diffusion import Built, DiffusionSettings, ImagesSettings, ModelKind, Omissible
 from .messages import embedded_problem, explain, file_problem, looks_local
 from .pruning import DENSE, MethodSettings, PipelineSettings, SparsitySettings
+from .resolvers import register_resolvers
 from .section import Section, is_section, problems_of
 from .texts import Bos, CalibrationSettings, PerplexitySettings
 from .tracking import TrackingSettings
+
+register_resolvers()  # everything that reads a configuration file imports this module
 
 
 class ModelSettings(Section):
@@ -212,6 +215,13 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def applied(config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return a resolved configuration without a ratio that its N:M pattern ignores, so that a record contains what was done."""
+    if settings.sparsity.contradiction("sparsity") is None:
+        return dict(config)
+    return {**config, "sparsity": {**config["sparsity"], "ratio": None}}
 
 
 def _missing(config: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
-from hydra.errors import CompactHydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from ..runtime.errors import RoseExpError
+from ..runtime.redaction import redacted
 from ..settings.effects import without, without_effect
 from ..settings.leaves import flat
+from .search import NOTHING_TO_SEARCH, WHERE, SearchError, distribution
+from .study import exclusive, open_study, storage_errors
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -32,11 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_FAILED = 5  # consecutive failed trials
-LOG = "log"  # tag(log, interval(a, b)): search on a logarithmic scale
-
-
-class SearchError(RoseExpError, CompactHydraException):
-    """A search cannot continue. Hydra prints the message without a traceback."""
 
 
 class OptunaSweeper(Sweeper):
@@ -74,16 +69,24 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the remaining trials of the study in batches.
+        """Run the remaining trials of the study in batches. Exit with an error message if the search cannot continue."""
+        folder = Path(self.config.hydra.sweep.dir)
+        try:
+            with exclusive(self.storage, self.study_name, folder), storage_errors(self.storage):
+                self._search(arguments, folder)
+        except SearchError as error:
+            print(redacted(str(error)), file=sys.stderr)
+            sys.exit(1)  # an exception would pass through Hydra, which adds how to show a traceback
 
-        Raises:
-            SearchError: the study of that name has other settings, or too many consecutive trials have failed.
-        """
+    def _search(self, arguments: Sequence[str], folder: Path) -> None:
+        """Raise SearchError if the study has other settings, or too many consecutive trials have failed."""
+        import optuna
         from optuna.trial import TrialState
 
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         fixed, space = self._space(arguments)
-        study = self._study(fixed, space)
+        study = open_study(self.storage, self.study_name, self.direction, self._fingerprint(fixed, space), folder)
+        count = len(study.get_trials(deepcopy=False))
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + count)  # a resumed study does not repeat draws
         failed = 0
         while (remaining := self.n_trials - len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) > 0:
             trials = [study.ask(space) for _ in range(min(self.n_jobs, remaining))]
@@ -95,7 +98,7 @@ class OptunaSweeper(Sweeper):
                 self._report(study, trial, value)
             failed = 0 if any(value is not None for value in values) else failed + len(trials)
             if failed >= MAX_FAILED:
-                raise SearchError(f"hydra.sweeper: the last {failed} trials of study {self.study_name} have failed")
+                raise SearchError(f"{WHERE}: the last {failed} trials of study {self.study_name} have failed")
         best = study.best_trial
         settings = " ".join(f"{name}={value}" for name, value in best.params.items())
         print(f"\nbest of {self.n_trials} trials: {self.metric} {best.value:.4g} with {settings}\nstudy: {self.storage}")
@@ -106,7 +109,7 @@ class OptunaSweeper(Sweeper):
         if metrics is None:
             return None
         if self.metric not in metrics:
-            raise SearchError(f"hydra.sweeper.metric: expected one of {', '.join(metrics)}, got {self.metric!r}")
+            raise SearchError(f"{WHERE}.metric: expected one of {', '.join(metrics)}, got {self.metric!r}")
         value = float(metrics[self.metric])
         return value if math.isfinite(value) else None
 
@@ -130,37 +133,12 @@ class OptunaSweeper(Sweeper):
         for override in [*overrides, *added]:
             if override.is_sweep_override():
                 present = OmegaConf.select(self.config, override.key_or_group, throw_on_missing=False)
-                space[override.get_key_element()] = _distribution(override, whole=type(present) is int)
+                space[override.get_key_element()] = distribution(override, whole=type(present) is int)
             else:
                 fixed.append(override.input_line)
         if not space:
-            raise SearchError("hydra.sweeper.params: expected a setting to search, such as engine.damping=interval(0.001,0.1)")
+            raise SearchError(NOTHING_TO_SEARCH)
         return fixed, space
-
-    def _study(self, fixed: Sequence[str], space: Mapping[str, BaseDistribution]) -> Study:
-        """Create or load the study, and enqueue interrupted trials again."""
-        import optuna
-        from optuna.trial import TrialState
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=self.storage, study_name=self.study_name, direction=self.direction, load_if_exists=True
-        )
-        trials = study.get_trials(deepcopy=False)
-        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(trials))  # a resumed study does not repeat draws
-        searched = self._fingerprint(fixed, space)
-        if study.user_attrs.setdefault("searched", searched) != searched:
-            raise SearchError(
-                f"hydra.sweeper.study_name: study {self.study_name!r} in {self.storage} has other settings; choose another name"
-            )
-        study.set_user_attr("searched", searched)
-        for trial in trials:
-            if trial.state == TrialState.RUNNING:
-                study.tell(trial.number, state=TrialState.FAIL)
-                study.enqueue_trial(trial.params)
-        if trials:
-            log.info("resuming study %s after %d trials", self.study_name, len(trials))
-        return study
 
     def _fingerprint(self, fixed: Sequence[str], space: Mapping[str, BaseDistribution]) -> str:
         """Return a hash of the settings that the trials share and of the search space."""
@@ -177,33 +155,10 @@ class OptunaSweeper(Sweeper):
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _distribution(override: Override, whole: bool = False) -> BaseDistribution:
-    """Return the search distribution of an override.
-
-    Args:
-        whole: whether the setting is an integer, so that an interval contains integers only.
-    """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    value, name = override.value(), override.key_or_group
-    by_magnitude = LOG in getattr(value, "tags", ())
-    if isinstance(value, IntervalSweep):
-        if whole:
-            return IntDistribution(math.ceil(value.start), math.floor(value.end), log=by_magnitude)
-        return FloatDistribution(value.start, value.end, log=by_magnitude)
-    if isinstance(value, RangeSweep):
-        steps = list(override.sweep_iterator())
-        kind = IntDistribution if all(isinstance(step, int) for step in steps) else FloatDistribution
-        return kind(steps[0], steps[-1], step=value.step)
-    if isinstance(value, ChoiceSweep):
-        return CategoricalDistribution([Override._get_value_element_as_str(choice) for choice in override.sweep_iterator()])
-    raise SearchError(f"{name}: expected an interval, a range or a choice to search, got {override.input_line!r}")
-
-
 def register_sweeper() -> None:
     """Register the sweeper with Hydra under a module name in ``hydra_plugins``, the only package for Hydra's plugins."""
     package = "hydra_plugins"
-    if importlib.util.find_spec(package) is None:  # no plugin is installed
+    if package not in sys.modules and importlib.util.find_spec(package) is None:  # no plugin is installed
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []
     name = f"{package}.rose_exp"

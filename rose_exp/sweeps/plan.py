@@ -24,6 +24,9 @@ OUTPUTS = Path("outputs")  # parent folder of single runs
 def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
     """Return a table with one line per job: its run ID, its state, and its estimated time and memory."""
     folder = sweep or OUTPUTS
+    notes = list(
+        dict.fromkeys(f"{job.name}: ignores sparsity.ratio, which its N:M pattern implies" for job in jobs if job.ignored)
+    )
     records = [record for _, record in collect_records(folder)] if folder.is_dir() else []
     device = torch.device("cuda" if jobs[0].settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     rates: dict[str, Rates] = {}
@@ -38,7 +41,7 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
             except RoseExpError as error:
                 shapes[key] = str(error)
         shape = shapes[key]
-        if not _to_do(job, folder):
+        if not _to_do(job, job.folder(sweep) or folder / job.run_id):
             rows.append((job.name, job.run_id, "finished already", "", ""))
         elif job.run_id in planned:
             rows.append((job.name, job.run_id, "as an earlier job", "", ""))
@@ -71,13 +74,13 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
         lines.append("excluding perplexity on whole texts (windows: null), whose lengths are unknown")
     if any(job.settings.evaluation.zero_shot.tasks for job in jobs):
         lines.append("excluding zero-shot tasks, whose time depends on their questions")
+    lines += notes
     lines += [f"memory and time unknown: {shape[:200]}" for shape in shapes.values() if isinstance(shape, str)]
     return "\n".join(lines)
 
 
-def _to_do(job: Job, folder: Path) -> bool:
+def _to_do(job: Job, run_folder: Path) -> bool:
     """Return whether a job has to run, because no finished run can be reused."""
-    run_folder = folder / job.run_id
     if job.settings.rerun or not (run_folder / FILE_NAME).exists():
         return True
     record = read_record(run_folder / FILE_NAME)

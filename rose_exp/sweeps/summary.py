@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,13 @@ class Outcome:
     record: dict[str, Any] | None
 
 
-def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: bool = False) -> list[Outcome]:
+def outcomes(
+    jobs: Sequence[tuple[str, str]],
+    sweep: Path,
+    started: str,
+    rerun: bool = False,
+    expected: Mapping[str, Path] | None = None,
+) -> list[Outcome]:
     """Return the outcome of each job.
 
     Args:
@@ -42,11 +48,16 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
         sweep: the folder that holds the jobs' folders.
         started: when the sweep started, in the format of run records.
         rerun: whether the command reuses nothing.
+        expected: the folders of runs by run ID, where they are known in advance; the others are named by the run ID.
     """
-    folders = {identity: sweep / identity for _, identity in jobs}
-    if any(not (folder / FILE_NAME).exists() for folder in folders.values()):  # hydra.sweep.subdir can set other names
-        records = [(path.parent, _read(path)[0]) for path in sorted(sweep.glob(f"*/{FILE_NAME}"))]
-        folders |= {record["run_id"]: folder for folder, record in records if record and record.get("run_id") in folders}
+    folders = {identity: sweep / identity for _, identity in jobs} | dict(expected or {})
+    missing = {identity for identity, folder in folders.items() if not (folder / FILE_NAME).exists()}
+    if missing:  # hydra.sweep.subdir can set names that Hydra computes later
+        found = [(path.parent, _read(path)[0]) for path in sweep.rglob(FILE_NAME)]
+        records = [(folder, record) for folder, record in found if record]
+        for folder, record in sorted(records, key=lambda item: str(item[1].get("started"))):
+            if record.get("run_id") in missing:
+                folders[record["run_id"]] = folder  # the latest one
     results: list[Outcome] = []
     seen = set()
     for name, identity in jobs:
@@ -56,7 +67,7 @@ def outcomes(jobs: Sequence[tuple[str, str]], sweep: Path, started: str, rerun: 
         if state == "reused" and rerun:
             state, reason = "not run", "its record is from an earlier command"
         if identity in seen and state == "ran":
-            state = "reused"  # equal to an earlier job
+            state, reason = "reused", "equal to an earlier job"
         seen.add(identity)
         results.append(Outcome(name, state, reason, folders[identity], record))
     return results

@@ -121,3 +121,22 @@ def test_unreachable_hub_is_reported(small, tmp_path):
     assert "model.path: cannot load 'meta-llama/Llama-2-7b-hf'" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"
+
+
+def test_relative_paths_refer_to_the_folder_of_the_command(small, shared, tmp_path):
+    """With hydra.job.chdir=true, Hydra changes to the folder of the run."""
+    (tmp_path / "data").symlink_to(shared / "data")
+    relative = [argument.replace(str(shared / "data"), "data") for argument in small]
+    done = rose_exp(*relative, "hydra.job.chdir=true", "hydra.run.dir=out/put", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "out/put/run.json").read_text())["status"] == "finished"
+    assert not (tmp_path / "out/put/out").exists()
+
+
+@pytest.mark.parametrize("subdir", ["a/${run_id:}", "a/${hydra.job.num}", "a/${now:%f}-${hydra.job.num}"])
+def test_table_of_a_sweep_finds_jobs_in_any_folder(subdir, small, tmp_path):
+    jobs = [*small, "seed=0,1", "figures.draw=false", "pipeline.layers=['*.0.mlp.*']", f"hydra.sweep.subdir={subdir}"]
+    done = rose_exp("-m", *jobs, "hydra.sweep.dir=out/${now:%H-%M-%S}", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ran, of 2 jobs" in done.stdout
+    assert len(list(tmp_path.glob("out/*/a/*/run.json"))) == 2

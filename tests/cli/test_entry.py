@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rose_exp.cli.entry import GROUPS, help_text
+from rose_exp.cli.help import GROUPS, help_text
 from rose_exp.cli.paths import config_folder
 
 from ..conftest import REPOSITORY

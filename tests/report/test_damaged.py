@@ -7,9 +7,10 @@ import random
 
 import pytest
 
-from rose_exp.cli.report import main, write_report
+from rose_exp.cli.report import main
 from rose_exp.report import collect_records
 from rose_exp.report.figures import read_studies
+from rose_exp.report.files import write_report
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.tracking import read_record
 from rose_exp.tracking.reading import LARGEST, REMEDY

@@ -11,7 +11,8 @@ import subprocess
 
 import pytest
 
-from rose_exp.cli.report import main, write_report
+from rose_exp.cli.report import main
+from rose_exp.report.files import write_report
 from rose_exp.report.gather import gather
 from rose_exp.report.page import web_page
 from rose_exp.report.text import comma_separated, latex, markdown

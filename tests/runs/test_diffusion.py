@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 import rose_exp
 import rose_exp.diffusion
 from rose_exp.cli.command import check_command
-from rose_exp.cli.report import write_report
 from rose_exp.engine.weighting import StepWeighting
+from rose_exp.report.files import write_report
 from rose_exp.runs import diffusion as experiment
 from rose_exp.runtime.errors import RoseExpError, SettingsError
 from rose_exp.tracking import read_record

@@ -1,0 +1,69 @@
+"""The text of ``rose-exp --help``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .paths import config_folder
+
+GROUPS = {  # the groups of conf/ in the order of a run, with their descriptions for --help
+    "model": "the model to prune",
+    "method": "the pruning method",
+    "reorder": "the order in which SparseGPT prunes columns and blocks",
+    "sparsity": "the sparsity and its pattern",
+    "calibration": "the calibration data",
+    "evaluation": "the metrics of the pruned model; [a,b] selects several",
+    "engine": "numerical options of the layer solver",
+    "refine": "post-pruning refinement",
+    "allocation": "sparsity allocation across layers",
+    "target": "the layers' regression target",
+    "tracking": "the experiment tracker, in addition to the run record",
+    "experiment": "a complete study: choices of the groups above and the axes of its sweep",
+    "debug": "a tiny version of any run, as a smoke test",
+    "hydra/launcher": "where the jobs of a sweep run (default: one after the other in this process)",
+    "hydra/sweeper": "how a sweep chooses its jobs (default: every combination)",
+}
+USAGE = """rose-exp: one-shot pruning of large language and diffusion models
+
+  rose-exp SETTING=VALUE …                    start one run in outputs/RUN_ID; RUN_ID is a hash of the settings
+  rose-exp -m SETTING=A,B … experiment=NAME   sweep over all combinations; finished runs are reused
+  rose-exp … plan=true                        list the jobs with estimated time and memory, without running them
+  rose-exp … --cfg job                        print the composed configuration, without running it
+  rose-exp-report DIR …                       generate tables and figures from finished runs
+  eval "$(rose-exp -sc install=bash)"         enable tab completion (bash, zsh, fish)
+
+Set a whole group with GROUP=CHOICE, and a single setting with GROUP.NAME=VALUE. Groups and their choices:
+"""
+
+
+def help_text() -> str:
+    """Return the usage, every group with its choices, and the ungrouped settings.
+
+    The first sentence of a choice's file describes it.
+    """
+    lines = [USAGE]
+    for group, description in GROUPS.items():
+        choices = sorted(p for p in (config_folder() / group).glob("*.yaml") if not p.stem.startswith("_"))
+        width = max(len(path.stem) for path in choices)
+        lines.append(f"{group}: {description}")
+        lines += [f"  {path.stem.ljust(width)}  {_first_sentence(path)}" for path in choices]
+        lines.append("")
+    lines += ["Ungrouped settings with their defaults (--hydra-help lists Hydra's own options):", *_single_settings()]
+    return "\n".join(lines)
+
+
+def _first_sentence(path: Path) -> str:
+    comments = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            comments.append(line.removeprefix("#").strip())
+    text = " ".join(comments).partition(" reproduces:")[0].strip()
+    return re.split(r"(?<=[^.A-Z][.;]) (?=[A-Z(])|: (?=rose-exp)", text)[0].rstrip(";")
+
+
+def _single_settings() -> list[str]:
+    text = (config_folder() / "config.yaml").read_text(encoding="utf-8").partition("\nhydra:")[0]
+    return [f"  {line}" for line in ("pipeline:" + text.partition("\npipeline:")[2]).splitlines() if line]
