@@ -7,9 +7,8 @@ from ..runtime import quiet  # noqa: F401  isort: skip
 import atexit
 import logging
 import os
-import shutil
 import sys
-import tempfile
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from ..report import format_table
 from ..report.terminal import show_config
 from ..runs.identity import register_resolver, run_id
 from ..runtime.errors import RoseExpError, SettingsError
+from ..runtime.files import scratch_folder
 from ..runtime.ranks import launched, process_group
 from ..runtime.redaction import guard_logs, redacted
 from ..runtime.signals import EXIT_STATUS, Interrupted
@@ -142,9 +142,10 @@ def _identity(hydra_config: DictConfig) -> Identity | None:
 def _silence_hydra() -> None:
     """Disable Hydra's output of this process, because only the first rank prints and writes files."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-    scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra always writes a file of the sweep
+    stack = ExitStack()
+    scratch = stack.enter_context(scratch_folder())  # Hydra always writes a file of the sweep
     sys.argv += ["hydra.run.dir=.", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    atexit.register(stack.close)
 
 
 @cache

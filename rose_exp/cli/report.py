@@ -13,7 +13,8 @@ from ..report.page import sheets_of, studies_of, web_page
 from ..report.table import collect_records
 from ..report.text import comma_separated, latex, markdown
 from ..runtime.errors import RoseExpError
-from ..tracking.record import FILE_NAME, write_atomically
+from ..runtime.files import write_text
+from ..tracking.record import FILE_NAME
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,9 +61,9 @@ def write_report(
     report = gather([record for _, record in runs], columns, baseline, allowed)
     output = output or folders[0] / "report"
     text = markdown(report)
-    write_atomically(output / "report.md", text)
-    write_atomically(output / "report.csv", comma_separated(report))
-    write_atomically(output / "report.tex", latex(report))
+    write_text(output / "report.md", text)
+    write_text(output / "report.csv", comma_separated(report))
+    write_text(output / "report.tex", latex(report))
     sheets = sheets_of([(path.parent, record) for path, record in runs])
-    write_atomically(output / "report.html", web_page(report, studies_of([path.parent for path, _ in runs]), sheets))
+    write_text(output / "report.html", web_page(report, studies_of([path.parent for path, _ in runs]), sheets))
     return f"{text}\nwritten to {output.resolve()}: report.md, report.csv, report.tex, report.html"

@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..tracking.record import write_atomically
+from ..runtime.errors import RoseExpError
+from ..runtime.files import write_text, written
 
 FOLDER = "figures"
 SHEET = "contact_sheet.png"  # written by diffusion runs
@@ -22,7 +23,7 @@ MARKERS = "osD^vP*X"
 def write_study(folder: Path, name: str, study: Mapping[str, Any]) -> Path:
     """Save the results of a study of the layer ``name`` for later drawing, and return the path."""
     path = folder / FOLDER / f"{name}.json"
-    write_atomically(path, json.dumps({"layer": name, **study}) + "\n")
+    write_text(path, json.dumps({"layer": name, **study}) + "\n")
     return path
 
 
@@ -39,8 +40,11 @@ def draw_figures(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    try:
+        with written(path) as place:
+            FigureCanvasAgg(figure).print_png(str(place))
+    except OSError as error:
+        raise RoseExpError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 

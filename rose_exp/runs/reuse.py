@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ..report.figures import FOLDER, SHEET, STUDIES, draw_figures
+from ..runtime.files import write_text
 from ..runtime.redaction import redacted
 from ..settings.effects import complete, effective, within
 from ..settings.schema import Settings, TrackingSettings
 from ..tracking import FailSafeTracker, Identity
-from ..tracking.record import write_atomically
 from .folder import RunFolder
 
 
@@ -68,7 +68,7 @@ def supplement(
     model = RunFolder(folder).model
     tracker.log("keep", RunFolder(folder).record, model if settings.tracking.save_model and model.exists() else None)
     tracker.finish(failed=False)
-    write_atomically(RunFolder(folder).record, redacted(json.dumps(data, indent=1, allow_nan=True)) + "\n")
+    write_text(RunFolder(folder).record, redacted(json.dumps(data, indent=1, allow_nan=True)) + "\n")
     return data
 
 

@@ -22,6 +22,7 @@ from ..settings.schema import Settings
 from ..tracking import FailSafeTracker, Identity, RunRecord, Stopwatch, environment
 from .folder import RunFolder
 from .identity import identifying, run_id
+from .leftovers import clean
 from .preparation import find_device, resolved_backend
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ def run_experiment(
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
     tracker = FailSafeTracker(settings.tracking, record, identity, folder, settings.tags)
     try:
-        run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
         with interruption.handle_signals(), ExitStack() as stack:
+            run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
             run.prepare(stack)
             run.load()
             if settings.pruned:
@@ -75,8 +76,8 @@ def run_experiment(
     tracker.log("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
     tracker.finish(failed=False)
     record.write()
-    if run.state is not None:
-        run.state.delete()
+    if ranks.first:
+        clean(run.folder, finished=True)
     return record.data
 
 

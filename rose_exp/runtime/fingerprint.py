@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from .files import write_text
 from .wheels import cache_folder, file_sha256
 
 # the parts of this package that cannot change a result
@@ -41,10 +41,7 @@ def content_sha256(path: Path) -> str:
     if (cached := _read_entry(entry, key)) is not None:
         return cached
     digest = file_sha256(path)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    scratch = entry.with_suffix(f".{os.getpid()}")
-    scratch.write_text(_entry(key, digest), encoding="ascii")
-    os.replace(scratch, entry)
+    write_text(entry, _entry(key, digest))
     return digest
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 
 from ..runtime.errors import RoseExpError
+from ..runtime.files import write_text
 from ..runtime.redaction import redacted
 from ..runtime.signals import Interrupted
 
@@ -73,7 +72,7 @@ class RunRecord:
         self.data["peak_memory_bytes"] = peak_memory()
         if not self.kept:
             return
-        write_atomically(self.path, redacted(json.dumps(self.data, indent=1, allow_nan=True)) + "\n")
+        write_text(self.path, redacted(json.dumps(self.data, indent=1, allow_nan=True)) + "\n")
 
     def measured(self, name: str, value: float, standard_error: float | None = None) -> None:
         """Record a metric, and its standard error under the same name if it is known."""
@@ -174,26 +173,6 @@ def versions() -> dict[str, str | None]:
 
 def library_versions(names: Iterable[str]) -> dict[str, str | None]:
     return {name: _version(name) for name in names}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically.
-
-    Raises:
-        RoseExpError: the file cannot be written.
-    """
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8") as file:
-            scratch = file.name
-            file.write(text)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except OSError as error:
-        if scratch is not None and os.path.exists(scratch):
-            os.unlink(scratch)
-        raise RoseExpError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def now() -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..runtime.files import written
 from ..settings.schema import TrackingSettings
 from .record import RunRecord
 
@@ -167,7 +168,7 @@ class Csv:
         self.file.flush()
 
     def results(self, metrics: Mapping[str, float], layers: Sequence[Mapping[str, Any]]) -> None:
-        with (self.folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        with written(self.folder / "metrics.csv") as place, place.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["metric", "value"])
             writer.writerows(metrics.items())
