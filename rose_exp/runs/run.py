@@ -17,9 +17,11 @@ from ..pruning.state import Resume
 from ..report.figures import draw_figures, write_study
 from ..runtime import signals as interruption
 from ..runtime.fingerprint import code_sha256
+from ..runtime.heap import return_freed_memory
 from ..runtime.ranks import Ranks
 from ..settings.schema import Settings
 from ..tracking import FailSafeTracker, Identity, RunRecord, Stopwatch, environment
+from .exhaustion import explained
 from .folder import RunFolder
 from .identity import identifying, run_id
 from .leftovers import clean
@@ -52,13 +54,14 @@ def run_experiment(
         RoseExpError: an error outside the code. The record has status ``failed`` and the error.
         Interrupted: a signal has stopped the run. The record has status ``interrupted``; running again resumes.
     """
+    return_freed_memory()
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
     record = RunRecord(folder, config, settings.label, run_id(settings), kept=ranks.first)
     identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
     tracker = FailSafeTracker(settings.tracking, record, identity, folder, settings.tags)
     try:
-        with interruption.handle_signals(), ExitStack() as stack:
+        with explained(record.data), interruption.handle_signals(), ExitStack() as stack:
             run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
             run.prepare(stack)
             run.load()
