@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from rose_exp.engine import InputMoments, Ordering, SemiStructured, Unstructured, prune_layer
 from rose_exp.engine.kernels.backends import resolve
-from rose_exp.tracking.record import write_atomically
+from rose_exp.runtime.files import write_text
 
 SMOLLM2 = ["576x576", "192x576", "1536x576", "576x1536"]
 
@@ -122,7 +122,7 @@ def main() -> None:
     print(table(results))
     if arguments.json:
         hardware = published.hardware(device)
-        write_atomically(arguments.json, json.dumps({"hardware": hardware, "results": results}, indent=1) + "\n")
+        write_text(arguments.json, json.dumps({"hardware": hardware, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rose_exp.engine import InputMoments, Ordering, SparseGPT, Unstructured, prune_layer
 from rose_exp.models import find_blocks, load_model
 from rose_exp.pruning import PassSeconds, PruneContext, PruningPlan, prune_model
+from rose_exp.runtime.files import write_text
 from rose_exp.settings.schema import ModelSettings
-from rose_exp.tracking.record import write_atomically
 
 SHAPES = {  # hidden size, MLP width, layers, heads, key-value heads, vocabulary
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
@@ -166,7 +166,7 @@ def main() -> None:
         settings = {key: str(value) for key, value in vars(arguments).items() if key != "json"}
         found = {"hardware": published.hardware(torch.device(arguments.device)), "settings": settings}
         found |= {"results": results, "ratios": ratios, "host_peak_bytes": peak}
-        write_atomically(arguments.json, json.dumps(found, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, MistralConfig
 
 from rose_exp.cli.command import check_command
 from rose_exp.models import ModelShape, shape_of
-from rose_exp.runs.memory import Footprint, Placement, check_fits, footprint, gib
+from rose_exp.runs.fitting import check_fits
+from rose_exp.runs.memory import Footprint, Placement, footprint, gib
 
 GIB = 2**30
 MODELS = {

@@ -11,11 +11,10 @@ import logging
 import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
-from functools import cache, partial
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from ..report.terminal import show_config
 from ..runs.identity import register_resolver, run_id
 from ..runtime.errors import RoseExpError, SettingsError
 from ..runtime.escaping import terminal
+from ..runtime.files import scratch_folder
 from ..runtime.output import guard_logs, redacted_output
 from ..runtime.ranks import launched, process_group
 from ..runtime.redaction import redacted
@@ -181,10 +181,11 @@ def _identity(hydra_config: DictConfig) -> Identity | None:
 def _silence_hydra() -> None:
     """Disable Hydra's output of this process, because only the first rank prints and writes files."""
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-    scratch = tempfile.mkdtemp(prefix="rose_exp-rank-")  # Hydra always writes a file of the sweep
+    stack = ExitStack()
+    scratch = stack.enter_context(scratch_folder())  # Hydra always writes a file of the sweep
     sys.argv += ["hydra.run.dir=.", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
     for register in (atexit.register, exits.cleanups.append):
-        register(partial(shutil.rmtree, scratch, ignore_errors=True))
+        register(stack.close)
 
 
 @cache

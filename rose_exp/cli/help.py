@@ -31,6 +31,7 @@ USAGE = """rose-exp: one-shot pruning of large language and diffusion models
   rose-exp … plan=true                        list the jobs with estimated time and memory, without running them
   rose-exp … --cfg job                        print the composed configuration, without running it
   rose-exp-report DIR …                       generate tables and figures from finished runs
+  rose-exp-clean DIR …                        remove what killed runs left behind
   eval "$(rose-exp -sc install=bash)"         enable tab completion (bash, zsh, fish)
 
 Set a whole group with GROUP=CHOICE, and a single setting with GROUP.NAME=VALUE. Groups and their choices:

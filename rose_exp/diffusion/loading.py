@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from ..models.saving import whole_or_not
 from ..runtime.errors import RoseExpError, suggest
+from ..runtime.files import scratch_folder
 from ..runtime.fingerprint import folder_sha256
 from ..runtime.outside import outside_errors, read_json_object
 from ..settings.schema import ModelSettings
@@ -94,13 +94,13 @@ def _readable(folder: Path) -> Iterator[Path]:
     if not absent:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="rose_exp-pipeline-") as scratch:
+    with scratch_folder() as scratch:
         for path in folder.iterdir():
             if path.name != INDEX:
-                (Path(scratch) / path.name).symlink_to(path.resolve())
+                (scratch / path.name).symlink_to(path.resolve())
         text = json.dumps(index | {name: [None, None] for name in absent})
-        (Path(scratch) / INDEX).write_text(text, encoding="utf-8")
-        yield Path(scratch)
+        (scratch / INDEX).write_text(text, encoding="utf-8")
+        yield scratch
 
 
 def _leave_out(pipeline: Any, omitted: Sequence[str]) -> None:

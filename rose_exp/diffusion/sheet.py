@@ -9,6 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..runtime.files import written
+
 INCHES = 1.9  # size of an image
 LETTERS = 26  # maximum line length of prompts and labels
 
@@ -36,6 +38,6 @@ def draw_sheet(dense: Tensor, pruned: Tensor, prompts: Sequence[str], label: str
                 place.set_title("\n".join(textwrap.wrap(prompts[column], LETTERS)[:3]), fontsize=7)
             if column == 0:
                 place.set_ylabel("\n".join(textwrap.wrap(name, LETTERS)), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with written(path) as place:
+        figure.savefig(place)
     return path

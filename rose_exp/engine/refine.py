@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Ge, Lt
@@ -39,9 +39,6 @@ class Refine:
         every: number of iterations between increases of ρ.
         relaxation: over-relaxation of ADMM, at least 1 (none) and below 2 (Boyd et al., 2011, section 3.4.3).
     """
-
-    working: ClassVar[tuple[float, float]] = (2.0, 20.0)
-    """As :attr:`Method.working`, measured with ``mask_iterations``; without, refinement needs less."""
 
     steps: Count = 0
     tolerance: NonNegative = 1e-4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.errors import RoseExpError, suggest
+from ..runtime.files import scratch_folder, written
 from ..runtime.fingerprint import folder_sha256
 from ..runtime.outside import outside_errors
 from ..settings.schema import ZeroShotSettings
@@ -76,10 +76,10 @@ def prepared(settings: ZeroShotSettings) -> Iterator[Tasks]:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs every step, and the stock tasks' defaults
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs the errors that it raises
-    with tempfile.TemporaryDirectory(prefix="rose_exp-tasks-") as folder:
-        file_names, protocol = _task_files(settings, Path(folder))
+    with scratch_folder() as folder:
+        file_names, protocol = _task_files(settings, folder)
         fingerprint: dict[str, str] = {}
-        paths = [folder] if file_names else []
+        paths = [str(folder)] if file_names else []
         if settings.include_path is not None:
             paths.append(str(Path(settings.include_path).expanduser()))
         log.info("reading the tasks %s", ", ".join(settings.tasks))
@@ -163,21 +163,24 @@ def measure(
     if batch == "auto" and next(model.parameters()).device.type == "cpu":
         batch = CPU_BATCH
     lm = PrunedLM(model, copy.deepcopy(tokenizer), batch, bos)
-    tracker = EvaluationTracker(output_path=str(folder / "results.json"))
-    results = simple_evaluate(
-        model=lm,
-        tasks=tasks.names,
-        task_manager=tasks.manager,
-        num_fewshot=settings.few_shot,
-        limit=settings.limit,
-        batch_size=batch,
-        log_samples=False,
-        evaluation_tracker=tracker,
-    )
-    tracker.save_results_aggregated(results)
-    files = sorted(folder.glob("results_*.json"))
-    if not files:
-        raise RoseExpError(f"evaluation.zero_shot: lm-eval cannot write its results to {folder}")
+    with scratch_folder(folder) as scratch:
+        tracker = EvaluationTracker(output_path=str(scratch / "results.json"))
+        results = simple_evaluate(
+            model=lm,
+            tasks=tasks.names,
+            task_manager=tasks.manager,
+            num_fewshot=settings.few_shot,
+            limit=settings.limit,
+            batch_size=batch,
+            log_samples=False,
+            evaluation_tracker=tracker,
+        )
+        tracker.save_results_aggregated(results)
+        files = sorted(scratch.glob("results_*.json"))
+        if not files:
+            raise RoseExpError(f"evaluation.zero_shot: lm-eval cannot write its results to {folder}")
+        with written(folder / files[-1].name) as place:
+            files[-1].rename(place)
     return _accuracies(results, batch, files[-1].name)
 
 

@@ -9,12 +9,14 @@ from .loading import LoadedModel, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
 from .saving import check_savable, save_model, save_streamed, sparsity_description
-from .shapes import ModelShape, model_shape, shape_of
+from .shapes import BlockShape, LayerShape, ModelShape, model_shape, shape_of
 from .streaming import StreamedModel, extra_files, let_go, load_model, open_model
 
 __all__ = [
     "BlockList",
+    "BlockShape",
     "Family",
+    "LayerShape",
     "Layout",
     "LinearLayer",
     "LoadedModel",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..runtime.errors import RoseExpError
+from ..runtime.files import scratch_folder, written
 from ..runtime.outside import outside_errors
 from .blocks import find_blocks
 from .checkpoint import INDEX, open_checkpoint
@@ -99,7 +98,7 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         RoseExpError: saving fails.
     """
-    with tempfile.TemporaryDirectory(prefix="rose_exp-save-") as scratch:
+    with scratch_folder() as scratch:
         with outside_errors("save: transformers cannot save the configuration of the model"):
             model.config.save_pretrained(scratch)
             if model.can_generate():
@@ -188,15 +187,9 @@ def whole_or_not(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``folder`` once everything is written."""
     if folder.exists():
         raise RoseExpError(f"save: expected a folder that does not exist, got {folder}")
-    scratch = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        yield scratch
-        scratch.chmod(0o755)
-        os.replace(scratch, folder)
+        with written(folder) as place:
+            place.mkdir()
+            yield place
     except (OSError, SafetensorError) as error:
         raise RoseExpError(f"save: cannot write the model to {folder}: {error}") from error
-    finally:
-        if scratch is not None and scratch.exists():
-            shutil.rmtree(scratch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..runtime.errors import RoseExpError
 from ..settings.schema import ModelSettings
-from .blocks import all_linear_layers, find_blocks, linear_layers
+from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
 from .loading import build_empty, from_pretrained
 
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # names of the maximum sequence length
@@ -21,12 +22,23 @@ class LayerShape:
     """Shape of a prunable layer.
 
     Attributes:
-        group: key shared by layers of one parent module with equally many columns, a superset of those that share an input.
+        group: key shared by the layers of one parent module that read the same input: those with equally many columns, except
+            the last one if its output has the width of the hidden states, such as attention's output projection.
+        name: full name of the layer in the model.
     """
 
     rows: int
     columns: int
     group: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of a block: its number of parameters, and its layers in module order."""
+
+    parameters: int
+    layers: list[LayerShape]
 
 
 @dataclass(frozen=True)
@@ -36,9 +48,7 @@ class ModelShape:
     Attributes:
         parameters: number of parameters of the model.
         outside: number of parameters outside the blocks.
-        largest: number of parameters of the largest block.
-        layers: (rows, columns) of each prunable layer of all blocks.
-        block: layers of the largest block, in module order.
+        blocks: sizes of the blocks.
         hidden: width of the hidden states.
         widest: the widest input or output of a layer.
         tokens: number of rows of the embedding, which bounds the token IDs.
@@ -47,11 +57,8 @@ class ModelShape:
 
     parameters: int
     outside: int
-    largest: int
     dtype: torch.dtype
-    layers: list[tuple[int, int]]
-    block: list[LayerShape]
-    blocks: int
+    blocks: list[BlockShape]
     hidden: int
     widest: int
     vocabulary: int
@@ -65,6 +72,16 @@ class ModelShape:
                 f"{where}: expected token IDs below {self.tokens}, the number of rows of the model's embedding, got {largest}; "
                 "does the tokenizer belong to the model?"
             )
+
+    @property
+    def largest(self) -> int:
+        """Number of parameters of the largest block."""
+        return max(block.parameters for block in self.blocks)
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """(rows, columns) of each prunable layer of all blocks."""
+        return [(layer.rows, layer.columns) for block in self.blocks for layer in block.layers]
 
 
 def model_shape(settings: ModelSettings) -> ModelShape:
@@ -85,27 +102,32 @@ def shape_of(config: PreTrainedConfig, dtype: torch.dtype | str, settings: Model
     with torch.device("meta"):
         model = build_empty(config, settings)
     blocks = find_blocks(model, settings.blocks)
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.blocks]
-    largest = max(range(len(sizes)), key=sizes.__getitem__)
-    layers = [tuple(layer.weight.shape) for layer in all_linear_layers(blocks)]
     text = config.get_text_config()
+    hidden = getattr(text, "hidden_size", None) or _widest_output(blocks)
+    shapes = [
+        BlockShape(
+            sum(parameter.numel() for parameter in block.parameters()),
+            _layers(linear_layers(block, blocks.block_name(index)), hidden),
+        )
+        for index, block in enumerate(blocks.blocks)
+    ]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return ModelShape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        outside=sum(parameter.numel() for parameter in model.parameters()) - sum(sizes),
-        largest=sizes[largest],
+        parameters=parameters,
+        outside=parameters - sum(block.parameters for block in shapes),
         dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)),
-        layers=layers,
-        block=[
-            LayerShape(*layer.weight.shape, f"{layer.name.rpartition('.')[0]} {layer.columns}")
-            for layer in linear_layers(blocks.blocks[largest], "")
-        ],
-        blocks=len(blocks.blocks),
-        hidden=text.hidden_size,
-        widest=max(max(shape) for shape in layers),
+        blocks=shapes,
+        hidden=hidden,
+        widest=max(max(layer.rows, layer.columns) for block in shapes for layer in block.layers),
         vocabulary=text.vocab_size,
         tokens=_embedding_rows(model, text.vocab_size),
         context=context_length(config),
     )
+
+
+def _widest_output(blocks: BlockList) -> int:
+    """Return the width of the hidden states of a model whose configuration does not name it, such as BLT: at most this."""
+    return max(len(layer.weight) for layer in all_linear_layers(blocks))
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -120,3 +142,19 @@ def _embedding_rows(model: nn.Module, vocabulary: int) -> int:
         return model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):  # a model with its own code
         return vocabulary
+
+
+def _layers(layers: Sequence[LinearLayer], hidden: int) -> list[LayerShape]:
+    """Return the shapes of the layers of a block, grouped by shared input."""
+    groups: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        groups.setdefault(f"{layer.name.rpartition('.')[0]} {layer.columns}", []).append(layer)
+    alone = {group[-1].name for group in groups.values() if len(group) > 1 and len(group[-1].weight) == hidden}
+    return [
+        LayerShape(
+            *layer.weight.shape,
+            layer.name if layer.name in alone else f"{layer.name.rpartition('.')[0]} {layer.columns}",
+            layer.name,
+        )
+        for layer in layers
+    ]

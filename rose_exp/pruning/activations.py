@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Activations:
         pinned = self.device.type == "cuda" and place == "host"
         self._stream = torch.cuda.Stream(self.device) if pinned else None
         if place == "disk":
-            self._store = _on_disk(shape, dtype, file)
+            self._store: Tensor | _File = _File(shape, dtype, file)
         else:
             storage_device = self.device if place == "device" else "cpu"
             self._store = torch.empty(shape, dtype=dtype, device=storage_device, pin_memory=pinned)
@@ -66,7 +67,7 @@ class Activations:
         """
         if self._stream is None:
             for piece in self.pieces:
-                yield piece, self._store[piece].to(self.device, copy=True)
+                yield piece, self._store[piece].to(self.device, copy=self.place != "disk")  # a file returns a copy itself
             return
         next_batch = self._transfer(self.pieces[0])
         for piece, following in zip(self.pieces, [*self.pieces[1:], None], strict=True):
@@ -80,7 +81,7 @@ class Activations:
     def __setitem__(self, piece: slice, hidden: Tensor) -> None:
         """Overwrite the hidden states of some windows."""
         if self._stream is None or not hidden.is_cuda:
-            self._store[piece].copy_(hidden)
+            self._store[piece] = hidden
             return
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
@@ -100,14 +101,14 @@ class Activations:
         Raises:
             OSError: the file has an unexpected size.
         """
-        expected = self._store.numel() * self._store.dtype.itemsize
+        expected = torch.Size(self.shape).numel() * self._store.dtype.itemsize
         if file.stat().st_size != expected:
             raise OSError(f"{file} has {file.stat().st_size} bytes, expected {expected}")
         with file.open("rb") as source:
             for piece in self.pieces:
                 part = self._store[piece]
                 values = torch.frombuffer(bytearray(source.read(part.numel() * part.dtype.itemsize)), dtype=part.dtype)
-                part.copy_(values.view(part.shape))
+                self._store[piece] = values.view(part.shape)
 
     def _synchronize(self) -> None:
         """Wait for pending transfers."""
@@ -119,12 +120,41 @@ class Activations:
             return self._store[piece].to(self.device, non_blocking=True)
 
 
-def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, file: Path) -> Tensor:
-    size = torch.Size(shape).numel()
-    required, free = size * dtype.itemsize, shutil.disk_usage(file.parent).free
-    if required > free:
-        raise RoseExpError(
-            f"pipeline.activations: expected {required / 1e9:.1f} GB free for {shape[0]} windows in {file.parent}, "
-            f"got {free / 1e9:.1f} GB; lower calibration.samples or set pipeline.activations=host"
-        )
-    return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+class _File:
+    """A tensor in a file. Slices of its first dimension are read into new tensors, so that they use no memory otherwise.
+
+    Raises:
+        RoseExpError: the disk does not have enough space, or the file cannot be read or written.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path):
+        self.shape, self.dtype, self.file = shape, dtype, file
+        self.row = torch.Size(shape[1:]).numel() * dtype.itemsize  # bytes
+        required, free = shape[0] * self.row, shutil.disk_usage(file.parent).free
+        if required > free:
+            raise RoseExpError(
+                f"pipeline.activations: expected {required / 1e9:.1f} GB free for {shape[0]} windows in {file.parent}, "
+                f"got {free / 1e9:.1f} GB; lower calibration.samples or set pipeline.activations=host"
+            )
+        with self._opened("wb") as stream:
+            stream.truncate(required)
+
+    def __getitem__(self, piece: slice) -> Tensor:
+        part = torch.empty((piece.stop - piece.start, *self.shape[1:]), dtype=self.dtype)
+        with self._opened("rb") as stream:
+            stream.seek(piece.start * self.row)
+            stream.readinto(part.view(torch.uint8).numpy())
+        return part
+
+    def __setitem__(self, piece: slice, part: Tensor) -> None:
+        with self._opened("r+b") as stream:
+            stream.seek(piece.start * self.row)
+            stream.write(part.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy())
+
+    @contextmanager
+    def _opened(self, mode: str) -> Iterator[BinaryIO]:
+        try:
+            with self.file.open(mode) as stream:
+                yield stream
+        except OSError as error:
+            raise RoseExpError(f"pipeline.activations: cannot use {self.file}: {error.strerror or error}") from error

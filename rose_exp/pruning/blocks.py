@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from ..models import BlockList, find_blocks, linear_layers, shared_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
+from ..runtime.files import scratch_folder
 from .activations import Activations
 from .calls import BlockCall
 from .capture import NotAChain, Probe, probe
@@ -58,9 +58,9 @@ def prune_model(model: nn.Module, tokens: Tensor, plan: PruningPlan, context: Pr
         if context.on_warning is not None:
             context.on_warning("whole_passes", reason)
         return ModelPruner(model, tokens, plan, context).run()
-    with tempfile.TemporaryDirectory(prefix=".activations-", dir=context.scratch) as folder:
+    with scratch_folder(context.scratch) as folder:
         try:
-            pruner.enter(tokens, probed, Path(folder))
+            pruner.enter(tokens, probed, folder)
             return pruner.run()
         finally:
             pruner.release()

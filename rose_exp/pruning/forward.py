@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from ..runtime import signals as interruption
 from ..runtime.batches import batch_size
+from ..runtime.files import scratch_folder
 from .activations import Place
 from .capture import NotAChain, Probe, home_of, intercept_blocks, probe
 from .enter import enter
@@ -52,8 +52,8 @@ def answers_by_blocks(
                 interruption.check()
                 yield windows, model(input_ids=windows.to(home_of(model)), use_cache=False).logits
         return
-    with tempfile.TemporaryDirectory(prefix=".activations-", dir=scratch) as folder:
-        hidden, calls = enter(model, blocks, tokens, batch, place, probed, device, Path(folder) / "hidden")
+    with scratch_folder(scratch) as folder:
+        hidden, calls = enter(model, blocks, tokens, batch, place, probed, device, folder / "hidden")
         for index in tqdm(probed.called, f"{name}, by blocks", unit="block", disable=None, leave=False):
             interruption.check()
             with weights.at(index, device) as block:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..runtime.files import PREFIX
+
 STREAMS = ("activations", "dense")  # hidden states of the pruned and of the dense model
+NAME = "state.json"
+STATE_FILES = re.compile(r"state\.json|(block|part)-\d+\.safetensors|(activations|dense)-\d+\.\d+\.bin")
 CHUNK = 2**22  # number of bytes hashed at once
 
 
@@ -65,6 +70,11 @@ def block_file(index: int) -> str:
 
 def part_file(index: int) -> str:
     return f"part-{index:05}.safetensors"
+
+
+def is_state_file(name: str) -> bool:
+    """Return whether a state may hold a file of this name."""
+    return STATE_FILES.fullmatch(name) is not None or name.startswith(PREFIX)
 
 
 def sealed(content: Mapping[str, Any]) -> str:

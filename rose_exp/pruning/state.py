@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,15 +22,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..runtime.errors import RoseExpError
+from ..runtime.files import written
 from ..runtime.ranks import Ranks
 from ..settings.leaves import flat
 from .activations import Activations
-from .progress import STREAMS, Progress, block_file, part_file, problem_of, remedy, sealed, sha256_of
+from .progress import NAME, STREAMS, Progress, block_file, is_state_file, part_file, problem_of, remedy, sealed, sha256_of
 from .report import LayerReport
 
 Resume = Literal["activations", "recompute"]
 
-NAME = "state.json"
 FORMAT = 2  # version of state.json; version 1 had no checksums
 SHOWN = 2**28  # minimum number of bytes for a progress bar during verification
 
@@ -229,10 +227,6 @@ class RunState:
         part = [report.as_dict() for report in reports]
         self._write(replace(self.progress, part=part, files=self.progress.files | written))
 
-    def delete(self) -> None:
-        if self.ranks.first and self.folder.exists():
-            shutil.rmtree(self.folder)
-
     def _write(self, progress: Progress) -> None:
         """Write ``state.json`` for ``progress``, then delete the files that it does not name."""
 
@@ -244,28 +238,22 @@ class RunState:
         self.progress = progress
         if not self.ranks.first:
             return
-        present = {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+        present = {
+            path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file() and is_state_file(path.name)
+        }
         self.peak_bytes = max(self.peak_bytes, sum(present.values()))
         for name in set(present) - set(progress.files) - {NAME}:
             (self.folder / name).unlink()
 
     def _write_file(self, name: str, write: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
-        """Write a file under another name, rename it once it is on the disk, and return its size and SHA-256 by its name.
+        """Write a file whole or not at all, and return its size and SHA-256 by its name.
 
         The digest is computed from the written file, which is still in the page cache.
         """
-        scratch = self.folder / f".{name}.{os.getpid()}"
         with self._wrap_errors("write"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                write(str(scratch))
-                with scratch.open("rb+") as file:
-                    os.fsync(file.fileno())
-                facts = {"bytes": scratch.stat().st_size, "sha256": sha256_of(scratch)}
-                os.replace(scratch, self.folder / name)
-                _flush_folder(self.folder)
-            finally:
-                scratch.unlink(missing_ok=True)
+            with written(self.folder / name) as place:
+                write(str(place))
+                facts = {"bytes": place.stat().st_size, "sha256": sha256_of(place)}
             self._verified.discard(name)
             return {name: facts}
 
@@ -333,14 +321,6 @@ def _bar(total: int) -> tqdm:
 def _generators() -> list[str]:
     states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state().cpu()] if torch.cuda.is_available() else [])
     return [bytes(state.numpy()).hex() for state in states]
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _short(value: Any) -> str:

@@ -13,8 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
 
+from ..runtime.errors import RoseExpError
 from ..runtime.escaping import figure_label, visible
-from ..tracking.record import write_atomically
+from ..runtime.files import write_text, written
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _is_number(text: str) -> bool:
 def write_study(folder: Path, name: str, study: Mapping[str, Any]) -> Path:
     """Save the results of a study of the layer ``name`` for later drawing, and return the path."""
     path = folder / FOLDER / f"{name}.json"
-    write_atomically(path, json.dumps({"layer": name, **study}) + "\n")
+    write_text(path, json.dumps({"layer": name, **study}) + "\n")
     return path
 
 
@@ -98,8 +99,11 @@ def draw_figures(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    try:
+        with written(path) as place:
+            FigureCanvasAgg(figure).print_png(str(place))
+    except OSError as error:
+        raise RoseExpError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 

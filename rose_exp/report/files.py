@@ -10,8 +10,9 @@ from typing import Any
 from ..runtime.errors import RoseExpError
 from ..runtime.escaping import terminal
 from ..runtime.exits import signals_blocked
+from ..runtime.files import write_text
 from ..tracking.reading import values_of
-from ..tracking.record import FILE_NAME, write_atomically
+from ..tracking.record import FILE_NAME
 from .conditions import SPARSITY
 from .gather import BASELINE, gather
 from .page import sheets_of, studies_of, web_page
@@ -51,7 +52,7 @@ def write_report(
     files = {"report.md": text, "report.csv": comma_separated(report), "report.tex": latex(report), "report.html": page}
     with signals_blocked():
         for name, content in files.items():
-            write_atomically(output / name, content)
+            write_text(output / name, content)
     return f"{text}\nwritten to {output.resolve()}: {', '.join(files)}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..pruning.plan import check_patterns
 from ..pruning.structured import check_structures, wanted_structures
 from ..report.figures import FOLDER, SHEET
 from ..runtime.errors import RoseExpError
+from ..runtime.files import scratch_folder
 from .preparation import limited, pruning_plan
 from .run import Run
 
@@ -54,7 +54,7 @@ class DiffusionRun(Run):
         """Read the prompts and load the image metrics, so that errors are reported early."""
         settings, images = self.settings, self.settings.evaluation.images
         self.protocol |= {"calibration": None, "evaluation": {}, "images": None}
-        self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dense-", dir=self.folder.root)))
+        self.scratch = stack.enter_context(scratch_folder(self.folder.root))
         with self.watch.stage("texts"):
             self.prompts: Prompts | None = None
             if settings.pruned:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout
 from ..pruning import FirstBlock
 from ..report import format_table
 from ..runtime.errors import RoseExpError
+from ..runtime.files import remove
 from ..runtime.ranks import Ranks
 from ..runtime.signals import check, handle_signals
 from ..settings.schema import Settings
@@ -21,6 +21,7 @@ from ..tracking import Identity, read_record
 from ..tracking.reading import values_of
 from .folder import RunFolder
 from .identity import run_id
+from .leftovers import clean
 from .reuse import lacking, supplement
 from .run import run_experiment
 
@@ -51,7 +52,7 @@ def do_run(
     if len(set(ranks.gather(run_id(settings)))) > 1:
         raise RoseExpError("torchrun: expected equal settings in all processes, got different ones")
     with _locked(folder, wait, ranks):
-        earlier = ranks.gather(_reusable(settings, folder) if ranks.first else None)[0]
+        earlier = ranks.gather(_prepared(settings, folder) if ranks.first else None)[0]
         if earlier is None:
             return run_experiment(settings, dict(config), folder, identity, first_block)
         log.info("%s is finished already: %s", settings.label, RunFolder(folder).record)
@@ -62,6 +63,13 @@ def do_run(
                 record = supplement(earlier, settings, config, folder, identity)
                 check()
             return record
+
+
+def _prepared(settings: Settings, folder: Path) -> dict[str, Any] | None:
+    """Remove what dead processes of this run left behind, and return what :func:`_reusable` returns."""
+    earlier = _reusable(settings, folder)
+    clean(RunFolder(folder), finished=earlier is not None)
+    return earlier
 
 
 def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
@@ -92,14 +100,10 @@ def _reusable(settings: Settings, folder: Path) -> dict[str, Any] | None:
         if not missing:
             return record
         log.info("%s is finished, but without %s: running it again", settings.label, ", ".join(missing))
-    obsolete = ([run_folder.state] if settings.rerun else []) + ([run_folder.model] if settings.rerun or settings.save else [])
-    for place in obsolete:
-        try:
-            shutil.rmtree(place)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise RoseExpError(f"cannot remove {place}: {error.strerror or error}") from error
+    if settings.rerun:
+        remove(run_folder.state)
+    if settings.rerun or settings.save:
+        remove(run_folder.model)
     return None
 
 

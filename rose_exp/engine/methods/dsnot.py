@@ -16,8 +16,9 @@ from annotated_types import Ge
 from torch import Tensor
 
 from ..bounds import Count
+from ..footprint import Working
 from ..hessian import Factor
-from ..patterns import SemiStructured
+from ..patterns import SemiStructured, Sparsity
 from .base import Layer, Method, Solution, drop
 
 SEQUENCE_LENGTH = 2048  # tokens over which the authors sum the error that update_threshold is compared with
@@ -41,6 +42,14 @@ class DSnoT(Method):
     update_threshold: Annotated[float, Ge(0)] = 0.1
     variance_power: Annotated[float, Ge(0)] = 1.0
     same_sign: bool | None = None
+
+    @property
+    def retained(self) -> Working:
+        return Working(squares=1 if self.initial == "sparsegpt" else 0)
+
+    def working(self, sparsity: Sparsity) -> tuple[Working, ...]:
+        squares = 2 if self.initial == "sparsegpt" else 1
+        return (Working(squares, kept=1.25, largest=6 if isinstance(sparsity, SemiStructured) else 11.3),)
 
     def prune(self, layer: Layer) -> Solution:
         metric, factor = self._initial_metric(layer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..footprint import Working
+from ..patterns import Sparsity
 from .base import Layer, Method, Solution, drop
 
 
@@ -11,7 +13,8 @@ from .base import Layer, Method, Solution, drop
 class Magnitude(Method):
     """Compares unstructured weights over the whole layer, as in the baseline of SparseGPT and Wanda."""
 
-    working = (0.9, 6.5)
+    def working(self, sparsity: Sparsity) -> tuple[Working, ...]:
+        return (Working(squares=1, kept=1.25, largest=1),)
 
     def prune(self, layer: Layer) -> Solution:
         mask = layer.sparsity.select(layer.scores("magnitude"))

@@ -10,6 +10,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from ..bounds import Positive
+from ..footprint import Working
 from ..patterns import Sparsity, Unstructured
 from .base import Layer, Method, Solution, drop
 
@@ -33,6 +34,11 @@ class OATS(Method):
 
     rank_ratio: Annotated[float, Ge(0), Lt(1)] = 0.25
     iterations: Positive = 80
+
+    def working(self, sparsity: Sparsity) -> tuple[Working, ...]:
+        if isinstance(sparsity, Unstructured):
+            return (Working(squares=1.05, kept=1.35, largest=8.9),)
+        return (Working(squares=1, kept=1.25, largest=6, smaller=3),)
 
     def prune(self, layer: Layer) -> Solution:
         rows, columns = layer.weight.shape

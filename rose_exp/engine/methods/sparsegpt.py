@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..footprint import Working
 from ..kernels.backends import kernels_for
+from ..patterns import Sparsity
 from ..sweep import sweep
 from .base import Layer, Method, Solution
 
@@ -16,7 +18,10 @@ class SparseGPT(Method):
     """Prunes by the OBS sweep. Weights on dead columns cost nothing: they are pruned first, and kept ones are unchanged."""
 
     sequential = True
-    working = (2.7, 6.5)
+    retained = Working(squares=1, kept=1, largest=0.5)  # the factor and the transposed weight
+
+    def working(self, sparsity: Sparsity) -> tuple[Working, ...]:
+        return (Working(squares=2, kept=2.25, largest=2),)
 
     def prune(self, layer: Layer) -> Solution:
         reordered = bool(layer.order.reordered) if layer.reordered is None else layer.reordered

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..footprint import Working
+from ..patterns import SemiStructured, Sparsity
 from .base import Layer, Method, Solution, drop
 
 
@@ -11,7 +13,8 @@ from .base import Layer, Method, Solution, drop
 class Wanda(Method):
     """Prunes the smallest |W|·sqrt(E[x²]) of each row; all calibration tokens count equally."""
 
-    working = (0.9, 6.5)
+    def working(self, sparsity: Sparsity) -> tuple[Working, ...]:
+        return (Working(squares=1, kept=1.25, largest=1 if isinstance(sparsity, SemiStructured) else 4.25),)
 
     def prune(self, layer: Layer) -> Solution:
         mask = layer.sparsity.select_by_row(layer.scores("wanda"))
