@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..models import ModelShape
 from ..runtime.errors import RoseExpError
 from ..settings.schema import Settings
@@ -13,11 +15,17 @@ from .memory import Footprint, Placement, footprint
 
 
 def choose(settings: Settings, shape: ModelShape, cuda: bool, available: Footprint) -> Placement:
-    """Choose the placement: as the settings request; for ``auto``, in memory if it fits."""
+    """Choose the placement: as the settings request; for ``auto``, in memory if it fits.
+
+    If the moments of a block do not fit, such as those of many experts, at most as many bytes of them are kept at a time as the
+    largest block has.
+    """
     requested, by_blocks = settings.pipeline.weights, settings.pipeline.by_blocks
     weights = [requested] if requested != "auto" else ["memory", "disk"]
     by_blocks_choices = [by_blocks] if by_blocks != "auto" else [False, True]
-    placements = [Placement(w, b or w == "disk") for w in weights for b in by_blocks_choices]
+    block = shape.largest * torch.finfo(shape.dtype).bits // 8
+    limits = [None, block] if settings.pruned else [None]
+    placements = [Placement(w, b or w == "disk", limit) for w in weights for b in by_blocks_choices for limit in limits]
     fitting = [p for p in placements if not footprint(settings, shape, cuda, p).over(available)]
     return (fitting or placements[-1:])[0]
 

@@ -141,7 +141,8 @@ class LanguageRun(Run):
 
     def prune_layers(self, context: PruneContext) -> Sequence[LayerReport]:
         key = first_key(self.settings, self.protocol) if self.first_block is not None else None
-        context = replace(context, weights=self.weights, first_block=self.first_block, first_key=key)
+        limit = self.ranks.gather(self.placed.moments_bytes)[0]
+        context = replace(context, weights=self.weights, first_block=self.first_block, first_key=key, moments_bytes=limit)
         return prune_model(self.model, self.calibration.tokens, pruning_plan(self.settings), context)
 
     def measure(self) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,10 +53,13 @@ class Placement:
     Attributes:
         weights: ``memory``: the whole model on the host; ``disk``: one block at a time.
         by_blocks: whether perplexity is measured one block at a time, because the model does not fit on the device.
+        moments_bytes: limit for the moments that are kept at a time, because those of a whole block do not fit; see
+            :class:`rose_exp.pruning.PruneContext`.
     """
 
     weights: str
     by_blocks: bool
+    moments_bytes: int | None = None
 
 
 def footprint(settings: Settings, shape: ModelShape, cuda: bool, placed: Placement) -> Footprint:
@@ -160,24 +163,41 @@ class _Run:
             groups.setdefault(layer.group, []).append(layer)
         if not groups:
             return forward
-        columns = {name: group[0].columns for name, group in groups.items()}
-        moments = {name: self._moments_bytes(groups[name], tokens) for name in groups}
-        total = sum(moments.values())
+        waves = self._waves(groups)
+        copied = block.parameters * self.width if settings.target and len(waves) > 1 else 0
+        return copied + max(self._wave_bytes([groups[name] for name in wave], forward, tokens) for wave in waves)
+
+    def _waves(self, groups: Mapping[str, list[LayerShape]]) -> list[list[str]]:
+        """Return the names of the groups that are calibrated together, see :func:`rose_exp.pruning.waves.limited_waves`."""
+        settings, limit = self.settings, self.placed.moments_bytes
         if settings.pipeline.true_sequential:
-            total = max(moments.values())
-        copied = block.parameters * self.width if settings.target and settings.pipeline.true_sequential else 0
-        product = max(columns.values()) ** 2 * (ITEM if settings.target else ITEM // 4)  # of a piece, before it is added
-        recorded = 2 * tokens * sum(columns.values()) * self.width if settings.target else 0
-        peak = total + max(forward + recorded, recorded + product)
-        remaining = total
+            return [[name] for name in groups]
+        if limit is None or settings.removes or "permutation" in acting(settings.model_dump(mode="json")):
+            return [list(groups)]
+        waves: list[list[str]] = []
+        filled = 0
         for name, group in groups.items():
-            rounded = columns[name] ** 2 * ITEM
-            finished = self._finished_bytes(group)
-            peak = max(peak, remaining + rounded)
-            peak = max(peak, remaining - moments[name] + finished + self._solving_bytes(group))
-            if not settings.pipeline.true_sequential:
-                remaining -= moments[name]
-        return peak + copied
+            size = group[0].columns ** 2 * sums_dtype(self.kind, torch.float32).itemsize
+            if not waves or filled + size > limit:
+                waves.append([])
+                filled = 0
+            waves[-1].append(name)
+            filled += size
+        return waves
+
+    def _wave_bytes(self, groups: list[list[LayerShape]], forward: int, tokens: int) -> int:
+        """Return the peak bytes of calibrating groups together and pruning them one after another."""
+        columns = [group[0].columns for group in groups]
+        moments = [self._moments_bytes(group, tokens) for group in groups]
+        product = max(columns) ** 2 * (ITEM if self.settings.target else ITEM // 4)  # of a piece, before it is added
+        recorded = 2 * tokens * sum(columns) * self.width if self.settings.target else 0
+        remaining = sum(moments)
+        peak = remaining + max(forward + recorded, recorded + product)
+        for group, width, size in zip(groups, columns, moments, strict=True):
+            peak = max(peak, remaining + width**2 * ITEM)
+            peak = max(peak, remaining - size + self._finished_bytes(group) + self._solving_bytes(group))
+            remaining -= size
+        return peak
 
     def _moments_bytes(self, group: list[LayerShape], tokens: int) -> int:
         """Return the bytes of the sums of a group, and of the piece of tokens that waits to be added."""

@@ -12,14 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, LlamaConfig
 
 import rose_exp
 from rose_exp.cli.command import check_command
-from rose_exp.models import model_shape
-from rose_exp.runs.fitting import check_fits
-from rose_exp.runs.memory import Footprint, Placement, footprint
+from rose_exp.models import ModelShape, find_blocks, linear_layers, model_shape
+from rose_exp.pruning import PruneContext
+from rose_exp.pruning.waves import limited_waves
+from rose_exp.runs import language
+from rose_exp.runs.fitting import check_fits, choose
+from rose_exp.runs.memory import Footprint, Placement, _Run, footprint
+from rose_exp.runs.preparation import pruning_plan
 from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.schema import Settings
 from scripts.measure_memory import CASES, FAST, measure
 
 from ..conftest import REPOSITORY
@@ -182,3 +187,69 @@ def test_checkpoint_four_times_larger_than_memory_is_pruned_and_evaluated(small,
     assert record["metrics"]["sparsity"] == 0.5
     assert record["peak_memory_bytes"]["host"] < total / 3.5
     assert len(record["layers"]) == 72
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> tuple[Settings, ModelShape]:
+    """Settings for a mixture of experts whose moments take more memory than its weights, and its sizes."""
+    folder = tmp_path_factory.mktemp("mixture")
+    config = GptOssConfig(
+        vocab_size=96,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        head_dim=32,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=64,
+        max_position_embeddings=128,
+    )
+    config.save_pretrained(folder)
+    settings = settings_of(
+        f"model.path={folder}", "model=local", "calibration.window=64", "calibration.samples=4", "evaluation=none"
+    )
+    return settings, model_shape(settings.model)
+
+
+def test_moments_are_limited_if_those_of_a_block_do_not_fit(mixture):
+    settings, shape = mixture
+    whole = footprint(settings, shape, False, Placement("memory", False)).host
+    assert choose(settings, shape, False, Footprint(whole, None, 10**15)) == Placement("memory", False)
+    placed = choose(settings, shape, False, Footprint(whole - 1, None, 10**15))
+    assert placed == Placement("memory", False, moments_bytes=shape.largest * 4)
+    assert footprint(settings, shape, False, placed).host < whole - 2**25
+    assert choose(settings, shape, False, Footprint(0, None, 10**15)).moments_bytes == shape.largest * 4
+
+
+def test_estimated_waves_are_those_of_pruning(mixture):
+    settings, shape = mixture
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model.path))
+    blocks = find_blocks(model)
+    groups: dict[str, list] = {}
+    for layer, known in zip(linear_layers(blocks.blocks[0], blocks.block_name(0)), shape.blocks[0].layers, strict=True):
+        groups.setdefault(known.group, []).append(layer)
+    for limit in (None, 1, 2**21, 2**24, 2**30):
+        context = PruneContext(moments_bytes=limit)
+        expected = [
+            [group[0].name for group in wave] for wave in limited_waves(list(groups.values()), pruning_plan(settings), context)
+        ]
+        estimate = _Run(settings, shape, False, Placement("memory", False, limit))
+        named = {known.group: [] for known in shape.blocks[0].layers}
+        for known in shape.blocks[0].layers:
+            named[known.group].append(known)
+        assert [[named[name][0].name for name in wave] for wave in estimate._waves(named)] == expected
+
+
+@pytest.mark.slow
+def test_a_run_with_little_memory_gives_the_same_result(small, tmp_path, monkeypatch):
+    expected = rose_exp.run([*small, "evaluation.perplexity.local.windows=2"], tmp_path / "whole")
+    record = expected["estimate"]
+    assert record["moments_bytes"] is None
+    few = Footprint(record["host"] - 1, None, 10**15)
+    monkeypatch.setattr(language, "available", lambda *_: few)
+    limited = rose_exp.run([*small, "evaluation.perplexity.local.windows=2"], tmp_path / "limited")
+    assert limited["estimate"]["moments_bytes"] is not None
+    assert limited["metrics"] == expected["metrics"]
+    for one, other in zip(limited["layers"], expected["layers"], strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
