@@ -110,5 +110,5 @@ def groups_peak(method: str, ratio: float, columns: int, rows: int) -> int:
     if method != "sparsegpt":
         return Working(2, 10).bytes(columns, [rows])
     kept = (1 - ratio) ** 2  # of the inverse Hessian
-    phases = (Working(11, 2), Working(6, 10), Working(6 + 4 * kept, 8.4 + 3.6 * kept))
+    phases = (Working(11, 2), Working(6, 10), Working(6 + 4 * kept, 8.9 + 3.6 * kept))
     return max(phase.bytes(columns, [rows]) for phase in phases)

@@ -89,7 +89,7 @@ def test_only_the_language_model_is_pruned_and_the_whole_model_is_saved(name, to
     before = {key: value.clone() for key, value in model.state_dict().items()}
     blocks = find_blocks(model)
     assert "language_model" in blocks.name or "text_model" in blocks.name
-    assert model_shape(settings).blocks == len(blocks.blocks) == 2
+    assert len(model_shape(settings).blocks) == len(blocks.blocks) == 2
     reports = prune_model(model, tokens, PLAN)
     assert {report.name.startswith(f"{blocks.name}.") for report in reports} == {True}
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}

@@ -16,6 +16,7 @@ from rose_exp.pruning import OnDisk, PruneContext, PruningPlan, RunState, prune_
 from rose_exp.pruning.activations import Activations
 from rose_exp.pruning.allocation import AllocationSurvey, BlockWatch
 from rose_exp.runtime.errors import RoseExpError
+from rose_exp.runtime.files import LOCK
 from rose_exp.runtime.ranks import Ranks
 from rose_exp.settings.schema import ModelSettings
 
@@ -118,7 +119,7 @@ def test_disk_holds_at_most_two_streams_of_hidden_states(tmp_path, monkeypatch):
     real = Activations.copy
 
     def copy(self, file=None):
-        files_at_copy.append(sorted(path.name for path in file.parent.iterdir()))
+        files_at_copy.append(sorted(path.name for path in file.parent.iterdir() if path.name != LOCK))
         return real(self, file)
 
     monkeypatch.setattr(Activations, "copy", copy)

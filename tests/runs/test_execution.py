@@ -119,7 +119,7 @@ def test_sweep_from_python_records_failed_jobs(small, tmp_path):
 
 
 def test_run_rejects_overrides_of_several_runs(small, tmp_path):
-    with pytest.raises(SettingsError, match="expected those of one run, got those of 2"):
+    with pytest.raises(SettingsError, match="seed: expected one value, got several; rose_exp.sweep runs one job per value"):
         rose_exp.run([*small, "seed=1,2"], tmp_path)
 
 
@@ -199,13 +199,13 @@ def test_interrupted_rerun_resumes_without_rerun(small, tmp_path, monkeypatch):
         ("rerun=true", "to resume, run the same command without rerun=true"),
     ],
 )
-def test_command_prints_how_to_resume(override, hint, small, tmp_path, monkeypatch, capsys):
+def test_command_prints_how_to_resume(override, hint, small, tmp_path, monkeypatch, capfd):
     stopping_after_a_block(monkeypatch)
     monkeypatch.setattr("sys.argv", ["rose-exp", *small, override, f"hydra.run.dir={tmp_path}"])
     with pytest.raises(SystemExit) as caught:
         app.main()
     assert caught.value.code == EXIT_STATUS
-    assert capsys.readouterr().err.strip().endswith(hint)
+    assert capfd.readouterr().err.strip().endswith(hint)
 
 
 def test_files_of_unknown_origin_are_never_deleted(small, tmp_path):
@@ -256,9 +256,10 @@ def test_missing_outputs_of_a_finished_run(finished, override, expected):
 
 def test_plan_lists_finished_runs_with_missing_outputs_as_to_run(finished):
     overrides, _, folder = finished
-    assert "finished already" in format_plan(check_command(overrides).jobs, folder.parent)
-    assert "to run" in format_plan(check_command([*overrides, "sparsity_config=true"]).jobs, folder.parent)
-    assert "to run" in format_plan(check_command([*overrides, "rerun=true"]).jobs, folder.parent)
+    overrides = [*overrides, f"hydra.run.dir={folder}"]
+    assert "finished already" in format_plan(check_command(overrides).jobs, None)
+    assert "to run" in format_plan(check_command([*overrides, "sparsity_config=true"]).jobs, None)
+    assert "to run" in format_plan(check_command([*overrides, "rerun=true"]).jobs, None)
 
 
 def test_deleted_model_counts_as_a_missing_output(finished, tmp_path):
