@@ -68,7 +68,7 @@ CASES: dict[str, Case] = {
     "structured exact": Case(WIDE, [*SPARSEGPT, *STRUCTURED, "sparsity.saliency=exact"]),
     "structured wanda": Case(WIDE, ["method=wanda", *STRUCTURED]),
     "structured magnitude": Case(WIDE, ["method=magnitude", *STRUCTURED]),
-    "structured saved": Case(WIDE, ["method=wanda", *STRUCTURED, "save=true"]),
+    "structured saved": Case(WIDE, ["method=wanda", "sparsity=structured", "sparsity.ratio=0.5", "save=true"]),
     "vocabulary": Case(LARGE_VOCABULARY, ["method=wanda"]),
     "vocabulary bfloat16": Case(LARGE_VOCABULARY | HALF, ["method=wanda", "evaluation.perplexity.local.window=1024"]),
     "vocabulary batch 32": Case(LARGE_VOCABULARY, ["method=wanda", "evaluation.batch=32", "pipeline.batch=32"]),

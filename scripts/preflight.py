@@ -87,6 +87,7 @@ def table() -> str:
                     continue
                 how = f"weights in {placed.weights}" if placed.weights == "memory" else "weights from disk"
                 how += ", measured by blocks" if placed.by_blocks else ""
+                how += ", moments in several passes" if placed.moments_bytes is not None else ""
                 told = " ".join(f"`{override}`" for override in overrides)
                 device = gib(found.device) if found.device is not None else ""
                 first = f"{gib(whole.device)} + {gib(whole.host)} host"
