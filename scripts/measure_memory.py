@@ -95,7 +95,6 @@ CASES: dict[str, Case] = {
         DEEP, ["method=wanda", "pipeline.weights=disk", "pipeline.activations=disk", "calibration.samples=32"]
     ),
 }
-FAST = ("structured sparsegpt",)  # measured by a test that is not slow
 
 
 def write_model(sizes: Mapping[str, Any], folder: Path) -> None:

@@ -133,7 +133,14 @@ def test_relative_paths_refer_to_the_folder_of_the_command(small, shared, tmp_pa
     assert not (tmp_path / "out/put/out").exists()
 
 
-@pytest.mark.parametrize("subdir", ["a/${run_id:}", "a/${hydra.job.num}", "a/${now:%f}-${hydra.job.num}"])
+@pytest.mark.parametrize(
+    "subdir",
+    [
+        "a/${run_id:}",
+        pytest.param("a/${hydra.job.num}", marks=pytest.mark.slow),
+        pytest.param("a/${now:%f}-${hydra.job.num}", marks=pytest.mark.slow),
+    ],
+)
 def test_table_of_a_sweep_finds_jobs_in_any_folder(subdir, small, tmp_path):
     jobs = [*small, "seed=0,1", "figures.draw=false", "pipeline.layers=['*.0.mlp.*']", f"hydra.sweep.subdir={subdir}"]
     done = rose_exp("-m", *jobs, "hydra.sweep.dir=out/${now:%H-%M-%S}", folder=tmp_path)

@@ -258,9 +258,8 @@ def test_missing_config_files_raise_an_error(arguments, expected):
     assert expected in problem
 
 
-@pytest.mark.parametrize(
-    "flag", [*(pytest.param(flag, marks=pytest.mark.slow) for flag in ("--config-path", "--config-dir")), "hydra.searchpath"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--config-path", "--config-dir", "hydra.searchpath"])
 def test_run_uses_the_validated_config_files(flag, small, tmp_path):
     """Covers the plan and the run record of the command."""
     copy = conf_with(tmp_path, 0.25)

@@ -88,6 +88,7 @@ def test_structured_sparsity_equals_the_fraction_of_zeros(model, tmp_path, monke
     assert record["metrics"]["sparsity"] == counted[0][0] / counted[0][1] > 0.3
 
 
+@pytest.mark.slow
 def test_step_weighting_and_packages_change_the_result_and_the_run_id(tmp_path):
     records = [run(tmp_path, *own) for own in OTHERS]
     assert len({record["run_id"] for record in records}) == len(OTHERS)

@@ -66,7 +66,7 @@ def _raise_explained(error: BaseException, record: dict) -> None:
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_DATA", "RLIMIT_AS"])
-@pytest.mark.parametrize("preflight", ["true", "false"])
+@pytest.mark.parametrize("preflight", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_run_under_a_limit_ends_with_one_error(limit, preflight, small, tmp_path):
     """The hidden states need 656 MB, of which the process may use 150 MB."""
     overrides = [*small, "calibration.samples=20000", f"preflight={preflight}", f"hydra.run.dir={tmp_path}", "method=wanda"]

@@ -87,6 +87,7 @@ def single(shared) -> list[str]:
     return [*tiny(shared), *options, ONE]
 
 
+@pytest.mark.slow
 def test_killed_runs_finish_with_equal_results_and_leave_nothing_behind(single, tmp_path):
     assert_equal_results(*killed(single, tmp_path, kills=2))
 

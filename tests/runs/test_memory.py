@@ -25,7 +25,7 @@ from rose_exp.runs.memory import Footprint, Placement, _Run, footprint
 from rose_exp.runs.preparation import pruning_plan
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.settings.schema import Settings
-from scripts.measure_memory import CASES, FAST, measure
+from scripts.measure_memory import CASES, measure
 
 from ..conftest import REPOSITORY
 
@@ -105,7 +105,8 @@ TARGET = 1.15  # of an estimate, relative to the measured peak
 OVERESTIMATED = {"allocation owl": 1.18, "dsnot": 1.25, "dsnot 2:4": 1.18, "dsnot_sparsegpt": 1.20}  # cases that miss it
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_estimates_are_close_to_the_peaks_of_real_runs(name, tmp_path):
     measured = measure(name, tmp_path)
     memory, disk = measured["estimate"] / measured["peak"], measured["disk"] / measured["peak_disk"]
