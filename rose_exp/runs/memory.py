@@ -21,6 +21,7 @@ from ..settings.schema import Settings
 
 LIBRARIES = 730 * 2**20  # bytes of a process that has imported and compiled everything, but loaded no data
 ITEM = 4  # bytes of a float32
+SECOND_STREAM = 32 * 2**20  # bytes that passes of both models add to the heap of a run with a target, measured
 RECORD = 2**20  # bytes on disk of the record, the log and the figures
 UNKNOWN_WINDOWS = 170  # assumed for a whole text; that of WikiText-2 with windows of 2048 tokens
 
@@ -197,7 +198,7 @@ class _Run:
             peak = max(peak, remaining + width**2 * ITEM)
             peak = max(peak, remaining - size + self._finished_bytes(group) + self._solving_bytes(group))
             remaining -= size
-        return peak
+        return peak + (SECOND_STREAM if self.settings.target else 0)
 
     def _moments_bytes(self, group: list[LayerShape], tokens: int) -> int:
         """Return the bytes of the sums of a group, and of the piece of tokens that waits to be added."""
