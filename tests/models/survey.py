@@ -87,7 +87,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # of configurations that reject the co
 
 def classes() -> Iterator[str]:
     """The names of all configuration classes with a causal language model."""
-    yield from sorted(config.__name__ for config in MODEL_FOR_CAUSAL_LM_MAPPING)
+    yield from sorted({config.__name__ for config in MODEL_FOR_CAUSAL_LM_MAPPING})  # GPT-2 is listed twice
 
 
 def config_of(name: str) -> PreTrainedConfig:
