@@ -161,7 +161,7 @@ class Pruner(ABC):
         done = [layer for group in groups for layer in group if layer.name in earlier]
         last = not groups or groups[-1] is unit.groups[-1]
         reports = [*before, *(earlier[layer.name] for layer in done)]
-        waves = self.waves(pending) or [pending]
+        waves = self.waves(pending)
         for place, wave in reversed([*enumerate(waves)]):  # later layers first: they do not affect the inputs of earlier ones
             final = place == 0
             whole = last and (final or place == len(waves) - 1)

@@ -19,14 +19,25 @@ def limited_waves(groups: Sequence[Group], plan: PruningPlan, context: PruneCont
     """
     if context.moments_bytes is None or plan.structured or plan.permutes:
         return [list(groups)]
-    waves: list[list[Group]] = []
+    kinds = [torch.promote_types(group[0].weight.dtype, torch.float32) for group in groups]
+    sizes = [
+        group[0].columns ** 2 * sums_dtype(context.device, kind).itemsize for group, kind in zip(groups, kinds, strict=True)
+    ]
+    return [[groups[place] for place in part] for part in successive_parts(sizes, context.moments_bytes)]
+
+
+def successive_parts(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Split items into successive parts whose sizes sum up to at most ``limit``, but at least one item each.
+
+    Returns:
+        The places of the items of each part; one empty part if there are no items.
+    """
+    parts: list[list[int]] = [[]]
     filled = 0
-    for group in groups:
-        dtype = torch.promote_types(group[0].weight.dtype, torch.float32)
-        size = group[0].columns ** 2 * sums_dtype(context.device, dtype).itemsize
-        if not waves or filled + size > context.moments_bytes:
-            waves.append([])
+    for place, size in enumerate(sizes):
+        if parts[-1] and filled + size > limit:
+            parts.append([])
             filled = 0
-        waves[-1].append(group)
+        parts[-1].append(place)
         filled += size
-    return waves
+    return parts

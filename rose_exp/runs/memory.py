@@ -15,13 +15,14 @@ from ..engine.moments import sums_dtype
 from ..engine.pieces import PIECE
 from ..models import BlockShape, LayerShape, ModelShape
 from ..pruning.plan import chosen
+from ..pruning.waves import successive_parts
 from ..runtime.batches import batch_size
 from ..settings.effects import acting
 from ..settings.schema import Settings
 
 LIBRARIES = 730 * 2**20  # bytes of a process that has imported and compiled everything, but loaded no data
 ITEM = 4  # bytes of a float32
-SECOND_STREAM = 32 * 2**20  # bytes that passes of both models add to the heap of a run with a target, measured
+SECOND_STREAM = 32 * 2**20  # bytes added for a target: without them, two measured runs exceeded the estimate, by up to 20 MB
 RECORD = 2**20  # bytes on disk of the record, the log and the figures
 UNKNOWN_WINDOWS = 170  # assumed for a whole text; that of WikiText-2 with windows of 2048 tokens
 
@@ -175,16 +176,9 @@ class _Run:
             return [[name] for name in groups]
         if limit is None or settings.removes or "permutation" in acting(settings.model_dump(mode="json")):
             return [list(groups)]
-        waves: list[list[str]] = []
-        filled = 0
-        for name, group in groups.items():
-            size = group[0].columns ** 2 * sums_dtype(self.kind, torch.float32).itemsize
-            if not waves or filled + size > limit:
-                waves.append([])
-                filled = 0
-            waves[-1].append(name)
-            filled += size
-        return waves
+        item = sums_dtype(self.kind, torch.float32).itemsize
+        names, sizes = list(groups), [group[0].columns ** 2 * item for group in groups.values()]
+        return [[names[place] for place in part] for part in successive_parts(sizes, limit)]
 
     def _wave_bytes(self, groups: list[list[LayerShape]], forward: int, tokens: int) -> int:
         """Return the peak bytes of calibrating groups together and pruning them one after another."""
