@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..models import BlockList, check_layouts, linear_layers, shared_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
 from .calls import BlockCall, equal, first_tensor, on_device, shifted, to_device
+from .failures import fails_itself, run_model, told
 from .permutation import Channels, find_channels
 from .targets import adding_layers
 from .weights import BlockWeights, InMemory
 
 PROBE_TOKENS = 8
-MODEL_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError, NotImplementedError)
 ROUNDING = 16  # tolerance for equal results, in multiples of the dtype's epsilon, relative to the largest value
 
 
@@ -138,31 +138,13 @@ def probe(
 
     few = causality_tokens(tokens).to(home_of(model))
     with intercept_blocks(blocks, run):
-        logits = _logits(_run_foreign(model, few))
+        logits = _logits(run_model(model, few))
     if not probed.called:
         raise RoseExpError(f"{blocks.block_name(0)} is never called; set model.blocks")
     probed.axis = chain.axis(few)
     check_causal(model, logits)
     _check_independent(model, blocks, few, probed)
     return probed
-
-
-def _run_foreign(model: nn.Module, tokens: Tensor) -> Any:
-    """Run a model on tokens alone.
-
-    Raises:
-        RoseExpError: its own code fails, for instance because it requires the hidden states of another model.
-    """
-    try:
-        return model(input_ids=tokens, use_cache=False)
-    except MODEL_ERRORS as error:
-        raise RoseExpError(
-            f"model: expected a decoder that runs on token IDs alone, got {type(model).__name__}, which fails: {_told(error)}"
-        ) from error
-
-
-def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def home_of(model: nn.Module) -> torch.device:
@@ -204,7 +186,7 @@ def check_decoder(model: nn.Module, tokens: Tensor) -> None:
     Raises:
         RoseExpError: a prediction depends on a later token, or the model fails.
     """
-    check_causal(model, _logits(_run_foreign(model, causality_tokens(tokens).to(home_of(model)))))
+    check_causal(model, _logits(run_model(model, causality_tokens(tokens).to(home_of(model)))))
 
 
 @torch.no_grad()
@@ -236,8 +218,10 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, prob
         try:
             with intercept_blocks(blocks, run):
                 return calls, _logits(model(input_ids=tokens, use_cache=False))
-        except MODEL_ERRORS as error:
-            raise NotAChain(f"{blocks.name}: the model fails if its blocks return their inputs: {_told(error)}") from error
+        except Exception as error:
+            if not fails_itself(model, error):
+                raise
+            raise NotAChain(f"{blocks.name}: the model fails if its blocks return their inputs: {told(error)}") from error
 
     (calls, logits), (others, other_logits) = run_shifted(0.0), run_shifted(1.0)
     for index, call, other, passed in zip(probed.called, calls, others, [{}, *probed.passes], strict=True):

@@ -162,8 +162,8 @@ def page(supports: dict[str, Support]) -> str:
         f"Every class with a causal language model in transformers {transformers.__version__}, built small with random "
         f"weights: {len(pruned)} of {len(supports) + len(NOT_BUILT)} classes are pruned. For each of them, pruning by blocks "
         "gives the same weights as forward passes of the whole model, and so does pruning from disk; the number of pruned "
-        "weights is exact; and the saved model loads with the class it was loaded with, with equal tensors and, up to rounding, "
-        "equal logits. "
+        "weights is exact; and the saved model loads with the class it was loaded with, with equal tensors and, up to "
+        "rounding, equal logits. "
         "`python -m tests.models.support --write` generates this page.",
         "",
         "*Removable* lists the groups that `sparsity=structured` can remove such that the saved model loads. Tensors *left "
