@@ -19,6 +19,7 @@ from rose_exp.pruning import OnDisk
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.settings.schema import ModelSettings
 
+from . import gguf
 from .families import CONFIGS, build, tokens
 
 FILE = "model.safetensors"
@@ -220,50 +221,17 @@ def test_loaded_model_does_not_depend_on_its_files(saved):
     assert all(value.data_ptr() % 64 == 0 for value in loaded.model.parameters())
 
 
-# Llama parameter names -> GGUF tensor names
-GGUF = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
 def write_gguf(path, missing=(), layers=3, extra=()):
-    from gguf import GGUFWriter
-
     arguments = CONFIGS["llama"][1] | {"hidden_size": 32, "head_dim": 8}  # GGUF files of this family do not store head_dim
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**arguments)
-    model = transformers.LlamaForCausalLM(config)
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**arguments))
+    writer = gguf.start(path, model.config, layers)
     for name, value in model.state_dict().items():
-        found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)\.weight", name)
-        own = f"blk.{found[1]}.{GGUF[found[2]]}.weight" if found[1] else f"{GGUF[found[2]]}.weight"
-        if own not in missing:
-            writer.add_tensor(own, value.numpy())
+        if gguf.name_of(name) not in missing:
+            writer.add_tensor(gguf.name_of(name), value.numpy())
     for own in extra:
         writer.add_tensor(own, np.ones(4, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf.finish(writer)
     return ModelSettings(path=str(path))
 
 

@@ -11,10 +11,10 @@ import torch
 from rose_exp.engine import InputMoments, Ordering, Refine, SparseGPT, Target, Unstructured
 from rose_exp.pruning import PruneContext, PruningPlan, RunState, collect, prune_model
 from rose_exp.pruning.waves import limited_waves
-from rose_exp.runtime import signals
 from rose_exp.runtime.signals import Interrupted
 
 from ..models import survey
+from .stopping import stop_after_solving
 
 PLAN = PruningPlan(SparseGPT(), Unstructured(0.5), expert_tokens=1)
 MIXTURES = ["GptOssConfig", "MixtralConfig", "LongcatFlashConfig", "JetMoeConfig"]
@@ -86,17 +86,7 @@ def test_waves_are_successive_and_hold_at_least_one_group():
 @pytest.mark.parametrize("stop_after", [3, 9, 14])
 def test_a_run_resumes_between_two_passes(stop_after, tmp_path, monkeypatch):
     expected, reports = pruned("GptOssConfig", PLAN)
-    solved = 0
-    original = PruningPlan.solve
-
-    def solve(self, *arguments, **keywords):
-        nonlocal solved
-        solved += 1
-        if solved == stop_after:
-            monkeypatch.setattr(signals._stop, "signal", "SIGTERM")
-        return original(self, *arguments, **keywords)
-
-    monkeypatch.setattr(PruningPlan, "solve", solve)
+    stop_after_solving(stop_after, monkeypatch)
     with pytest.raises(Interrupted):
         pruned("GptOssConfig", PLAN, PruneContext(moments_bytes=30_000, state=RunState(tmp_path / "state", {"code": "a"})))
     monkeypatch.undo()

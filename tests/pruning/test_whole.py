@@ -13,12 +13,12 @@ from rose_exp.engine import SemiStructured, SparseGPT, Target, Unstructured
 from rose_exp.engine.allocation import Allocation
 from rose_exp.models import find_blocks
 from rose_exp.pruning import InMemory, PruneContext, PruningPlan, RunState, answers_by_blocks, prune_model
-from rose_exp.runtime import signals
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.signals import Interrupted
 
 from ..models import survey
 from ..models.whole import prune_whole, whole_logits
+from .stopping import stop_after_solving
 
 PLAN = PruningPlan(SparseGPT(), Unstructured(0.5))
 
@@ -89,16 +89,7 @@ def test_options_that_need_a_chain_raise_an_error_before_pruning(plan, setting, 
 def test_a_stopped_run_resumes_with_the_same_result(stop_after, tokens, tmp_path, monkeypatch):
     expected = Skipping()
     reports = prune_model(expected, tokens, PLAN)
-    solved, original = 0, PruningPlan.solve
-
-    def solve(self, *arguments, **keywords):
-        nonlocal solved
-        solved += 1
-        if solved == stop_after:
-            monkeypatch.setattr(signals._stop, "signal", "SIGTERM")
-        return original(self, *arguments, **keywords)
-
-    monkeypatch.setattr(PruningPlan, "solve", solve)
+    stop_after_solving(stop_after, monkeypatch)
     with pytest.raises(Interrupted):
         prune_model(Skipping(), tokens, PLAN, PruneContext(state=RunState(tmp_path / "state", {"code": "a"})))
     monkeypatch.undo()

@@ -23,6 +23,7 @@ from rose_exp.cli import app
 from rose_exp.diffusion.small import small_pipeline
 
 from ..data.small_tokenizers import build_tokenizer
+from ..models import gguf
 
 TEXT = " ".join(random.Random(0).choices(string.ascii_lowercase, k=600))
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -78,20 +79,7 @@ def write_inputs(folder: Path) -> None:
 
 def write_gguf(path: Path, model: torch.nn.Module) -> None:
     """Write a Llama model with its tokenizer as a GGUF file."""
-    from gguf import GGUFWriter
-
-    from ..models.test_matching import GGUF
-
-    config = model.config
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    writer = gguf.start(path, model.config, model.config.num_hidden_layers)
     tokens = ["<unk>", "<s>", "</s>", "▁", *string.ascii_lowercase, "y2", "z2"]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -101,17 +89,8 @@ def write_gguf(path: Path, model: torch.nn.Module) -> None:
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     for name, value in model.state_dict().items():
-        parts = name.removesuffix(".weight").split(".")
-        own = (
-            f"blk.{parts[2]}.{GGUF['.'.join(parts[3:])]}"
-            if parts[:2] == ["model", "layers"]
-            else GGUF[name.removesuffix(".weight")]
-        )
-        writer.add_tensor(f"{own}.weight", value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        writer.add_tensor(gguf.name_of(name), value.numpy())
+    gguf.finish(writer)
 
 
 LANGUAGE = [
