@@ -105,7 +105,7 @@ class BlockPruner(Pruner):
         self.calls: Calls = {}
         self.dense_calls: Calls = {}
         self.folder = Path()
-        context.warn("left_dense", check_plan(self.blocks, plan), "no linear layers, such as convolutions and recurrences")
+        context.warn("left_dense", check_plan(self.blocks, plan), "not linear layers, but convolutions or recurrences")
         for component in self.components:
             component.check(self)
 

@@ -41,7 +41,7 @@ def answers_by_blocks(
         name: name of the progress bar.
     Yields:
         A batch of windows and its logits (windows, length, vocabulary), equal to those of the whole model. If the blocks are
-        not a chain, each batch reads all blocks.
+        not a chain, every batch reads all blocks.
     """
     blocks = weights.blocks
     try:

@@ -108,10 +108,10 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> list[str]:
     """Check the plan's patterns against the model's layers.
 
     Returns:
-        The names of small tensors that are no linear layers, such as the weights of depthwise convolutions and recurrences.
+        The names of small tensors that are not linear layers, such as the weights of depthwise convolutions and recurrences.
         They stay dense.
     Raises:
-        RoseExpError: a pattern matches no layer, no layer is left to prune, or a tensor that is no linear layer holds a
+        RoseExpError: a pattern matches no layer, no layer is left to prune, or a tensor that is not a linear layer holds a
             substantial share of its block's weights.
     """
     names = [layer.name for layer in all_linear_layers(blocks)]
@@ -133,7 +133,7 @@ def check_plan(blocks: BlockList, plan: PruningPlan) -> list[str]:
 
 
 def other_tensors(blocks: BlockList) -> dict[str, float]:
-    """Return the tensors with more than two dimensions that are no stacks of experts, and their shares of the block.
+    """Return the tensors with more than two dimensions that are not stacks of experts, and their shares of the block.
 
     The share of a depthwise convolution is 0, because it stays dense at any size: its weights act on single channels.
     """

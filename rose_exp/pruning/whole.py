@@ -1,4 +1,4 @@
-"""Pruning of models whose blocks are no chain: each block is calibrated by forward passes of the whole model."""
+"""Pruning of models whose blocks do not form a chain: each block is calibrated by forward passes of the whole model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ModelPruner(Pruner):
         settings = {"pipeline.target": plan.target, "sparsity.allocation": plan.allocation, "pipeline.permute": plan.permutes}
         for setting, used in settings.items():
             if used:
-                raise RoseExpError(f"{setting}: expected a model whose blocks are a chain, got {type(model).__name__}")
+                raise RoseExpError(f"{setting}: expected a model whose blocks form a chain, got {type(model).__name__}")
         super().__init__(plan, context, components_for(plan, context))
         self.model = model
         self.tokens = context.ranks.share(tokens)

@@ -167,8 +167,8 @@ def page(supports: dict[str, Support]) -> str:
         "`python -m tests.models.support --write` generates this page.",
         "",
         "*Removable* lists the groups that `sparsity=structured` can remove such that the saved model loads. Tensors *left "
-        "dense* are no linear layers, or are shared by several blocks. Models with *whole forward passes* have blocks that are "
-        "no chain: each block is calibrated by passes of the whole model, which takes longer.",
+        "dense* are not linear layers, or are shared by several blocks. Models with *whole forward passes* have blocks that do "
+        "not form a chain: each block is calibrated by passes of the whole model, which takes longer.",
         "",
         "| Configuration | Removable | Notes |",
         "|---|---|---|",

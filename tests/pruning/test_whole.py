@@ -1,4 +1,4 @@
-"""Models whose blocks are no chain are pruned block by block with forward passes of the whole model."""
+"""Models whose blocks do not form a chain are pruned block by block with forward passes of the whole model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_weights_equal_those_of_the_reference(name, options, tokens, tmp_path):
 def test_options_that_need_a_chain_raise_an_error_before_pruning(plan, setting, tokens):
     model = Skipping()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(RoseExpError, match=f"{setting}: expected a model whose blocks are a chain, got Skipping"):
+    with pytest.raises(RoseExpError, match=f"{setting}: expected a model whose blocks form a chain, got Skipping"):
         prune_model(model, tokens, plan)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
