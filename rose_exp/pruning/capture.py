@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..models import BlockList, check_layouts, linear_layers, shared_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import reason
 from .calls import BlockCall, equal, first_tensor, on_device, shifted, to_device
-from .failures import fails_itself, run_model, told
+from .failures import fails_itself, run_model
 from .permutation import Channels, find_channels
 from .targets import adding_layers
 from .weights import BlockWeights, InMemory
@@ -221,7 +222,7 @@ def _check_independent(model: nn.Module, blocks: BlockList, tokens: Tensor, prob
         except Exception as error:
             if not fails_itself(model, error):
                 raise
-            raise NotAChain(f"{blocks.name}: the model fails if its blocks return their inputs: {told(error)}") from error
+            raise NotAChain(f"{blocks.name}: the model fails if its blocks return their inputs: {reason(error)}") from error
 
     (calls, logits), (others, other_logits) = run_shifted(0.0), run_shifted(1.0)
     for index, call, other, passed in zip(probed.called, calls, others, [{}, *probed.passes], strict=True):

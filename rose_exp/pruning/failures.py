@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import RoseExpError
+from ..runtime.outside import reason
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -25,7 +26,7 @@ def run_model(model: nn.Module, tokens: Tensor) -> Any:
         if not fails_itself(model, error):
             raise
         raise RoseExpError(
-            f"model: expected a decoder that runs on token IDs alone, got {type(model).__name__}, which fails: {told(error)}"
+            f"model: expected a decoder that runs on token IDs alone, got {type(model).__name__}, which fails: {reason(error)}"
         ) from error
 
 
@@ -40,8 +41,3 @@ def fails_itself(model: nn.Module, error: Exception) -> bool:
     last = max(place for place, package in enumerate(packages) if package == PACKAGE)
     own = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"}
     return bool(own & set(packages[last + 1 :]))
-
-
-def told(error: Exception) -> str:
-    """Return the class and the message of an error as one line of limited length."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

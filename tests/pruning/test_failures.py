@@ -45,9 +45,17 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("place", ["outside", "inside"])
-@pytest.mark.parametrize("error", [TypeError("inputs_embeds"), RuntimeError("shape"), KeyError("state"), AssertionError()])
-def test_errors_of_the_model_name_the_model_and_the_reason(error, place):
-    message = f"expected a decoder that runs on token IDs alone, got Model, which fails: {type(error).__name__}"
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("inputs_embeds"), "TypeError: inputs_embeds"),
+        (RuntimeError("shape"), "shape"),
+        (KeyError("state"), "KeyError: 'state'"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_errors_of_the_model_name_the_model_and_the_reason(error, reason, place):
+    message = f"expected a decoder that runs on token IDs alone, got Model, which fails: {reason}$"
     with pytest.raises(RoseExpError, match=message):
         prune_model(Model(**{place: error}), torch.zeros(2, 4, dtype=torch.int64), PLAN)
 
