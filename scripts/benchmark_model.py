@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from rose_exp.models import find_blocks, load_model
 from rose_exp.pruning import PassSeconds, PruneContext, PruningPlan, prune_model
 from rose_exp.runtime.files import write_text
 from rose_exp.settings.schema import ModelSettings
+from rose_exp.tracking.record import peak_memory
 
 SHAPES = {  # hidden size, MLP width, layers, heads, key-value heads, vocabulary
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
@@ -160,7 +160,7 @@ def main() -> None:
         for a, b in (("published", "rose"), ("rose", "sparsegpt"))
         if a in results and b in results
     }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()["host"]
     print(*(f"{name} {value:.3f}" for name, value in ratios.items()), f"host peak {peak / 1e9:.1f} GB", sep="   ")
     if arguments.json:
         settings = {key: str(value) for key, value in vars(arguments).items() if key != "json"}

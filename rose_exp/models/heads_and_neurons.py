@@ -54,6 +54,13 @@ class Structure:
     def groups(self) -> int:
         return len(self.consumers[0].places)
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that belong to each group."""
+        read = sum(len(part.layer.module.weight) * part.places.shape[1] for part in self.consumers)
+        made = sum(part.places.shape[1] * (part.layer.columns + (part.layer.module.bias is not None)) for part in self.makers)
+        return read + made
+
     @torch.no_grad()
     def mask(self, removed: Tensor) -> None:
         """Zero all weights and biases that belong to the groups ``removed``, (groups,) bool."""

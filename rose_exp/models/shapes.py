@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..runtime.errors import RoseExpError
 from ..settings.schema import ModelSettings
 from .blocks import BlockList, LinearLayer, all_linear_layers, find_blocks, linear_layers
+from .heads_and_neurons import find_structures
 from .loading import build_empty, from_pretrained
 
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # names of the maximum sequence length
@@ -34,11 +36,28 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class StructureShape:
+    """Sizes of the heads of an attention or the neurons of an FFN.
+
+    Attributes:
+        groups: number of heads, or groups of heads that share a key and value, or neurons.
+        parameters: number of parameters that belong to each group.
+        consumers: names of the layers that read the groups.
+    """
+
+    kind: Literal["heads", "neurons"]
+    groups: int
+    parameters: int
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class BlockShape:
-    """Sizes of a block: its number of parameters, and its layers in module order."""
+    """Sizes of a block: its number of parameters, its layers in module order, and the structures in a known layout."""
 
     parameters: int
     layers: list[LayerShape]
+    structures: list[StructureShape] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,7 @@ def shape_of(config: PreTrainedConfig, dtype: torch.dtype | str, settings: Model
         BlockShape(
             sum(parameter.numel() for parameter in block.parameters()),
             _layers(linear_layers(block, blocks.block_name(index)), hidden),
+            _structures(block, blocks.block_name(index)),
         )
         for index, block in enumerate(blocks.blocks)
     ]
@@ -123,6 +143,20 @@ def shape_of(config: PreTrainedConfig, dtype: torch.dtype | str, settings: Model
         tokens=_embedding_rows(model, text.vocab_size),
         context=context_length(config),
     )
+
+
+def _structures(block: nn.Module, name: str) -> list[StructureShape]:
+    """Return the shapes of the structures of a block, without the kinds that it has in an unknown layout."""
+    shapes = []
+    for kind in ("heads", "neurons"):
+        try:
+            structures = find_structures(block, name, (kind,))
+        except RoseExpError:  # a run that removes such structures raises it; all others need no sizes
+            continue
+        for structure in structures:
+            consumers = tuple(part.layer.name for part in structure.consumers)
+            shapes.append(StructureShape(kind, structure.groups, structure.parameters, consumers))
+    return shapes
 
 
 def _widest_output(blocks: BlockList) -> int:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 
 import torch
 
 from ..engine.footprint import Problem, groups_peak
+from ..engine.methods import Method
 from ..engine.moments import sums_dtype
 from ..engine.pieces import PIECE
 from ..models import BlockShape, LayerShape, ModelShape
@@ -20,7 +22,8 @@ from ..runtime.batches import batch_size
 from ..settings.effects import acting
 from ..settings.schema import Settings
 
-LIBRARIES = 730 * 2**20  # bytes of a process that has imported and compiled everything, but loaded no data
+EVALUATING = 630 * 2**20  # bytes of a process that has imported all libraries, but loaded no data
+PRUNING = 720 * 2**20  # bytes of a process that has also compiled the engine
 ITEM = 4  # bytes of a float32
 SECOND_STREAM = 32 * 2**20  # bytes added for a target: without them, two measured runs exceeded the estimate, by up to 20 MB
 RECORD = 2**20  # bytes on disk of the record, the log and the figures
@@ -97,6 +100,7 @@ class _Run:
         states = self._stream_bytes() * self._copies()
         texts = self._text_bytes() if self.placed.by_blocks else 0
         place = self.settings.pipeline.activations
+        libraries = PRUNING if self.settings.pruned else EVALUATING
         held = self.outside + self.block if self.on_disk else self.whole
         reading = self.block if self.on_disk else max(self.block, self.outside)  # the mapped files
         saving = self.block if self.settings.save and self.on_disk else 0  # a model in memory is written without a copy
@@ -106,13 +110,13 @@ class _Run:
             )
             reread = self.block if self.on_disk else 0  # a block as it is read or written
             host = held + max(reading, pruning + reread, evaluating + reread, saving)
-            return Footprint(LIBRARIES + host, None, self._disk_bytes(states, texts))
+            return Footprint(libraries + host, None, self._disk_bytes(states, texts))
         if place == "device":
             pruning, evaluating = pruning + states, evaluating + texts
         host = held + max(reading, saving, max(states, texts) if place == "host" else 0)
         whole = self.block + self.outside if self.placed.by_blocks else self.whole
         device = max(self.block + pruning, whole + evaluating)
-        return Footprint(LIBRARIES + host, device, self._disk_bytes(states, texts))
+        return Footprint(libraries + host, device, self._disk_bytes(states, texts))
 
     def _pruned(self) -> list[tuple[BlockShape, list[LayerShape]]]:
         pipeline = self.settings.pipeline
@@ -225,7 +229,7 @@ class _Run:
         columns, rows = group[0].columns, [layer.rows for layer in group]
         if settings.removes:
             return groups_peak(settings.method.name, settings.sparsity.ratio, columns, max(rows))
-        methods = [settings.method.create(), *(settings.method.create((name,)) for name in settings.method.layer_options)]
+        methods = [self._method_for(layer) for layer in group]
         refine = settings.refine
         return max(
             Problem(
@@ -239,6 +243,12 @@ class _Run:
             ).peak(columns, rows)
             for method in methods
         )
+
+    def _method_for(self, layer: LayerShape) -> Method:
+        """Return the method of a layer, as in :meth:`rose_exp.pruning.PruningPlan.method_for`."""
+        method = self.settings.method
+        patterns = [pattern for pattern in method.layer_options if fnmatchcase(layer.name, pattern)]
+        return method.create(tuple(patterns[:1]))
 
     def _evaluation_bytes(self) -> int:
         """Return the bytes of a forward pass of a batch, or of its logits and their logarithms."""
@@ -258,6 +268,19 @@ class _Run:
         texts = [w * min(counts or [UNKNOWN_WINDOWS]) * self.shape.hidden * self.width for w, counts in limits]
         return max(texts, default=0)
 
+    def _removed_bytes(self) -> int:
+        """Return the bytes of the heads and neurons that the saved model lacks."""
+        if not self.settings.removes:
+            return 0
+        sparsity, pipeline = self.settings.sparsity.parsed, self.settings.pipeline
+        removed = 0
+        for block, _ in self.pruned:
+            for structure in block.structures:
+                wanted = all(chosen(name, pipeline.layers, pipeline.skip) for name in structure.consumers)
+                if structure.kind in sparsity.kinds and wanted:
+                    removed += sparsity.count(structure.groups) * structure.parameters
+        return removed * self.width
+
     def _disk_bytes(self, states: int, texts: int) -> int:
         """Return the peak size of the run's folder: its state, hidden states on disk, and the saved model."""
         pipeline = self.settings.pipeline
@@ -271,5 +294,5 @@ class _Run:
         elif sizes:
             kept = blocks
         hidden, hidden_texts = (states, texts) if pipeline.activations == "disk" else (0, 0)
-        saved = self.whole if self.settings.save else 0
+        saved = self.whole - self._removed_bytes() if self.settings.save else 0
         return RECORD + max(kept + hidden, blocks + hidden_texts, blocks + saved)

@@ -214,7 +214,10 @@ def _reset_peak_memory() -> None:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Return the peak resident memory of this process and the peak allocation on the CUDA device, in bytes."""
+    """Return the peak resident memory of this process and the peak allocation on the CUDA device, in bytes.
+
+    Linux: ``VmHWM``, because ``ru_maxrss`` starts with the size of the parent process.
+    """
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     status = Path("/proc/self/status")
     if status.exists():

@@ -40,6 +40,8 @@ ALWAYS = Ordering("descending", "descending", threshold=None)
 METHOD_CASES = [
     *((name, {}) for name in ("magnitude", "wanda", "dsnot", "sparsegpt", "alps", "oats")),
     ("dsnot", {"initial": "sparsegpt"}),
+    ("dsnot", {"max_cycles": 0}),
+    ("dsnot", {"initial": "sparsegpt", "max_cycles": 0}),
 ]
 OPTIONS = {
     "plain": {},

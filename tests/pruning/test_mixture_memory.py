@@ -56,25 +56,30 @@ def peak_bytes(model: Path, limit: int | None) -> int:
     return script(
         model.parent,
         f"""
-        import tempfile, resource, torch
+        import resource, tempfile, torch
         from pathlib import Path
-        from rose_exp.engine import SparseGPT, Unstructured
+        from rose_exp.engine import InputMoments, SparseGPT, Unstructured, prune_layer
         from rose_exp.models import open_model
         from rose_exp.pruning import OnDisk, PruneContext, PruningPlan, RunState, prune_model
         from rose_exp.settings.schema import ModelSettings
+        from rose_exp.tracking.record import peak_memory
 
         def resident():
             return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
         torch.set_num_threads(1)
+        moments = InputMoments(64)
+        moments.update(torch.randn(128, 64))
+        prune_layer(torch.randn(64, 64), moments, sparsity=Unstructured(0.5))  # compiling takes more memory than the model
         loaded, streamed = open_model(ModelSettings(path={str(model)!r}))
         tokens = torch.randint(3, 96, (4, 64), generator=torch.Generator().manual_seed(0))
         with tempfile.TemporaryDirectory() as folder:
             state = RunState(Path(folder), {{"code": "a"}})
             context = PruneContext(weights=OnDisk(streamed, state.block), state=state, moments_bytes={limit})
             before = resident()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
             prune_model(loaded.model, tokens, PruningPlan(SparseGPT(), Unstructured(0.5)), context)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        print(peak_memory()["host"] - before)
         """,
     )
 

@@ -30,6 +30,8 @@ def result_of(record: dict[str, Any]) -> dict[str, Any]:
     result = {name: value for name, value in record.items() if name not in TIMED}
     result["layers"] = [{k: v for k, v in layer.items() if k != "seconds"} for layer in record["layers"]]
     result["protocol"] = {name: value for name, value in record["protocol"].items() if name != "revision"}
+    if "zero_shot" in result["protocol"]:  # the name of the file with all answers contains the time
+        result["protocol"]["zero_shot"] = {k: v for k, v in result["protocol"]["zero_shot"].items() if k != "results"}
     result.pop("packages", None)
     result.pop("images", None)
     if "images.speedup" in result["metrics"]:

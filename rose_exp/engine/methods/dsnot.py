@@ -49,7 +49,8 @@ class DSnoT(Method):
 
     def working(self, sparsity: Sparsity) -> tuple[Working, ...]:
         squares = 2 if self.initial == "sparsegpt" else 1
-        return (Working(squares, kept=1.25, largest=6 if isinstance(sparsity, SemiStructured) else 11.3),)
+        selecting, cycles = (1, 6) if isinstance(sparsity, SemiStructured) else (4.25, 11.3)
+        return (Working(squares, kept=1.25, largest=cycles if self.max_cycles else selecting),)
 
     def prune(self, layer: Layer) -> Solution:
         metric, factor = self._initial_metric(layer)
