@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..runtime.errors import RoseExpError
 from ..runtime.outside import outside_errors
 from ..settings.texts import Bos
+from .encoding import encode
 from .texts import Text
 
 MAX_DRAWS_PER_WINDOW = 10_000  # limit of the search for a long enough document
@@ -139,7 +140,7 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, bos: Bos, where: st
     that a window holds one BOS. With ``bos="tokenizer"``, one at the start replaces the tokenizer's own.
     """
     with outside_errors(f"{where}: the model's tokenizer cannot encode the text"):
-        ids = torch.tensor(tokenizer(text, add_special_tokens=bos == "tokenizer", verbose=False).input_ids, dtype=torch.int64)
+        ids = encode(text, tokenizer, bos == "tokenizer")
     start = tokenizer.bos_token_id
     if start is None or bos == "none":
         return ids

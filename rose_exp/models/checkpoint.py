@@ -46,10 +46,12 @@ class Checkpoint(ABC):
     Attributes:
         where: name and value of the setting that selects the checkpoint, for error messages.
         tensors: dtype and shape of every tensor by its name in the files; None if the shape is unknown before reading.
+        unmapped: names of tensors in a GGUF file that transformers does not map to the model.
     """
 
     where: str
     tensors: dict[str, tuple[torch.dtype, torch.Size | None]]
+    unmapped: Sequence[str] = ()
 
     @property
     def names(self) -> list[str]:
@@ -197,9 +199,6 @@ class GgufCheckpoint(Checkpoint):
     """A GGUF file, whose tensors are dequantized when they are read.
 
     Uses private functions of transformers for the layout of each family, because the public one reads the whole file at once.
-
-    Attributes:
-        unmapped: names of tensors in the file that transformers does not map to the model.
     """
 
     def __init__(self, path: Path, model: nn.Module, where: str):

@@ -25,9 +25,11 @@ from ..runtime.wheels import WHEELS, fetch
 from ..settings.schema import ModelSettings
 from .families import installed_families
 from .gguf_header import check_gguf
+from .unpacked import through_cache
 
 log = logging.getLogger(__name__)
 
+GGUF_PARTS = {AutoConfig: "config", AutoTokenizer: "tokenizer"}
 DEEPEST = 10_000  # layers or experts; the largest known models have a few hundred
 
 JSON_FILES = (  # small files of a model that contain one JSON object; transformers ignores repeated keys
@@ -128,17 +130,26 @@ def from_pretrained(auto: Any, settings: ModelSettings, **options: Any) -> Any:
     """
     options |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     source, gguf = located(settings)
-    if gguf:
-        check_gguf(Path(source) / gguf, setting_of(settings))
-        options["gguf_file"] = gguf
     local, name = os.path.exists(source), source if settings.path is not None else settings.embedded
     if local:
         for file in JSON_FILES:
             if os.path.lexists(path := Path(source) / file):
                 read_json_object(path, setting_of(settings))
     hint = "" if local else " (no such local folder, and not available from the hub)"
-    with outside_errors(f"{setting_of(settings)}: cannot load {name!r}{hint}"):
-        return auto.from_pretrained(source, **options)
+
+    def load(place: Any = source, **more: Any) -> Any:
+        with outside_errors(f"{setting_of(settings)}: cannot load {name!r}{hint}"):
+            return auto.from_pretrained(place, **options, **more)
+
+    if not gguf:
+        return load()
+    path = Path(source) / gguf
+
+    def load_gguf() -> Any:
+        check_gguf(path, setting_of(settings))
+        return load(gguf_file=gguf)
+
+    return through_cache(GGUF_PARTS[auto], path, load_gguf, load)
 
 
 def located(settings: ModelSettings) -> tuple[str, str | None]:

@@ -20,7 +20,7 @@ from ..engine.pieces import aligned
 from ..runtime.errors import RoseExpError
 from ..runtime.outside import outside_errors
 from .blocks import BlockList
-from .checkpoint import Checkpoint, GgufCheckpoint
+from .checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -264,14 +264,13 @@ def _unexpected(
     patterns = list(model._keys_to_ignore_on_load_unexpected or [])
     patterns += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"]  # buffers stored by older versions
     names = [name for name in unexpected if not any(re.search(pattern, name) for pattern in patterns)]
-    unmapped = checkpoint.unmapped if isinstance(checkpoint, GgufCheckpoint) else []
     lists = blocks.name.split(",")
     ends = "|".join({re.escape(name.rpartition(".")[2]) for name in lists})
     listed = re.compile(rf"(^|\.)({ends})\.\d+\.|^blk\.\d+\.")
     parents = tuple(f"{name.rpartition('.')[0]}." for name in lists)
     inside = {n for n in names if listed.search(n) and (n.startswith(parents) or not _is_other_modality(n))}
-    inside |= {name for name in unmapped if listed.search(name)}
-    return sorted({*names, *unmapped} - inside), sorted(inside)
+    inside |= {name for name in checkpoint.unmapped if listed.search(name)}
+    return sorted({*names, *checkpoint.unmapped} - inside), sorted(inside)
 
 
 def _is_other_modality(name: str) -> bool:

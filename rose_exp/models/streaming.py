@@ -18,9 +18,10 @@ from ..runtime.errors import RoseExpError
 from ..runtime.outside import outside_errors
 from ..settings.schema import ModelSettings
 from .blocks import BlockList, find_blocks
-from .checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .loading import LoadedModel, build_empty, from_pretrained, located, protocol, revision, setting_of
 from .matching import Match, fill, match, tie
+from .unpacked import gguf_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def open_model(settings: ModelSettings) -> tuple[LoadedModel, StreamedModel]:
     where = f"{setting_of(settings)}: {settings.path or settings.embedded}"
     with torch.device("meta"):
         empty = build_empty(config, settings)
-    checkpoint = GgufCheckpoint(Path(source) / gguf, empty, where) if gguf else open_checkpoint(find, where)
+    checkpoint = gguf_checkpoint(Path(source) / gguf, empty, where) if gguf else open_checkpoint(find, where)
     matched = match(empty, checkpoint, find_blocks(empty, settings.blocks))
     dtype = getattr(config, "dtype", None) or checkpoint.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with init_empty_weights(include_buffers=False):
