@@ -59,6 +59,7 @@ from .preparation import (
     first_key,
     limited,
     pruning_plan,
+    warn_of_slow_dtype,
 )
 from .run import Run
 
@@ -116,6 +117,7 @@ class LanguageRun(Run):
             log.info("streaming %s from disk, one block at a time", settings.model.name)
             loaded, self.streamed = open_model(settings.model)
         self.model = loaded.model
+        warn_of_slow_dtype(self.model.dtype, self.device)
         self.protocol["model"] = loaded.protocol
         for kind, detail in loaded.warnings:
             self.record.warn(kind, detail)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,8 @@ from ..runtime.ranks import Ranks
 from ..settings.effects import settings_of
 from ..settings.schema import Settings
 from ..settings.texts import Bos
+
+log = logging.getLogger(__name__)
 
 
 def find_device(name: str, ranks: Ranks) -> torch.device:
@@ -37,6 +41,16 @@ def find_device(name: str, ranks: Ranks) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise RoseExpError(f"device: expected auto, cpu or a CUDA device of this machine, got {name!r}: {error}") from error
     return device
+
+
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Log a warning if the processor has no instructions for a dtype of half precision, which makes it slower than float32."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    checks = {torch.bfloat16: "_is_avx512_bf16_supported", torch.float16: "_is_amx_fp16_supported"}  # absent in older versions
+    supported = getattr(torch.cpu, checks.get(dtype, ""), lambda: True)
+    if device.type == "cpu" and x86 and not supported():
+        name = str(dtype).removeprefix("torch.")
+        log.warning("model.dtype: this processor has no instructions for %s; float32 is several times as fast", name)
 
 
 def resolved_backend(settings: Settings, device: torch.device) -> str:

@@ -198,10 +198,11 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the type and name of a device, without its index."""
+    """Return the type and name of a device, without its index; for a CPU with the instructions that determine rounding."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.processor() or platform.machine()}"
+    name = platform.processor() or platform.machine()
+    return f"{device.type}: {name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _reset_peak_memory() -> None:

@@ -47,4 +47,10 @@ def test_run_without_reordered_layers_equals_a_run_without_reordering(small, tmp
 def test_device_name_is_independent_of_the_gpu_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     assert device_name(torch.device("cuda:1")) == device_name(torch.device("cuda")) == "cuda: H100"
-    assert device_name(torch.device("cpu")).startswith("cpu: ")
+
+
+def test_device_name_of_a_cpu_contains_the_instructions_that_determine_rounding(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert device_name(torch.device("cpu")) == "cpu: x86_64, AVX512"
