@@ -62,7 +62,7 @@ def _wait(device: torch.device) -> None:
 def measure(rows: int, columns: int, sparsity: Unstructured | SemiStructured, device: torch.device, repeats: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.eye(columns) + torch.randn(columns, columns, generator=generator) / columns**0.5
-    inputs = (torch.randn(2 * columns, columns, generator=generator) @ mixing).to(device)
+    inputs = torch.randn(2 * columns, columns, generator=generator).to(device) @ mixing.to(device)
     weight = torch.randn(rows, columns, generator=generator).to(device)
     moments = InputMoments(columns, device=device)
     moments.update(inputs)

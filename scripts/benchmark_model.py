@@ -36,11 +36,17 @@ SHAPES = {  # hidden size, MLP width, layers, heads, key-value heads, vocabulary
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
     "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
+    "tiny": (64, 96, 3, 4, 4, 128),  # to try a benchmark
 }
 
 
-def build(name: str, blocks: int | None, dtype: torch.dtype) -> nn.Module:
-    """Return the embedded model or a known shape with random weights, truncated to the first ``blocks`` blocks if not None."""
+def build(name: str, blocks: int | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """Return the embedded model or a known shape with random weights, on the CPU.
+
+    Args:
+        blocks: number of blocks to keep; None keeps all.
+        device: where random weights are drawn; a GPU is far faster, but must hold the whole model.
+    """
     if name not in SHAPES:
         model = load_model(ModelSettings(embedded=name)).model
         if blocks is not None:
@@ -61,7 +67,8 @@ def build(name: str, blocks: int | None, dtype: torch.dtype) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return AutoModelForCausalLM.from_config(config).eval()
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config).eval().to("cpu")
     finally:
         torch.set_default_dtype(before)
 
@@ -98,7 +105,7 @@ def measure(ways: dict[str, Callable[[nn.Module], dict]], model: nn.Module, devi
     """Return the medians of every variant; the variants alternate and start from the same weights."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     runs: dict[str, list[dict]] = {name: [] for name in ways}
-    _warm_up(torch.device(device))
+    warm_up(torch.device(device))
     for _ in range(repeats):
         for name, way in ways.items():
             model.load_state_dict(weights)
@@ -108,12 +115,12 @@ def measure(ways: dict[str, Callable[[nn.Module], dict]], model: nn.Module, devi
     return {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
 
 
-def _warm_up(device: torch.device) -> None:
+def warm_up(device: torch.device) -> None:
     """Compile the engine's kernels, or load them from their cache, before timing."""
     for size in (200, 400):
         moments = InputMoments(size, device=device)
         moments.update(torch.randn(2 * size, size, device=device))
-        prune_layer(torch.randn(64, size, device=device), moments, sparsity=Unstructured(0.5), ordering=Ordering.rose())
+        prune_layer(torch.randn(256, size, device=device), moments, sparsity=Unstructured(0.5), ordering=Ordering.rose())
 
 
 def _device_peak() -> int:
@@ -146,7 +153,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="output file for the results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    model = build(arguments.model, arguments.blocks, getattr(torch, arguments.dtype))
+    model = build(arguments.model, arguments.blocks, getattr(torch, arguments.dtype), arguments.device)
     tokens = torch.randint(0, model.config.vocab_size, (arguments.samples, arguments.window))
     known = {
         "published": lambda m: run_published(m, tokens, arguments),

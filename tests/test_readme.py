@@ -51,7 +51,7 @@ def test_offline_commands_run(command, tmp_path):
     assert ("images.psnr" if images else "perplexity.embedded") in done.stdout
 
 
-@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "reproduce.sh", "slurm_node.sh", "_venv.sh"])
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "reproduce.sh", "gpu_check.sh", "slurm_node.sh", "_venv.sh"])
 def test_scripts_parse_and_are_executable(script):
     path = REPOSITORY / "scripts" / script
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
