@@ -105,7 +105,7 @@ def write_model(sizes: Mapping[str, Any], folder: Path) -> None:
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **{"dtype": "float32"} | dict(sizes)))
-    model.to(getattr(torch, dict(sizes).get("dtype", "float32"))).save_pretrained(folder)
+    model.to(getattr(torch, dict(sizes).get("dtype", "float32"))).save_pretrained(folder, max_shard_size="500MB")
     words = {f"w{number}": number for number in range(WORDS)} | {"<unk>": WORDS}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -119,23 +119,23 @@ def write_text(path: Path, words: int = 60_000) -> None:
     path.write_text(" ".join(f"w{draw.randrange(WORDS)}" for _ in range(words)), encoding="utf-8")
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Run a case in a process of its own, and return its estimates and peaks in bytes."""
-    write_model(CASES[name].model, folder / "llama")
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Run a case in a process of its own, and return its estimates and peaks in bytes, and its seconds by stage."""
+    write_model(case.model, folder / "llama")
     text = folder / "text.txt"
     write_text(text)
     overrides = ["model=local", f"model.path={folder / 'llama'}", "calibration=local", f"calibration.path={text}"]
     overrides += ["calibration.samples=4", "calibration.window=512", "evaluation=local", "device=cpu"]
     overrides += [f"evaluation.perplexity.local.path={text}", "evaluation.perplexity.local.window=512"]
-    overrides += ["evaluation.perplexity.local.windows=2", "figures.draw=true", *CASES[name].overrides]
+    overrides += ["evaluation.perplexity.local.windows=2", "figures.draw=true", *case.overrides]
     run = f"from scripts.measure_memory import run_in_stages; run_in_stages({overrides!r}, {str(folder / 'out')!r})"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     watcher = _Watcher(folder / "out")
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, env=environment)
     disk = watcher.stop()
     if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1]) | {"name": name, "peak_disk": disk}
+        raise RuntimeError(f"{' '.join(case.overrides)}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1]) | {"peak_disk": disk}
 
 
 def run_in_stages(overrides: Sequence[str], folder: str) -> None:
@@ -156,13 +156,9 @@ def run_in_stages(overrides: Sequence[str], folder: str) -> None:
     record.Stopwatch.stage = measured
     result = rose_exp.run(list(overrides), folder)
     _mark(peaks, "end")
-    estimate = result["estimate"]
-    where = max(peaks, key=peaks.get)
-    print(
-        json.dumps(
-            {"estimate": estimate["host"], "disk": estimate["disk"], "peak": peaks[where], "stage": where, "peaks": peaks}
-        )
-    )
+    estimate, where = result["estimate"], max(peaks, key=peaks.get)
+    found = {"estimate": estimate["host"], "disk": estimate["disk"], "peak": peaks[where], "stage": where, "peaks": peaks}
+    print(json.dumps(found | {"seconds": result["seconds"], "weights": estimate["weights"]}))
 
 
 def _mark(peaks: dict[str, int], name: str) -> None:
@@ -222,7 +218,7 @@ def main() -> None:
         if wanted and not any(word in name for word in wanted):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            measured = measure(name, Path(folder))
+            measured = measure(CASES[name], Path(folder)) | {"name": name}
         print(table_row(measured), flush=True)
         stages = " ".join(f"{stage}={peak / 1e6:.0f}" for stage, peak in measured["peaks"].items())
         print(f"{name}: {stages}", file=sys.stderr, flush=True)

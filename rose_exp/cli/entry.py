@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from ..runtime.exits import exit_on_signals, guarded_output  # every other import is slower, and a signal can interrupt it
@@ -23,6 +24,11 @@ def main() -> None:
 def _run() -> None:
     from hydra._internal.utils import get_args_parser
 
+    if "--version" in sys.argv[1:]:  # Hydra's parser prints the version of Hydra
+        from importlib.metadata import version
+
+        print(f"rose_exp {version('rose_exp')}")
+        return
     parsed = get_args_parser().parse_args()
     if parsed.help:
         from .help import help_text

@@ -87,6 +87,8 @@ def _group_problems(composer: Composer, override: Override) -> list[str]:
             if name is not None and str(name) not in options:
                 expected = f"one of {', '.join(options)}"
                 hint = f"; {UNQUOTED_PATTERN}" if unquoted_pattern(name) in options else suggest(name, options)
+                if group == "model" and "/" in str(name):
+                    hint = f"; for a folder or a model on the hub, give model=local model.path={name}"
                 problems.append(f"{group}: expected {expected}, got {str(name)!r}{hint}")
     return problems
 

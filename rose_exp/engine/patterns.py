@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -109,3 +111,28 @@ class SemiStructured:
 
 
 Sparsity = Unstructured | SemiStructured
+
+
+def as_sparsity(value: Sparsity | float | str) -> Sparsity:
+    """Return a sparsity pattern from a number or text.
+
+    Args:
+        value: a pattern; the ratio of unstructured sparsity as a number or text, such as 0.7; or text such as ``"2:4"``.
+
+    Raises:
+        ValueError: it is none of these, or out of range.
+    """
+    if isinstance(value, Unstructured | SemiStructured):
+        return value
+    text = str(value)
+    numbers = re.fullmatch(r"(\d+):(\d+)", text)
+    if numbers:
+        return SemiStructured(*map(int, numbers.groups()))
+    try:
+        ratio = math.nan if isinstance(value, bool) else float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 <= ratio <= 1:
+        percent = f"; did you mean {ratio / 100:g}?" if 5 <= ratio <= 100 else ""
+        raise ValueError(f"sparsity: expected a ratio from 0 to 1, a pattern such as 2:4 or an object, got {value!r}{percent}")
+    return Unstructured(ratio)

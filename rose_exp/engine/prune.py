@@ -17,7 +17,7 @@ from .kernels.backends import resolve
 from .methods import METHODS, Layer, Method, Solution, resolve_orders
 from .moments import InputMoments
 from .options import SolverOptions
-from .patterns import Sparsity
+from .patterns import Sparsity, as_sparsity
 from .products import quadratic_form
 from .ranges import Extent, extents, finite, read_extents, scaled
 from .refine import Refine, Refined
@@ -80,7 +80,7 @@ def prune_layer(
     moments: InputMoments,
     *,
     method: str | Method = "sparsegpt",
-    sparsity: Sparsity,
+    sparsity: Sparsity | float | str,
     refine: int | Refine | None = None,
     cross_moments: CrossMoments | None = None,
     **options: Any,
@@ -92,7 +92,7 @@ def prune_layer(
             in float64 if ``weight`` or the moments are float64.
         moments: moments of the layer's inputs.
         method: a name of :data:`METHODS`, or a method with its own options.
-        sparsity: :class:`Unstructured` or :class:`SemiStructured`.
+        sparsity: a pattern, the ratio of unstructured sparsity such as 0.7, or an N:M pattern as text such as ``"2:4"``.
         refine: number of least-squares steps on the final mask, or the options of post-pruning refinement.
         cross_moments: cross moments of the dense and the pruned model's inputs; required with a target.
         options: fields of :class:`SolverOptions`, such as ``ordering``, ``block_size``, ``damping``, ``backend`` or ``target``.
@@ -117,7 +117,7 @@ def prune_layers(
     moments: InputMoments,
     *,
     methods: Sequence[str | Method],
-    sparsity: Sparsity | Sequence[Sparsity],
+    sparsity: Sparsity | float | str | Sequence[Sparsity | float | str],
     options: SolverOptions | None = None,
     cross_moments: CrossMoments | None = None,
 ) -> list[PruneResult]:
@@ -130,7 +130,7 @@ def prune_layers(
     Args:
         weights: weights of one dtype, on one device.
         methods: one method for each weight.
-        sparsity: one sparsity pattern for all weights, or one for each.
+        sparsity: one sparsity for all weights, or one for each, as in :func:`prune_layer`.
         options: options of the solver; None for the defaults.
         cross_moments: cross moments of the dense and the pruned model's inputs; required with a target.
 
@@ -140,7 +140,8 @@ def prune_layers(
     options = options or SolverOptions()
     if not weights or len(methods) != len(weights):
         raise ValueError(f"methods: expected one for each of at least one weight, got {len(methods)} for {len(weights)}")
-    patterns = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(weights)
+    one = isinstance(sparsity, str) or not isinstance(sparsity, Sequence)
+    patterns = [as_sparsity(value) for value in ([sparsity] * len(weights) if one else sparsity)]
     if len(patterns) != len(weights):
         raise ValueError(f"sparsity: expected one, or one for each of {len(weights)} weights, got {len(patterns)}")
     for weight in weights:

@@ -23,6 +23,7 @@ from ..engine import (
     prune_layers,
 )
 from ..engine.allocation import Allocation
+from ..engine.patterns import as_sparsity
 from ..models import BlockList, LinearLayer, all_linear_layers, projections
 from ..runtime.errors import RoseExpError, suggest
 from ..settings.pruning import LayerOptions
@@ -39,6 +40,7 @@ class PruningPlan(LayerOptions, SolverOptions):
 
     Attributes:
         method: pruning method for layers that match no pattern in ``methods``.
+        sparsity: a pattern, the ratio of unstructured sparsity such as 0.7, or an N:M pattern as text such as ``"2:4"``.
         methods: pruning methods by pattern of full layer names; the first matching pattern wins.
         allocation: sparsity allocation across layers; None prunes all layers to the same sparsity.
         shares: sparsity of each layer that the allocation chose after surveying the model.
@@ -47,13 +49,18 @@ class PruningPlan(LayerOptions, SolverOptions):
     """
 
     method: Method
-    sparsity: Sparsity | Structured
+    sparsity: Sparsity | Structured | float | str
     _: KW_ONLY
     methods: Mapping[str, Method] = field(default_factory=dict)
     allocation: Allocation | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
     blocks: str | None = None
     study: Sequence[str] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.sparsity, Structured):
+            object.__setattr__(self, "sparsity", as_sparsity(self.sparsity))
 
     def wants(self, name: str) -> bool:
         return chosen(name, self.layers, self.skip)

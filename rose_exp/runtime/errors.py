@@ -26,6 +26,10 @@ class SettingsError(RoseExpError):
 
 
 def suggest(wrong: object, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` with the most similar known name, or an empty string if none is similar."""
-    near = difflib.get_close_matches(str(wrong), list(known), n=1)
+    """Return ``"; did you mean 'x'?"`` with the most similar known name, or an empty string if none is similar.
+
+    A name with the same characters in another order, such as 2:4 for 4:2, comes first.
+    """
+    names = list(known)
+    near = [name for name in names if sorted(name) == sorted(str(wrong))] or difflib.get_close_matches(str(wrong), names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -62,7 +62,9 @@ def explain(mistake: Mapping[str, Any], root: type[BaseModel]) -> str:
     if kind == "less_than" and math.isinf(context["lt"]):
         kind = "finite_number"
     if kind in bounds:
-        return f"{setting}: expected {bounds[kind].format(**context)}, {got}"
+        percent = kind == "less_than_equal" and context["le"] == 1 and 5 <= mistake["input"] <= 100
+        hint = f"; did you mean {mistake['input'] / 100:g}?" if percent else ""
+        return f"{setting}: expected {bounds[kind].format(**context)}, {got}{hint}"
     if kind == "string_type":
         return f"{setting}: expected text, {got}{_quotes_hint(setting, mistake['input'])}"
     expected = mistake["msg"].removeprefix("Input should be ").split(",")[0]

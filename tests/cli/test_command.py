@@ -109,6 +109,12 @@ def test_all_errors_are_reported_together():
     ("argument", "expected"),
     [
         ("model=llama2-7", "did you mean 'llama2-7b'?"),
+        ("model=meta-llama/Llama-2-7b-hf", "give model=local model.path=meta-llama/Llama-2-7b-hf"),
+        ("model=./folder", "give model=local model.path=./folder"),
+        ("sparsity=4:2", "did you mean '2:4'?"),
+        ("sparsity=8:4", "did you mean '4:8'?"),
+        ("sparsity.ratio=70", "sparsity.ratio: expected at most 1, got 70; did you mean 0.7?"),
+        ("reorder.threshold=50", "reorder.threshold: expected at most 1, got 50; did you mean 0.5?"),
         ("sparsity.pattern=unstructurd", "did you mean 'unstructured'?"),
         ("sparsity.ratio=1.5", "sparsity.ratio: expected at most 1, got 1.5"),
         ("sparsity.ratio=null", "sparsity.ratio: expected a number from 0 to 1, got null"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -28,6 +29,11 @@ def test_help_describes_every_group_and_choice():
         assert len(line.split()) > 3, line  # has a description
     for setting in ("pipeline:", "seed: 0 #", "plan: false #", "rerun: false #"):
         assert setting in text
+
+
+def test_version_is_that_of_this_package():
+    done = subprocess.run([sys.executable, "-m", "rose_exp", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"rose_exp {version('rose_exp')}\n")
 
 
 def test_help_does_not_import_torch():

@@ -166,3 +166,14 @@ def test_shapes_know_the_bounds_of_tokens_and_windows(tmp_path):
     shape.check_tokens("x", 95)
     with pytest.raises(RoseExpError, match="^x: expected token IDs below 96, .*, got 96"):
         shape.check_tokens("x", 96)
+
+
+def test_file_that_exceeds_a_memory_limit_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 1976045104 bytes from file <model.safetensors>: Cannot allocate memory (12)")
+
+    build("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("rose_exp.models.checkpoint.safe_open", refuse)
+    with pytest.raises(RoseExpError, match="memory limit of the process .* is too low for the size of the file") as error:
+        open_model(ModelSettings(path=str(tmp_path)))
+    assert "damaged" not in str(error.value)

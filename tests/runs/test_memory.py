@@ -107,7 +107,7 @@ TARGET = 1.15  # of an estimate, relative to the measured peak
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_estimates_are_close_to_the_peaks_of_real_runs(name, tmp_path):
-    measured = measure(name, tmp_path)
+    measured = measure(CASES[name], tmp_path)
     memory, disk = measured["estimate"] / measured["peak"], measured["disk"] / measured["peak_disk"]
     assert 1.0 <= memory <= TARGET, measured
     assert measured["disk"] - measured["peak_disk"] < 2e6 or 1.0 <= disk <= TARGET, measured
