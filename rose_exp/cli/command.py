@@ -140,7 +140,8 @@ def _job(composer: Composer, overrides: Sequence[str], swept: Sequence[str], num
         settings = read_settings(config)
     except SettingsError as error:
         return error.problems
-    name = " ".join(swept) or f"{settings.label} {settings.model.name} {settings.sparsity.parsed}"
+    changes = " ".join(swept).replace("\\:", ":")  # Hydra escapes colons
+    name = changes or f"{settings.label} {settings.model.name} {settings.sparsity.parsed}"
     ignored = settings.sparsity.contradiction("sparsity")
     job = Job(name, settings, applied(config, settings), folder, ignored)
     try:

@@ -9,8 +9,11 @@ from typing import Any
 
 from ..runtime.errors import RoseExpError
 from ..runtime.escaping import terminal
+from ..settings.effects import without, without_effect
+from ..settings.leaves import flat
 from ..tracking import read_record
 from ..tracking.record import FILE_NAME, REORDERED
+from .conditions import differing
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
     """Return a plain text table of the method, pattern, measured sparsity, metrics and seconds of each run.
 
     Records of several models add a column with the model. Records with an ordering add ``reordered``: the number of layers that
-    it reordered, out of all pruned layers.
+    it reordered, out of all pruned layers. If records with equal models, methods and patterns have different settings, such as
+    seeds, these are in a column of their own.
     """
     measured = list(dict.fromkeys(name for record in records for name in record["metrics"] if name not in UNMEASURED))
     ordered = any(REORDERED in record["metrics"] for record in records)
@@ -46,6 +50,10 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
         header.insert(0, "model")
         for row, record in zip(rows, records, strict=True):
             row.insert(0, record["protocol"].get("model", {}).get("name", "-"))  # a run may fail before the model loads
+    if any(different := _different_settings(records, [tuple(row[: header.index("sparsity")]) for row in rows])):
+        for row, text in zip(rows, different, strict=True):
+            row.insert(header.index("sparsity"), text)
+        header.insert(header.index("sparsity"), "settings")
     text_columns = header.index("sparsity")  # columns before it contain text
     header, *rows = ([terminal(cell) for cell in row] for row in [header, *rows])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -56,6 +64,23 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def _different_settings(records: Sequence[dict[str, Any]], names: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return for each record the settings in which it differs from records of the same name, except what the table shows."""
+    shown = [*without_effect(), "model", "method.name", "sparsity.pattern", "sparsity.ratio"]
+    texts = [""] * len(records)
+    for name in dict.fromkeys(names):
+        places = [place for place, other in enumerate(names) if other == name]
+        found = differing([without(flat(records[place]["config"], ""), shown) for place in places])
+        ends = [setting.rpartition(".")[2] for setting in found]
+        for number, place in enumerate(places):
+            parts = [
+                f"{end if ends.count(end) == 1 else setting}={values[number]}"
+                for end, (setting, values) in zip(ends, found.items(), strict=True)
+            ]
+            texts[place] = " ".join(parts)
+    return texts
 
 
 def _row(record: dict[str, Any], measured: Sequence[str], ordered: bool) -> list[str]:

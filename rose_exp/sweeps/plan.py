@@ -90,6 +90,8 @@ def _to_do(job: Job, run_folder: Path) -> bool:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 1:
+        return "<1 s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

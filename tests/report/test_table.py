@@ -27,6 +27,24 @@ def test_model_column_is_shown_for_several_models():
     assert found[4][1:] == ["ROSE", "unstructured", "failed"]
 
 
+def test_settings_column_distinguishes_rows_with_equal_names():
+    runs = [record("ROSE", 26.0 + seed, config__seed=seed) for seed in (0, 1)]
+    found = rows([record("SparseGPT", 27.68), *runs])
+    assert found[0] == ["method", "pattern", "settings", "sparsity", "perplexity.wikitext2", "seconds"]
+    assert [line[2] for line in found[3:]] == ["seed=0", "seed=1"]
+    assert found[2][:3] == ["SparseGPT", "unstructured", "0.5000"]  # the only one of its name
+
+    runs = [
+        record("ROSE", 26.0, seed, config__calibration__samples=8 + seed, config__calibration__seed=seed) for seed in (0, 1)
+    ]
+    assert "samples=9 calibration.seed=1 seed=1" in format_table(runs)  # the full names of two settings called seed
+
+
+def test_settings_without_an_effect_do_not_distinguish_rows():
+    runs = [record("ROSE", 26.0, config__tags=[tag], config__sparsity__ratio=ratio) for tag, ratio in (("a", 0.5), ("b", 0.6))]
+    assert rows(runs)[0] == ["method", "pattern", "sparsity", "perplexity.wikitext2", "seconds"]
+
+
 def test_image_metrics_keep_significant_digits():
     run = record("SparseGPT", 27.68)
     run["metrics"]["images.latent_mse"] = 0.00123456

@@ -27,6 +27,13 @@ def test_plan_runs_nothing(small, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_names_and_times_of_jobs_are_readable(small, tmp_path):
+    text = format_plan(check_command(["-m", *small, "sparsity=2:4,4:8"]).jobs, tmp_path)
+    assert [line.split()[0] for line in text.splitlines()[1:3]] == ["sparsity=2:4", "sparsity=4:8"]
+    assert " 0 s" not in text
+    assert "~0 s" not in text
+
+
 def test_finished_runs_are_skipped_and_calibrate_the_estimate(small, tmp_path):
     rose_exp.sweep([*small, "seed=0,1"], tmp_path)
     jobs = check_command(["-m", *small, "seed=0,1,2"]).jobs
