@@ -13,7 +13,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.errors import RoseExpError
-from ..runtime.outside import outside_errors
 from ..settings.texts import Bos
 from .encoding import encode
 from .texts import Text
@@ -139,8 +138,7 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, bos: Bos, where: st
     Tokenizers turn a BOS token that is spelled out in the text into its id. With ``bos="windows"`` all of these are dropped, so
     that a window holds one BOS. With ``bos="tokenizer"``, one at the start replaces the tokenizer's own.
     """
-    with outside_errors(f"{where}: the model's tokenizer cannot encode the text"):
-        ids = encode(text, tokenizer, bos == "tokenizer")
+    ids = encode(text, tokenizer, bos == "tokenizer", where)
     start = tokenizer.bos_token_id
     if start is None or bos == "none":
         return ids

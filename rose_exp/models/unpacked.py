@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -49,8 +50,12 @@ def through_cache(kind: str, path: Path, load: Callable[[], Any], reload: Callab
 
     def fill(folder: Path) -> None:
         loaded.append(original := load())
-        original.save_pretrained(folder / "saved")
-        same = _contents(reload(folder / "saved")) == _contents(original)
+        try:
+            original.save_pretrained(folder / "saved")
+            same = _contents(reload(folder / "saved")) == _contents(original)
+        except Exception as error:  # the run does not depend on it
+            log.info("the %s of %s is not cached, because it cannot be saved: %s", kind, path, error)
+            same = False
         (folder / FACTS).write_text(json.dumps({"same": same}), encoding="utf-8")
 
     entry = cached(kind, _key(path), fill)
@@ -82,7 +87,10 @@ def gguf_checkpoint(path: Path, model: nn.Module, where: str) -> Checkpoint:
                 shard[name] = tensors[name].contiguous()
             if sum(tensor.nbytes for tensor in shard.values()) >= SHARD or name == checkpoint.names[-1]:
                 file = f"model-{len(set(index.values())):05}.safetensors"
-                save_file(shard, folder / file, {"format": "pt"})
+                try:
+                    save_file(shard, folder / file, {"format": "pt"})
+                except SafetensorError as error:  # such as a full disk
+                    raise OSError(str(error)) from error
                 index |= dict.fromkeys(shard, file)
                 shard = {}
         (folder / INDEX).write_text(json.dumps({"weight_map": index}), encoding="utf-8")

@@ -30,14 +30,14 @@ def tokenizers() -> list:
 
 def test_cached_tokens_are_those_of_the_tokenizer(monkeypatch):
     cases = [(text, number, special) for text in (TEXT, TEXT + "a") for number in range(5) for special in (True, False)]
-    expected = [encoding._encode(text, tokenizers()[number], special) for text, number, special in cases]
+    expected = [encoding._encode(text, tokenizers()[number], special, "calibration") for text, number, special in cases]
     for _ in range(2):
         for (text, number, special), tokens in zip(cases, expected, strict=True):
-            found = encode(text, tokenizers()[number], special)
+            found = encode(text, tokenizers()[number], special, "calibration")
             assert found.dtype == torch.int64
             assert torch.equal(found, tokens)
     monkeypatch.setattr(encoding, "_encode", None)  # everything is in the cache
-    assert torch.equal(encode(TEXT, tokenizers()[0], True), expected[0])
+    assert torch.equal(encode(TEXT, tokenizers()[0], True, "calibration"), expected[0])
 
 
 def test_short_texts_and_foreign_tokenizers_are_not_cached(tmp_path):
@@ -45,7 +45,7 @@ def test_short_texts_and_foreign_tokenizers_are_not_cached(tmp_path):
         pass
 
     tokenizer = build_tokenizer()
-    encode("a b", tokenizer, True)
+    encode("a b", tokenizer, True, "calibration")
     tokenizer.__class__ = Foreign
-    encode(TEXT, tokenizer, True)
+    encode(TEXT, tokenizer, True, "calibration")
     assert not (tmp_path / "cache").exists()

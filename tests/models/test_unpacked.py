@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf as gguf_package
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 import rose_exp
@@ -109,6 +110,29 @@ def test_tokenizer_that_saving_changes_is_read_from_the_file(settings, own_cache
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", spy := Spy(AutoTokenizer.from_pretrained))
     assert load_tokenizer(settings)(TEXT).input_ids == expected
     assert [options.get("gguf_file") for options in spy.options] == ["stories.gguf"]
+
+
+@pytest.mark.parametrize("kind", [AutoConfig, AutoTokenizer])
+def test_parts_that_cannot_be_saved_are_read_from_the_file(kind, settings, monkeypatch):
+    expected = unpacked._contents(from_pretrained(kind, settings))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("cannot be saved")
+
+    monkeypatch.setenv("ROSE_EXP_CACHE", f"{settings.path}-cache")
+    monkeypatch.setattr(type(from_pretrained(kind, settings)), "save_pretrained", refuse)
+    for _ in range(2):
+        assert unpacked._contents(from_pretrained(kind, settings)) == expected
+
+
+def test_full_disk_leaves_no_weights_in_the_cache(settings, own_cache, monkeypatch, caplog):
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(unpacked, "save_file", full)
+    assert len(load_model(settings).model.state_dict()) > 10
+    assert "cannot use the cache" in caplog.text
+    assert not list(own_cache.glob("weights-*"))
 
 
 class Spy:
