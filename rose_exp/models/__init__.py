@@ -5,7 +5,7 @@ from .bos import needs_bos, resolve_bos
 from .experts import Layout, Projection, check_layouts, projections, unstacked_experts
 from .families import Family, families
 from .heads_and_neurons import Part, Structure, find_structures
-from .loading import LoadedModel, load_tokenizer
+from .loading import LoadedModel, largest_file, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
 from .saving import check_savable, save_model, save_streamed, sparsity_description
@@ -33,6 +33,7 @@ __all__ = [
     "families",
     "find_blocks",
     "find_structures",
+    "largest_file",
     "let_go",
     "linear_layers",
     "load_model",

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..runtime.errors import RoseExpError
-from ..runtime.fingerprint import model_sha256, weights_sha256
+from ..runtime.fingerprint import WEIGHTS, model_sha256, weights_sha256
 from ..runtime.outside import outside_errors, read_json_object
 from ..runtime.wheels import WHEELS, fetch
 from ..settings.schema import ModelSettings
@@ -158,6 +158,17 @@ def located(settings: ModelSettings) -> tuple[str, str | None]:
     if path.suffix == ".gguf" and os.path.isfile(path):
         return str(path.parent), path.name
     return (str(path) if os.path.exists(path) else settings.path), None
+
+
+def largest_file(settings: ModelSettings) -> int:
+    """Return the size in bytes of the largest weight file of a local model; 0 for a model on the hub."""
+    source, gguf = located(settings)
+    folder = Path(source)
+    with outside_errors(f"{setting_of(settings)}: cannot read {folder}"):
+        if gguf:
+            return (folder / gguf).stat().st_size
+        files = [file for file in folder.iterdir() if file.suffix in WEIGHTS and file.is_file()] if folder.is_dir() else []
+        return max((file.stat().st_size for file in files), default=0)
 
 
 def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..models import (
     check_savable,
     extra_files,
     find_blocks,
+    largest_file,
     linear_layers,
     load_model,
     load_tokenizer,
@@ -84,8 +85,8 @@ class LanguageRun(Run):
         settings = self.settings
         with self.watch.stage("preflight"), self.ranks.first_rank_first():
             cuda = self.device.type == "cuda"
-            free = available(self.folder.root, self.device)
             shape = model_shape(settings.model)
+            free = available(self.folder.root, self.device, largest_file(settings.model))
             check_window_lengths(settings, shape.context)
             self.placed, estimate = check_fits(settings, shape, cuda, free)
         self.record.data["estimate"] = estimate.as_dict() | vars(self.placed)

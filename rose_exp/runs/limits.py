@@ -16,11 +16,15 @@ RESERVED = 128 * 2**20  # bytes of address space that a run reserves without usi
 UNLIMITED = 2**60  # bytes; version 1 of control groups states a number of this size if there is no limit
 
 
-def available(folder: Path, device: torch.device) -> Footprint:
+def available(folder: Path, device: torch.device, mapped: int = 0) -> Footprint:
     """Return the bytes available to this process, including the memory that it already uses.
 
     For the host, this is the minimum of the machine's free memory and all limits on the process and its control groups. For
     the disk of ``folder``, it is the free space.
+
+    Args:
+        mapped: size in bytes of the largest file that is mapped at a time. Limits on the process count it as a whole; other
+            limits count the parts that have been read.
     """
     used = psutil.Process().memory_info()
     host = [psutil.virtual_memory().available + used.rss]
@@ -28,7 +32,7 @@ def available(folder: Path, device: torch.device) -> Footprint:
     for kind, used_bytes in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, getattr(used, "data", used.rss))):
         soft = resource.getrlimit(kind)[0]
         if soft != resource.RLIM_INFINITY:
-            host.append(max(0, soft - used_bytes - RESERVED + used.rss))
+            host.append(max(0, soft - used_bytes - RESERVED - mapped + used.rss))
     on_device = None
     if device.type == "cuda":
         on_device = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)

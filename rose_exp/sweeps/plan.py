@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..models import ModelShape, model_shape
+from ..models import ModelShape, largest_file, model_shape
 from ..report import collect_records
 from ..runs.fitting import choose
 from ..runs.limits import available
@@ -54,7 +54,7 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
                 rates[model.name] = Rates.of(records, device_name(device), model.name)
             seconds, measured = rates[model.name].seconds(Work.planned(job.settings, shape))
             total, rough = total + seconds, rough or not measured
-            free = available(folder, device)
+            free = available(folder, device, largest_file(model))
             placed = choose(job.settings, shape, device.type == "cuda", free)
             peak = footprint(job.settings, shape, device.type == "cuda", placed)
             shown = gib(peak.host) + (f" + {gib(peak.device)} on the GPU" if peak.device is not None else "")

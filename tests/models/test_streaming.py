@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rose_exp.models import let_go, load_model, load_tokenizer, open_model, save_model, save_streamed
+from rose_exp.models import largest_file, let_go, load_model, load_tokenizer, open_model, save_model, save_streamed
 from rose_exp.pruning import InMemory, OnDisk, answers_by_blocks, loading_blocks
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.settings.schema import ModelSettings
@@ -154,3 +154,12 @@ def test_folder_without_weights_raises_an_error(tmp_path):
     build("llama").config.save_pretrained(tmp_path)
     with pytest.raises(RoseExpError, match=r"expected model.safetensors, model.safetensors.index.json, .*got none of them"):
         open_model(_settings(tmp_path))
+
+
+def test_largest_file_is_that_of_the_weights(tmp_path):
+    build("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "optimizer.pt").write_bytes(bytes(10**6))
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    assert len(sizes) > 1
+    assert largest_file(ModelSettings(path=str(tmp_path))) == max(sizes)
+    assert largest_file(ModelSettings(path="owner/name")) == 0

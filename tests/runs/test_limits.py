@@ -67,8 +67,12 @@ def test_available_memory_respects_process_limits(limit, tmp_path):
         "used = psutil.Process().memory_info();"
         f"used = used.data if {limit!r} == 'RLIMIT_DATA' else used.vms;"
         f"resource.setrlimit(resource.{limit}, (used + 2**30, used + 2**30));"
-        f"print(available(Path({str(tmp_path)!r}), torch.device('cpu')).host - psutil.Process().memory_info().rss)"
+        f"free = [available(Path({str(tmp_path)!r}), torch.device('cpu'), mapped).host for mapped in (0, 2**28, 2**40)];"
+        "print(*free, psutil.Process().memory_info().rss)"
     )
-    free = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert 0.7 * GIB < free < GIB
-    assert available(tmp_path, torch.device("cpu")).host > 0
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    free, beside_a_file, beside_a_large_file, used = map(int, output.split())
+    assert 0.7 * GIB < free - used < GIB
+    assert free - beside_a_file == pytest.approx(2**28, abs=2**24)
+    assert beside_a_large_file == 0
+    assert available(tmp_path, torch.device("cpu"), 2**60).host > 0  # without a limit on the process, files do not count
