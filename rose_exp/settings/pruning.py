@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..engine import METHODS, Method, SemiStructured, Sparsity, Structured, Unstructured
+from ..engine import METHODS, Method, Sparsity, Structured
 from ..engine.bounds import Fraction, Positive
 from ..engine.groups import GroupOptions
+from ..engine.patterns import as_sparsity
 from ..runtime.errors import suggest
 from .compatibility import STRUCTURED
 from .messages import explain
@@ -68,12 +69,10 @@ class SparsitySettings(GroupOptions):
     @property
     def parsed(self) -> Sparsity | Structured:
         """The pattern as the engine's object."""
-        if self.pattern == "unstructured":
-            return Unstructured(self.ratio)
         if self.pattern == STRUCTURED:
             options = {field.name: getattr(self, field.name) for field in dataclasses.fields(GroupOptions)}
             return Structured(self.ratio, **options)
-        return SemiStructured(*map(int, self.pattern.split(":")))
+        return as_sparsity(self.ratio if self.pattern == "unstructured" else self.pattern)
 
 
 class MethodSettings(Section):

@@ -25,6 +25,7 @@ from rose_exp.engine import (
     prune_layer,
     relative_error,
 )
+from rose_exp.engine.patterns import as_sparsity
 from rose_exp.engine.selection import kth_smallest, smallest
 
 from .report import SHARED, Report, Setup, Skip
@@ -211,7 +212,7 @@ def _compare_released(
 ) -> None:
     """Compare with the released code, which prunes one more weight per block."""
     ordering = Ordering.rose() if method == "rose" else None
-    sparsity = _parsed(pattern)
+    sparsity = as_sparsity(pattern.removeprefix("unstructured."))
     result = case.prune(setup.device, torch.float32, sparsity=sparsity, ordering=ordering, backend=backend)
     expected = golden[f"{method}.{pattern}"]
     error = relative_error(case.weight, expected, case.moments("cpu").hessian())
@@ -225,12 +226,6 @@ def _compare_released(
         assert facts["order"] <= 0.01
     assert facts["mask"] <= 3e-3
     assert facts["error"] <= 0.01
-
-
-def _parsed(pattern: str) -> Sparsity:
-    if ":" in pattern:
-        return SemiStructured(*map(int, pattern.split(":")))
-    return Unstructured(float(pattern.removeprefix("unstructured.")))
 
 
 def check_layer_speed(setup: Setup, report: Report) -> None:
