@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 
 import torch
 
 from ..engine.footprint import Problem, groups_peak
-from ..engine.methods import Method
 from ..engine.moments import sums_dtype
 from ..engine.pieces import PIECE
 from ..models import BlockShape, LayerShape, ModelShape
@@ -21,6 +19,7 @@ from ..pruning.waves import successive_parts
 from ..runtime.batches import batch_size
 from ..settings.effects import acting
 from ..settings.schema import Settings
+from .preparation import pruning_plan
 
 EVALUATING = 630 * 2**20  # bytes of a process that has imported all libraries, but loaded no data
 PRUNING = 720 * 2**20  # bytes of a process that has also compiled the engine
@@ -93,6 +92,7 @@ class _Run:
         self.block = shape.largest * self.width
         self.outside = shape.outside * self.width
         self.pruned = self._pruned() if settings.pruned else []
+        self.plan = pruning_plan(settings) if settings.pruned else None
 
     def footprint(self) -> Footprint:
         pruning = max((self._block_bytes(block, layers) for block, layers in self._kinds_of_blocks()), default=0)
@@ -229,7 +229,7 @@ class _Run:
         columns, rows = group[0].columns, [layer.rows for layer in group]
         if settings.removes:
             return groups_peak(settings.method.name, settings.sparsity.ratio, columns, max(rows))
-        methods = [self._method_for(layer) for layer in group]
+        methods = [self.plan.method_for(layer.name) for layer in group]
         refine = settings.refine
         return max(
             Problem(
@@ -243,12 +243,6 @@ class _Run:
             ).peak(columns, rows)
             for method in methods
         )
-
-    def _method_for(self, layer: LayerShape) -> Method:
-        """Return the method of a layer, as in :meth:`rose_exp.pruning.PruningPlan.method_for`."""
-        method = self.settings.method
-        patterns = [pattern for pattern in method.layer_options if fnmatchcase(layer.name, pattern)]
-        return method.create(tuple(patterns[:1]))
 
     def _evaluation_bytes(self) -> int:
         """Return the bytes of a forward pass of a batch, or of its logits and their logarithms."""
