@@ -147,16 +147,16 @@ class SafetensorsCheckpoint(FilesCheckpoint):
             yield slices
 
     def _open(self, path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt", device="cpu")  # rejects a header that does not match the file size
-        except Exception as error:
-            if "Cannot allocate memory" in str(error):  # torch maps a file as private memory, which limits count as a whole
-                raise RoseExpError(
+        with outside_errors(f"{self.where}: {path} is missing or damaged"):
+            try:
+                return safe_open(path, framework="pt", device="cpu")  # rejects a header that does not match the file size
+            except RuntimeError as error:
+                if "Cannot allocate memory" not in str(error):
+                    raise
+                raise RoseExpError(  # torch maps files as private memory, which these limits count as a whole
                     f"{self.where}: cannot map {path} into memory, because the memory limit of the process (ulimit -d or "
                     "ulimit -v) is too low for the size of the file; save the model in smaller shards (max_shard_size)"
                 ) from error
-            with outside_errors(f"{self.where}: {path} is missing or damaged"):
-                raise
 
 
 class TorchCheckpoint(FilesCheckpoint):

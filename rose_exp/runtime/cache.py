@@ -111,11 +111,12 @@ def _open(entry: Path, key: Mapping[str, Any]) -> bool:
 def _is_intact(entry: Path, key: Mapping[str, Any]) -> bool:
     try:
         facts = json.loads((entry / FACTS).read_text(encoding="utf-8"))
-        return facts["key"] == json.loads(json.dumps(key)) and all(
-            content_sha256(entry / name) == digest for name, digest in facts["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RoseExpError):  # whatever damage causes
+        same_key, files = facts["key"] == json.loads(json.dumps(key)), dict(facts["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # whatever damage causes
         return False
+    return same_key and all(
+        (entry / name).is_file() and content_sha256(entry / name) == digest for name, digest in files.items()
+    )
 
 
 def _lock(entry: Path) -> bool:
