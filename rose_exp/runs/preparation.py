@@ -44,13 +44,13 @@ def find_device(name: str, ranks: Ranks) -> torch.device:
 
 
 def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """Log a warning if the processor has no instructions for a dtype of half precision, which makes it slower than float32."""
+    """Log a warning if the processor has no instructions for a dtype of half precision, so that float32 may be faster."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     checks = {torch.bfloat16: "_is_avx512_bf16_supported", torch.float16: "_is_amx_fp16_supported"}  # absent in older versions
     supported = getattr(torch.cpu, checks.get(dtype, ""), lambda: True)
     if device.type == "cpu" and x86 and not supported():
         name = str(dtype).removeprefix("torch.")
-        log.warning("model.dtype: this processor has no instructions for %s; float32 is several times as fast", name)
+        log.warning("model.dtype: this processor has no instructions for %s; float32 may be several times as fast", name)
 
 
 def resolved_backend(settings: Settings, device: torch.device) -> str:
