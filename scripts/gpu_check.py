@@ -161,8 +161,8 @@ def main(command: Sequence[str] | None = None) -> int:
             print(f"{name:<14}{entry.check.__doc__.splitlines()[0]}")
         return 0
     if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-        reason = f"--device: expected a CUDA device, got none (torch {torch.__version__} with {build})"
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        reason = f"--device: expected a CUDA device, got none (torch {torch.__version__}, built {build})"
         print(f"{reason}; --device cpu --tiny tests the checks on a CPU", file=sys.stderr)
         return 2
     results = run_all(arguments.only or list(CHECKS), arguments)
