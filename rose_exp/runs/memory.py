@@ -24,7 +24,7 @@ from .preparation import pruning_plan
 EVALUATING = 630 * 2**20  # bytes of a process that has imported all libraries, but loaded no data
 PRUNING = 720 * 2**20  # bytes of a process that has also compiled the engine
 ITEM = 4  # bytes of a float32
-SECOND_STREAM = 32 * 2**20  # bytes added for a target: without them, two measured runs exceeded the estimate, by up to 20 MB
+SECOND_STREAM = 48 * 2**20  # bytes added for a target: without them, measured runs exceeded the estimate by up to 39 MB
 RECORD = 2**20  # bytes on disk of the record, the log and the figures
 UNKNOWN_WINDOWS = 170  # assumed for a whole text; that of WikiText-2 with windows of 2048 tokens
 
@@ -102,21 +102,22 @@ class _Run:
         place = self.settings.pipeline.activations
         libraries = PRUNING if self.settings.pruned else EVALUATING
         held = self.outside + self.block if self.on_disk else self.whole
-        reading = self.block if self.on_disk else max(self.block, self.outside)  # the mapped files
+        mapped = self.block if self.on_disk else max(self.block, self.outside)  # of the files, which are mapped while read
+        loading = EVALUATING + held + mapped  # the engine is compiled after the model is loaded
         saving = self.block if self.settings.save and self.on_disk else 0  # a model in memory is written without a copy
         if not self.cuda:
             pruning, evaluating = (
                 work + (stored if place != "disk" else 0) for work, stored in ((pruning, states), (evaluating, texts))
             )
             reread = self.block if self.on_disk else 0  # a block as it is read or written
-            host = held + max(reading, pruning + reread, evaluating + reread, saving)
-            return Footprint(libraries + host, None, self._disk_bytes(states, texts))
+            working = libraries + held + max(pruning + reread, evaluating + reread, saving)
+            return Footprint(max(loading, working), None, self._disk_bytes(states, texts))
         if place == "device":
             pruning, evaluating = pruning + states, evaluating + texts
-        host = held + max(reading, saving, max(states, texts) if place == "host" else 0)
+        working = libraries + held + max(saving, max(states, texts) if place == "host" else 0)
         whole = self.block + self.outside if self.placed.by_blocks else self.whole
         device = max(self.block + pruning, whole + evaluating)
-        return Footprint(libraries + host, device, self._disk_bytes(states, texts))
+        return Footprint(max(loading, working), device, self._disk_bytes(states, texts))
 
     def _pruned(self) -> list[tuple[BlockShape, list[LayerShape]]]:
         pipeline = self.settings.pipeline
