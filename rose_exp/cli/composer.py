@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,8 +134,12 @@ class Composer:
 
     def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Return the choices of a group."""
-        names = self.loader.get_group_options(group, kind, self.name, self.always)
-        return [name for name in names if not name.startswith("_")]
+        return [name for name in self._repository.get_group_options(group, kind) if not name.startswith("_")]
+
+    @cached_property
+    def _repository(self) -> IConfigRepository:
+        """The configuration files on the search path. Hydra's own ``get_group_options`` creates it again for each call."""
+        return self.loader._parse_overrides_and_create_caching_repo(self.name, self.always)[1]
 
     def _mode(self, overrides: Sequence[str]) -> RunMode | None:
         """Return ``hydra.mode`` if the configuration sets it."""

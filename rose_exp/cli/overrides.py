@@ -21,6 +21,8 @@ SEVERAL = ("evaluation",)  # groups that allow several choices in one run
 
 def valid_overrides(composer: Composer, texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     """Separate the overrides that can be composed from the errors of the others."""
+    if not texts:
+        return [], []
     parsed, problems = _parsed(composer, texts)
     groups = {override.key_or_group for override in parsed if composer.options(override.key_or_group)}
     in_groups = [o for o in parsed if o.key_or_group in groups and not _group_problems(composer, o)]
