@@ -62,6 +62,8 @@ CASES: dict[str, Case] = {
     "rose_plus bfloat16": Case(WIDE | HALF, ["method=rose_plus", "refine.mask_iterations=4"]),
     "allocation owl": Case(SMALL, [*SPARSEGPT, "allocation=owl", "calibration.samples=32"]),
     "allocation losses": Case(WIDE, [*SPARSEGPT, "allocation=losses"]),
+    "reconstruction": Case(WIDE, ["method=wanda", "reconstruction=separate", "reconstruction.epochs=2"]),
+    "reconstruction bfloat16": Case(WIDE | HALF, ["method=wanda", "reconstruction=together", "reconstruction.epochs=2"]),
     "permute": Case(WIDE, ["method=wanda", "sparsity=2:4", "pipeline.permute=true"]),
     "true_sequential": Case(WIDE, [*SPARSEGPT, "pipeline.true_sequential=true"]),
     "structured sparsegpt": Case(WIDE, [*SPARSEGPT, *STRUCTURED]),
@@ -89,6 +91,9 @@ CASES: dict[str, Case] = {
     "samples, target": Case(SMALL, ["method=wanda", "calibration.samples=32", "target=residual"]),
     "samples, target, disk": Case(
         SMALL, ["method=wanda", "calibration.samples=32", "target=residual", "pipeline.activations=disk"]
+    ),
+    "samples, reconstruction": Case(
+        SMALL, ["method=wanda", "calibration.samples=32", "reconstruction=separate", "reconstruction.epochs=2"]
     ),
     "window": Case(SMALL, ["method=wanda", "calibration.window=2048", "evaluation.perplexity.local.window=2048"]),
     "weights, by blocks and activations on disk": Case(

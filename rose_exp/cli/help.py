@@ -18,6 +18,7 @@ GROUPS = {  # the groups of conf/ in the order of a run, with their descriptions
     "refine": "post-pruning refinement",
     "allocation": "sparsity allocation across layers",
     "target": "the layers' regression target",
+    "reconstruction": "training of each pruned block",
     "tracking": "the experiment tracker, in addition to the run record",
     "experiment": "a complete study: choices of the groups above and the axes of its sweep",
     "debug": "a tiny version of any run, as a smoke test",

@@ -55,10 +55,19 @@ class Activations:
 
     def copy(self, file: Path | None = None) -> Activations:
         """Return a copy with the same storage; on disk, it is stored in ``file``."""
-        other = Activations(self.shape, self._store.dtype, self.place, self.device, self.batch, file)
+        other = self.empty_like(file)
         for piece, hidden in self:
             other[piece] = hidden
         return other
+
+    def empty_like(self, file: Path | None = None) -> Activations:
+        """Return hidden states of the same shape with the same storage, without values; on disk, in ``file``."""
+        return Activations(self.shape, self._store.dtype, self.place, self.device, self.batch, file)
+
+    def __getitem__(self, piece: slice) -> Tensor:
+        """Return a copy of the hidden states of some windows on the device."""
+        self._synchronize()
+        return self._store[piece].to(self.device, copy=self.place != "disk")
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield each batch as its slice of windows and a copy of its hidden states on the device.

@@ -74,12 +74,16 @@ class BlockUnit(Unit):
         calls, dense_calls: arguments of the block for each batch, by the index of its first window, for the pruned and for the
             dense model's hidden states.
         channels: layers whose input channels can be permuted.
+        called: all layers in call order.
+        stages: layers after which the stages of the reconstruction end, except the last one; they add to the hidden states.
         collector: collects the statistics of the layers' inputs.
     """
 
     calls: dict[int, BlockCall] = field(default_factory=dict)
     dense_calls: dict[int, BlockCall] = field(default_factory=dict)
     channels: list[Channels] = field(default_factory=list)
+    called: list[str] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
     collector: Collector | None = None
 
 
@@ -124,7 +128,7 @@ class BlockPruner(Pruner):
             raise RoseExpError(
                 f"calibration.samples: expected at least one window for each of {context.ranks.size} ranks, got {len(tokens)}"
             )
-        adding = bool(plan.target and plan.target.residual)
+        adding = bool((plan.target and plan.target.residual) or (plan.reconstruction and plan.reconstruction.separate))
         probed = probe(self.model, self.blocks, tokens, context.device, self.weights, adding=adding, channels=plan.permutes)
         probed.channels = context.ranks.gather(probed.channels)[0]  # ranks may disagree through rounding
         self._check_calls(probed)
@@ -172,7 +176,7 @@ class BlockPruner(Pruner):
         self.hidden, self.calls = enter(
             self.model, self.blocks, share, plan.batch, plan.activations, probed, device, folder / "hidden"
         )
-        self.dense_calls = second_stream(self.calls) if plan.target else self.calls
+        self.dense_calls = second_stream(self.calls) if plan.dense_stream else self.calls
         for _, batch in self.hidden:
             if not torch.isfinite(batch).all():
                 name = self.blocks.block_name(0)
@@ -210,6 +214,7 @@ class BlockPruner(Pruner):
         called = [name for group in probed.layers[index] for name in group]
         adding = probed.adding[index]
         closing = called[-1] if called and called[-1] in adding else None
+        inner = [name for name in called if name in adding and name not in {closing, *probed.repeated}]
         alone = [group[0] for group in probed.layers[index] if len(group) == 1]  # reordering would affect other readers
         alone = [name for name in alone if name not in probed.repeated]
         state, stop = self.context.state, self.context.check_stop_between_batches
@@ -225,6 +230,8 @@ class BlockPruner(Pruner):
             calls,
             dense_calls,
             [layer_channels for layer_channels in probed.channels[index] if layer_channels.layer in alone],
+            called,
+            inner if plan.reconstruction and plan.reconstruction.separate else [],
             Collector(
                 block, name, (calls, dense_calls), plan, self.context.device, Roles(adding, closing, probed.repeated), stop
             ),

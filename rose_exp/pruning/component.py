@@ -84,3 +84,7 @@ class Component:
 
     def after_unit(self, unit: Unit) -> None:
         """Called after all layers of a unit are pruned, before its outputs are computed."""
+
+    def unit_facts(self, unit: Unit) -> dict[str, Any]:
+        """Return fields for the reports of all pruned layers of a unit, after :meth:`after_unit`."""
+        return {}

@@ -9,6 +9,7 @@ from .experts import StarvedExperts
 from .first_block import FirstBlockReuse
 from .permutation import ChannelPermutation
 from .plan import PruningPlan
+from .reconstruction import BlockReconstruction
 from .structured import StructuredRemoval
 from .study import LayerStudies
 from .targets import RegressionTargets
@@ -17,6 +18,7 @@ COMPONENTS: tuple[type[Component], ...] = (
     StructuredRemoval,
     AllocationSurvey,  # before the regression targets, whose dense activations would take memory during the survey
     RegressionTargets,
+    BlockReconstruction,  # after the regression targets, whose dense hidden states it shares
     FirstBlockReuse,
     StarvedExperts,
     LayerStudies,  # before the permutation: a study shows the original channels

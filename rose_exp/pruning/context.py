@@ -33,6 +33,7 @@ class PassSeconds:
         solving: pruning and refinement of layers.
         advancing: forward passes of pruned blocks.
         surveying: survey of the dense model for sparsity allocation.
+        reconstructing: training of pruned blocks, and forward passes of the dense model for its targets.
         shared: time an earlier run spent on the first block's moments that this run reuses; not part of this run's time.
     """
 
@@ -42,6 +43,7 @@ class PassSeconds:
     solving: float = 0.0
     advancing: float = 0.0
     surveying: float = 0.0
+    reconstructing: float = 0.0
     shared: float = 0.0
 
 

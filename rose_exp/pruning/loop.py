@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -148,7 +148,8 @@ class Pruner(ABC):
             reports += self._prune_groups(unit, groups, reports)
         for component in self.components:
             component.after_unit(unit)
-        return reports
+        facts = {name: value for component in self.components for name, value in component.unit_facts(unit).items()}
+        return [replace(report, **facts) for report in reports] if facts else reports
 
     def _prune_groups(self, unit: Unit, groups: Sequence[Group], before: Sequence[LayerReport]) -> list[LayerReport]:
         """Calibrate and prune groups of layers.

@@ -27,6 +27,7 @@ from ..engine.patterns import as_sparsity
 from ..models import BlockList, LinearLayer, all_linear_layers, projections
 from ..runtime.errors import RoseExpError, suggest
 from ..settings.pruning import LayerOptions
+from ..settings.reconstruction import Reconstruction
 
 SUBSTANTIAL = 0.05  # share of a block's weights up to which what cannot be pruned stays dense with a warning
 
@@ -44,6 +45,7 @@ class PruningPlan(LayerOptions, SolverOptions):
         methods: pruning methods by pattern of full layer names; the first matching pattern wins.
         allocation: sparsity allocation across layers; None prunes all layers to the same sparsity.
         shares: sparsity of each layer that the allocation chose after surveying the model.
+        reconstruction: training of each pruned block; None for none.
         blocks: name of the list of blocks; None detects it from the model's structure.
         study: patterns of full layer names to study before pruning, see :func:`rose_exp.engine.study.study_layer`.
     """
@@ -54,6 +56,7 @@ class PruningPlan(LayerOptions, SolverOptions):
     methods: Mapping[str, Method] = field(default_factory=dict)
     allocation: Allocation | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
+    reconstruction: Reconstruction | None = None
     blocks: str | None = None
     study: Sequence[str] = ()
 
@@ -69,6 +72,11 @@ class PruningPlan(LayerOptions, SolverOptions):
     def structured(self) -> bool:
         """Whether heads and neurons are removed instead of single weights."""
         return isinstance(self.sparsity, Structured)
+
+    @property
+    def dense_stream(self) -> bool:
+        """Whether the hidden states of the dense model are kept, too."""
+        return bool(self.target or self.reconstruction)
 
     @property
     def permutes(self) -> bool:

@@ -40,6 +40,8 @@ class LayerReport:
         permuted: whether the order of the input channels differs from the dense model.
         removed, groups: number of removed heads or neurons, and their number before pruning.
         requested: sparsity that the plan requests for the layer; None if it leaves the layer dense.
+        reconstruction: error of the block's output on held-out windows after its reconstruction, relative to that before; None
+            without reconstruction. The other errors are those before it.
         hessian_used: whether the result depends on the Hessian beyond its diagonal, see :class:`rose_exp.engine.PruneResult`.
     """
 
@@ -66,6 +68,7 @@ class LayerReport:
     groups: int = 0
     requested: float | None = None
     hessian_used: bool = True
+    reconstruction: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -142,6 +145,8 @@ def events(report: LayerReport, damping: float, block_size: int = 128, studied: 
         occurrences.append(("dead_columns", f"{report.dead_columns} of {report.columns} inputs are always zero"))
     if report.refinement_rejected:
         occurrences.append(("refinement_rejected", f"refinement would have raised its error of {report.unrefined_error:.3g}"))
+    if report.reconstruction is not None and report.reconstruction >= 1:
+        occurrences.append(("reconstruction_rejected", "it did not lower the error of the block on held-out windows"))
     if report.damping > damping:
         occurrences.append(("damping_raised", f"from {damping:g} to {report.damping:g}"))
     if differs := _sparsity_differs(report, block_size):

@@ -53,7 +53,8 @@ class ModelPruner(Pruner):
     kind = "block"
 
     def __init__(self, model: nn.Module, tokens: Tensor, plan: PruningPlan, context: PruneContext):
-        settings = {"pipeline.target": plan.target, "sparsity.allocation": plan.allocation, "pipeline.permute": plan.permutes}
+        settings = {"target": plan.target, "allocation": plan.allocation, "reconstruction": plan.reconstruction}
+        settings |= {"pipeline.permute": plan.permutes}
         for setting, used in settings.items():
             if used:
                 raise RoseExpError(f"{setting}: expected a model whose blocks form a chain, got {type(model).__name__}")

@@ -148,10 +148,12 @@ class _Run:
 
     def _streams(self) -> int:
         """Number of streams of hidden states: with a target, the dense model has its own."""
-        return 2 if self.settings.target else 1
+        return 2 if self.settings.target or self.settings.reconstruction else 1
 
     def _copies(self) -> int:
         """Largest number of streams at a time; the copy for the allocation is freed before the dense stream is created."""
+        if self.settings.reconstruction:  # the targets of one or two stages are stored, too
+            return 4 if self.settings.reconstruction.separate else 3
         return 2 if self.settings.target or self.settings.allocation else 1
 
     def _forward_bytes(self, block: BlockShape, tokens: int) -> int:
@@ -171,8 +173,16 @@ class _Run:
         if not groups:
             return forward
         waves = self._waves(groups)
+        training = self._training_bytes(block, tokens) if settings.reconstruction else 0
         copied = block.parameters * self.width if settings.target and len(waves) > 1 else 0
-        return copied + max(self._wave_bytes([groups[name] for name in wave], forward, tokens) for wave in waves)
+        return max(training, copied + max(self._wave_bytes([groups[name] for name in wave], forward, tokens) for wave in waves))
+
+    def _training_bytes(self, block: BlockShape, tokens: int) -> int:
+        """Return the bytes of training a block: copies of its parameters, and the activations of a batch."""
+        converted = ITEM if self.width < ITEM else 0
+        copies = 4 * ITEM + converted + 3 * self.width  # float32: values, sums of gradients, and Adam's two moments
+        inner = sum(layer.rows + layer.columns for layer in block.layers)
+        return block.parameters * copies + tokens * ITEM * (inner + 8 * self.shape.hidden)
 
     def _waves(self, groups: Mapping[str, list[LayerShape]]) -> list[list[str]]:
         """Return the names of the groups that are calibrated together, see :func:`rose_exp.pruning.waves.limited_waves`."""

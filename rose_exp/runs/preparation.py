@@ -110,6 +110,7 @@ def pruning_plan(settings: Settings) -> PruningPlan:
         settings.sparsity.parsed,
         methods={pattern: method.create((pattern,)) for pattern in method.layer_options},
         allocation=settings.allocation,
+        reconstruction=settings.reconstruction,
         blocks=settings.model.blocks,
         study=settings.figures.study,
         ordering=settings.reorder,

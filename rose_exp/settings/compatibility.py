@@ -37,7 +37,7 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
         if not diffusion and evaluation.images is not None:
             problems.append("evaluation.images: expected null for a language model, got some")
     if diffusion:
-        for name in ("target", "allocation"):
+        for name in ("target", "allocation", "reconstruction"):
             section = sections.get(name)
             if section:
                 problems.append(
@@ -66,7 +66,7 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
     problems = []
     if method.name not in METHODS_OF_GROUPS:
         problems.append(f"method: expected one of {', '.join(METHODS_OF_GROUPS)} with structured sparsity, got {method.name}")
-    for name in ("reorder", "refine", "target", "allocation"):
+    for name in ("reorder", "refine", "target", "allocation", "reconstruction"):
         section = sections.get(name)
         if section:
             expected = "none with structured sparsity, which updates the weights itself"

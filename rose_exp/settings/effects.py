@@ -110,6 +110,7 @@ TARGETED = _when("target.strength", "target.residual", holds=lambda *shares: any
 FITTED = _when("refine.steps")
 MASKS_CHOSEN = _when("refine.mask_iterations")
 REFINED = _when("refine.steps", "refine.mask_iterations", holds=lambda *counts: any(counts))
+RECONSTRUCTED = _when("reconstruction.epochs")
 WEIGHTED = _when("diffusion.weighting", holds=lambda weighting: weighting != "uniform")
 SAMPLED = _when("method.name", "evaluation.images", holds=lambda method, images: method != DENSE or images)
 MEASURED = _when(
@@ -134,6 +135,7 @@ COMPONENTS: dict[str, tuple[frozenset[Mode], When]] = {
     "permutation": (PRUNED_LANGUAGE, PERMUTED),
     "target": (PRUNED_LANGUAGE, TARGETED),
     "refinement": (PRUNED, REFINED),
+    "reconstruction": (PRUNED_LANGUAGE, RECONSTRUCTED),
 }
 """Optional parts of a run: the runs that can have them, and the condition under which they have an effect."""
 
@@ -232,6 +234,8 @@ EFFECTS: dict[str, Effect] = {
     "target": Effect(PRUNED_LANGUAGE, TARGETED, role="row"),
     "target.strength": Effect(PRUNED_LANGUAGE, role="row"),
     "target.residual": Effect(PRUNED_LANGUAGE, role="row"),
+    "reconstruction": Effect(PRUNED_LANGUAGE, RECONSTRUCTED, role="row"),
+    "reconstruction.epochs": Effect(PRUNED_LANGUAGE, role="row"),
     "pipeline.layers": Effect(EVERYTHING, of_dense=SPARSITY_ALONE, moments=True, unordered=True),
     "pipeline.skip": Effect(EVERYTHING, of_dense=SPARSITY_ALONE, moments=True, unordered=True),
     "pipeline.true_sequential": Effect(PRUNED_LANGUAGE, moments=True),

@@ -21,6 +21,7 @@ from .compatibility import STRUCTURED, kind_problems, structured_problems
 from .diffusion import Built, DiffusionSettings, ImagesSettings, ModelKind, Omissible
 from .messages import embedded_problem, explain, file_problem, looks_local
 from .pruning import DENSE, MethodSettings, PipelineSettings, SparsitySettings
+from .reconstruction import Reconstruction
 from .resolvers import register_resolvers
 from .section import Section, is_section, problems_of
 from .texts import Bos, CalibrationSettings, PerplexitySettings
@@ -137,6 +138,7 @@ class Settings(Section):
     engine: EngineOptions
     refine: Refine
     target: Target
+    reconstruction: Reconstruction = Reconstruction()
     pipeline: PipelineSettings
     diffusion: DiffusionSettings = DiffusionSettings()
     tracking: TrackingSettings
@@ -161,9 +163,10 @@ class Settings(Section):
         label = self._method_label("order" in parts)
         extended = {"target", "refinement"} <= parts and parts & {"allocation", "permutation"} and self.refine.mask_iterations
         if label == "ROSE" and extended:
-            return "ROSE+"
+            return "ROSE+ + reconstruction" if "reconstruction" in parts else "ROSE+"
         names = {"allocation": "OWL" if self.allocation.rule == "owl" else self.allocation.rule, "permutation": "permuted"}
         names |= {"target": "target", "refinement": "ADMM" if self.refine.mask_iterations else "CG"}
+        names |= {"reconstruction": "reconstruction"}
         return " + ".join([label, *(name for part, name in names.items() if part in parts)])
 
     def _method_label(self, ordered: bool) -> str:
@@ -247,6 +250,11 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"refine: expected none with {method.name}, whose result is not sparse, got {refine.steps} steps and "
             f"{refine.mask_iterations} mask_iterations"
+        )
+    reconstruction = sections.get("reconstruction")
+    if method is not None and reconstruction and method.name in METHODS and not METHODS[method.name].sparse:
+        problems.append(
+            f"reconstruction: expected none with {method.name}, whose result is not sparse, got {reconstruction.epochs} epochs"
         )
     tracking = sections.get("tracking")
     sparsity = sections.get("sparsity")

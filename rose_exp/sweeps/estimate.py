@@ -69,6 +69,10 @@ def _pruning(config: Mapping[str, Any], layers: Sequence[tuple[int, int, int]]) 
     operations = dict.fromkeys(("pruning.calibrating", "pruning.moments", solving, "pruning.advancing"), 0.0)
     if "allocation" in parts:
         operations["pruning.surveying"] = 2.0 * sum(rows * columns * tokens for rows, columns, tokens in layers)
+    if "reconstruction" in parts:  # a forward and a backward pass for each epoch
+        operations["pruning.reconstructing"] = (
+            values["reconstruction.epochs"] * 6.0 * sum(rows * columns * tokens for rows, columns, tokens in layers)
+        )
     for rows, columns, tokens in layers:
         operations["pruning.calibrating"] += 2 * rows * columns * tokens * streams
         operations["pruning.advancing"] += 2 * rows * columns * tokens

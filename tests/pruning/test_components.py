@@ -9,6 +9,7 @@ from rose_exp.engine import Allocation, Magnitude, SemiStructured, SparseGPT, St
 from rose_exp.pruning import FirstBlock, PruneContext, PruningPlan, components, prune_model
 from rose_exp.pruning.component import Component
 from rose_exp.pruning.components import components_for
+from rose_exp.settings.reconstruction import Reconstruction
 
 from ..diffusion import pipelines
 from ..models.families import build, tokens
@@ -16,7 +17,7 @@ from ..models.families import build, tokens
 PLAN = PruningPlan(Magnitude(), Unstructured(0.5), batch=2)
 POINTS = (
     *("before_unit", "collect", "after_collect", "arrange", "solve"),
-    *("before_solve", "outgoing", "after_groups", "after_unit"),
+    *("before_solve", "outgoing", "after_groups", "after_unit", "unit_facts"),
 )
 
 
@@ -103,6 +104,8 @@ def test_a_component_can_solve_a_group_itself(monkeypatch):
         ({"allocation": Allocation()}, {}, set()),
         ({"target": Target(0.5)}, {}, {"RegressionTargets"}),
         ({"target": Target()}, {}, set()),
+        ({"reconstruction": Reconstruction(1)}, {}, {"BlockReconstruction"}),
+        ({"reconstruction": Reconstruction()}, {}, set()),
         ({"permute": True}, {}, set()),
         ({"permute": True, "sparsity": SemiStructured(2, 4)}, {}, {"ChannelPermutation"}),
         ({"sparsity": Structured(0.5)}, {}, {"StructuredRemoval"}),

@@ -32,6 +32,7 @@ from rose_exp.pruning import (
 )
 from rose_exp.runtime.batches import batch_size
 from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.reconstruction import Reconstruction
 from rose_exp.settings.schema import ModelSettings
 
 from ..models.families import CONFIGS, build, tokens
@@ -47,6 +48,7 @@ PLANS = {
     "refined towards the dense model": ROSE | {"refine": Refine(4, mask_iterations=6), "target": Target(0.5, 0.5)},
     "one group at a time": ROSE | {"true_sequential": True, "target": Target(strength=0.5)},
     "owl": ROSE | {"allocation": Allocation("owl", 0.08)},
+    "reconstructed": {"method": Wanda(), "sparsity": Unstructured(0.5), "reconstruction": Reconstruction(2, batch=2)},
     "structured": {"method": SparseGPT(), "sparsity": Structured(0.3)},
     "permuted 2:4": ROSE | {"sparsity": SemiStructured(2, 4), "permute": True},
 }

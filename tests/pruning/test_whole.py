@@ -15,6 +15,7 @@ from rose_exp.models import find_blocks
 from rose_exp.pruning import InMemory, PruneContext, PruningPlan, RunState, answers_by_blocks, prune_model
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.signals import Interrupted
+from rose_exp.settings.reconstruction import Reconstruction
 
 from ..models import survey
 from ..models.whole import prune_whole, whole_logits
@@ -71,11 +72,12 @@ def test_weights_equal_those_of_the_reference(name, options, tokens, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "setting"),
     [
-        (replace(PLAN, target=Target(strength=0.5)), "pipeline.target"),
-        (replace(PLAN, allocation=Allocation(rule="losses")), "sparsity.allocation"),
+        (replace(PLAN, target=Target(strength=0.5)), "target"),
+        (replace(PLAN, allocation=Allocation(rule="losses")), "allocation"),
+        (replace(PLAN, reconstruction=Reconstruction(1)), "reconstruction"),
         (replace(PLAN, sparsity=SemiStructured(2, 4), permute=True), "pipeline.permute"),
     ],
-    ids=["target", "allocation", "permute"],
+    ids=["target", "allocation", "reconstruction", "permute"],
 )
 def test_options_that_need_a_chain_raise_an_error_before_pruning(plan, setting, tokens):
     model = Skipping()

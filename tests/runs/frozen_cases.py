@@ -30,7 +30,8 @@ LAYER_FIELDS = {  # frozen name: current name in the layers of a run record
     "groups": "groups",
 }
 LAYER_NAME = "name"
-NOT_FROZEN = {LAYER_NAME, "seconds", "requested", "hessian_used"}  # other fields of a layer; add new fields here
+# Other fields of a layer; add new fields here.
+NOT_FROZEN = {LAYER_NAME, "seconds", "requested", "hessian_used", "reconstruction"}
 
 LAYER_VALUES: dict[str, dict[Any, Any]] = {  # renamed values of a frozen field, current: frozen
     "target": {"asymmetric": "outputs", "residual": "hidden_states"},

@@ -13,6 +13,7 @@ import torch
 from rose_exp.engine import Allocation, InputMoments, Ordering, SemiStructured, SparseGPT, Structured, Target, Unstructured
 from rose_exp.pruning import PruningPlan, prune_model
 from rose_exp.runtime.ranks import Ranks
+from rose_exp.settings.reconstruction import Reconstruction
 
 from ..cli.test_app import rose_exp
 from ..conftest import REPOSITORY
@@ -33,6 +34,7 @@ OPTIONS = {
     "target and allocation": {"target": Target(0.6, 0.4), "allocation": Allocation("losses", 0.1)},
     "permutation": {"sparsity": SemiStructured(2, 4), "permute": True},
     "structured": {"sparsity": Structured(0.5), "ordering": None},
+    "reconstruction": {"reconstruction": Reconstruction(3, batch=2, rate=1e-3)},
 }
 FAST = ("target and allocation",)  # involves every collective operation
 CASES = [pytest.param("llama", OPTIONS[name], id=name, marks=[pytest.mark.slow] * (name not in FAST)) for name in OPTIONS]

@@ -13,7 +13,7 @@ EMBEDDED_MODEL = {"model.path": None, "model.embedded": "smollm2-135m"}
 EMBEDDED_TEXT = {"evaluation.perplexity.local.path": None, "evaluation.perplexity.local.embedded": "wiki"}
 OPTIONS = {
     **{"reorder.columns": "descending", "allocation.rule": "owl", "refine.steps": 8, "refine.mask_iterations": 12},
-    **{"target.strength": 0.5, "evaluation.speed": SPEED, "evaluation.zero_shot.tasks": ["piqa"]},
+    **{"target.strength": 0.5, "reconstruction.epochs": 4, "evaluation.speed": SPEED, "evaluation.zero_shot.tasks": ["piqa"]},
 }
 TEXTS = {"evaluation.perplexity": {"local": {"path": "a.jsonl", "window": 64}}}
 SCORES = {f"evaluation.images.{n}": v for n, v in {"metrics": ["clip_score", "fid"], "clip": "one", "reference": "two"}.items()}
@@ -38,6 +38,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "masks": {"refine.mask_iterations": 12},
     "target": {"target.strength": 0.5},
     "residual": {"target.residual": 0.5},
+    "reconstructed": {"reconstruction.epochs": 4},
     "embedded": EMBEDDED_MODEL | EMBEDDED_TEXT | {"calibration.path": None, "calibration.embedded": "c4"},
     "hub": HUB | {f"calibration.{name}": value for name, value in HUB_TEXT.items()},
     "plain texts": {"calibration.path": "a.txt", "evaluation.perplexity.local.path": "a.txt"},
@@ -163,6 +164,8 @@ MATTERS: dict[str, set[str]] = {
     "refine.growth": {"masks", LAST},
     "refine.every": {"masks", LAST},
     "refine.relaxation": {"masks", LAST},
+    "reconstruction.epochs": PRUNED_LANGUAGE,
+    **{f"reconstruction.{n}": {"reconstructed"} for n in ("parts", "rate", "batch", "held_out", "patience")},
     "target.strength": PRUNED_LANGUAGE,
     "target.residual": PRUNED_LANGUAGE,
     "target.damping": {"target", "residual"},
@@ -226,7 +229,10 @@ for _group in ("calibration", "evaluation.perplexity.*", "evaluation.images"):
 for _name in ("project", "entity", "group", "name", "job_type"):
     ALTERNATIVES[f"tracking.{_name}"] = ("other",)
 
-ROWS = ("method", "reorder", "refine", "target", "allocation", "pipeline.permute", "sparsity.saliency", "sparsity.at_once")
+ROWS = (
+    *("method", "reorder", "refine", "target", "allocation", "reconstruction"),
+    *("pipeline.permute", "sparsity.saliency", "sparsity.at_once"),
+)
 PLACES = ("path", "embedded", "dataset", "subset", "data_files", "revision", "split", "field", "rows")  # of texts
 
 

@@ -38,7 +38,8 @@ from .effects_modes import (
     concerns,
 )
 
-OPTION_CLASSES = ("engine", "refine", "target", "allocation", "reorder")  # groups whose entries also cover new options
+# Groups whose entries also cover new options.
+OPTION_CLASSES = ("engine", "refine", "target", "allocation", "reorder", "reconstruction")
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,7 @@ def test_options_in_effect_are_those_that_settings_build(bases, mode):
         "allocation": language and bool(settings.allocation),
         "target": language and bool(settings.target),
         "refinement": bool(settings.refine),
+        "reconstruction": language and bool(settings.reconstruction),
     }
     assert acting(bases[mode]) == {name for name, is_built in built.items() if is_built and pruned}
     permuted = changed(bases[mode], "pipeline.permute", True)

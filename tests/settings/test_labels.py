@@ -33,6 +33,8 @@ from rose_exp.settings.schema import Settings
         ("method=sparsegpt sparsity=2:4 pipeline.permute=true", "SparseGPT + permuted"),
         ("method=sparsegpt pipeline.permute=true", "SparseGPT"),  # no effect on unstructured sparsity
         ("method=sparsegpt target=asymmetric", "SparseGPT + target"),
+        ("method=wanda reconstruction=separate", "Wanda + reconstruction"),
+        ("method=rose_plus reconstruction=together", "ROSE+ + reconstruction"),
         ("model=small-sd3 method=sparsegpt", "OBS-Diff"),
         ("model=small-sd3 method=rose", "OBS-Diff in ROSE's order"),
         ("model=small-sd3 method=wanda", "Wanda"),

@@ -18,10 +18,14 @@ from rose_exp.cli.paths import config_folder
 from rose_exp.engine import Allocation, EngineOptions, Ordering, Refine, Target
 from rose_exp.runtime.errors import SettingsError
 from rose_exp.settings.effects import effect_of
+from rose_exp.settings.reconstruction import Reconstruction
 from rose_exp.settings.schema import Settings, read_settings
 from rose_exp.settings.section import fields_of, is_section
 
-OPTION_CLASSES = {"engine": EngineOptions, "reorder": Ordering, "refine": Refine, "target": Target, "allocation": Allocation}
+OPTION_CLASSES = {
+    **{"engine": EngineOptions, "reorder": Ordering, "refine": Refine, "target": Target, "allocation": Allocation},
+    "reconstruction": Reconstruction,
+}
 CHOSEN = {"model.embedded", "calibration.embedded", "sparsity.ratio"}  # set by the default configuration
 
 

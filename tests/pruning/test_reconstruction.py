@@ -1,0 +1,151 @@
+"""Block reconstruction trains the kept weights of each block towards the dense model, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rose_exp.engine import Ordering, SemiStructured, SparseGPT, Target, Unstructured, Wanda
+from rose_exp.models import all_linear_layers, find_blocks, linear_layers
+from rose_exp.pruning import PruneContext, PruningPlan, RunState, prune_model
+from rose_exp.pruning.reconstruction import BlockReconstruction, layers_of_stages
+from rose_exp.pruning.report import events
+from rose_exp.runtime.errors import RoseExpError
+from rose_exp.settings.reconstruction import Reconstruction
+
+from ..models.families import CONFIGS, build, tokens
+from .test_modes import Cut, cut_after
+
+OPTIONS = Reconstruction(6, rate=1e-3, batch=2)
+PLAN = PruningPlan(Wanda(), Unstructured(0.5), reconstruction=OPTIONS)
+WINDOWS = 8
+FAMILIES = [name for name in ("llama", "qwen2", "gpt2", "opt", "gemma2", "phi", "mixtral", "qwen3_moe") if name in CONFIGS]
+
+
+def pruned(model: torch.nn.Module, plan: PruningPlan, **context) -> tuple[torch.nn.Module, list]:
+    model = copy.deepcopy(model)
+    return model, prune_model(model, tokens(WINDOWS), plan, PruneContext(**context))
+
+
+def distance(model: torch.nn.Module, dense: torch.nn.Module) -> float:
+    """Return the squared distance of the logits from those of the dense model on the calibration windows."""
+    with torch.no_grad():
+        return float((model(tokens(WINDOWS)).logits - dense(tokens(WINDOWS)).logits).square().sum())
+
+
+@pytest.mark.parametrize("parts", ["separate", "together"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_weights_move_towards_the_dense_model(family, parts):
+    """Masks stay as they are, and everything outside the blocks stays bitwise equal."""
+    dense = build(family)
+    plan = replace(PLAN, reconstruction=replace(OPTIONS, parts=parts))
+    alone, _ = pruned(dense, replace(plan, reconstruction=None))
+    model, reports = pruned(dense, plan)
+    assert distance(model, dense) < distance(alone, dense)
+    assert all(0 < report.reconstruction < 1 for report in reports)
+    blocks = find_blocks(model)
+    first = (linear_layers(list_of.blocks[0], "") for list_of in (find_blocks(alone), blocks))
+    for expected, layer in zip(*first, strict=True):
+        assert torch.equal(expected.weight == 0, layer.weight == 0), layer.name  # later blocks have other inputs
+    inside = {id(parameter) for block in blocks.blocks for parameter in block.parameters()}
+    for (name, parameter), before in zip(model.named_parameters(), dense.parameters(), strict=True):
+        assert parameter.requires_grad == before.requires_grad
+        assert id(parameter) in inside or torch.equal(parameter, before), name
+
+
+def test_sparsity_is_exact_for_every_pattern():
+    for sparsity in (Unstructured(0.7), SemiStructured(2, 4)):
+        plan = replace(PLAN, sparsity=sparsity)
+        alone, _ = pruned(build("llama"), replace(plan, reconstruction=None))
+        model, _ = pruned(build("llama"), plan)
+        expected, found = (
+            [int((layer.weight == 0).sum()) for layer in all_linear_layers(find_blocks(m))] for m in (alone, model)
+        )
+        assert found == expected
+        if isinstance(sparsity, SemiStructured):
+            for layer in all_linear_layers(find_blocks(model)):
+                assert ((layer.weight == 0).unflatten(1, (-1, 4)).sum(dim=-1) == 2).all()
+
+
+def test_layers_that_are_not_pruned_stay_as_they_are():
+    """Their biases, too; the norms of the part without pruned layers stay as they are if it is trained by itself."""
+    dense = build("qwen2")
+    model, reports = pruned(dense, replace(PLAN, layers=["*.mlp.*"], skip=["*.down_proj"]))
+    assert {report.name.split(".")[-1] for report in reports} == {"gate_proj", "up_proj"}
+    for before, block in zip(dense.model.layers, model.model.layers, strict=True):
+        for name, parameter in before.self_attn.named_parameters():
+            assert torch.equal(block.self_attn.get_parameter(name), parameter), name
+        assert torch.equal(block.mlp.down_proj.weight, before.mlp.down_proj.weight)
+        assert not torch.equal(block.mlp.up_proj.weight, before.mlp.up_proj.weight)
+        assert not torch.equal(block.post_attention_layernorm.weight, before.post_attention_layernorm.weight)
+
+
+def test_attention_is_trained_before_the_mlp(monkeypatch):
+    stages = []
+    original = BlockReconstruction.after_unit
+
+    def after_unit(self, unit):
+        stages.append([[layer.name.split(".")[-1] for layer in layers] for layers in layers_of_stages(unit)])
+        original(self, unit)
+
+    monkeypatch.setattr(BlockReconstruction, "after_unit", after_unit)
+    pruned(build("llama"), PLAN)
+    assert stages[0] == [["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]]
+
+
+def test_training_that_does_not_help_is_undone():
+    """With an excessive rate, the result is bitwise that without reconstruction, and the record has a warning."""
+    dense = build("llama")
+    alone, _ = pruned(dense, replace(PLAN, reconstruction=None))
+    model, reports = pruned(dense, replace(PLAN, reconstruction=replace(OPTIONS, rate=1e6)))
+    for name, expected in alone.state_dict().items():
+        assert torch.equal(model.state_dict()[name], expected), name
+    assert {report.reconstruction for report in reports} == {1.0}
+    assert "reconstruction_rejected" in {event["kind"] for report in reports for event in events(report, 0.01)}
+
+
+def test_it_combines_with_every_other_part_of_a_plan():
+    dense = build("llama")
+    plan = PruningPlan(SparseGPT(), SemiStructured(2, 4), ordering=Ordering.rose(), target=Target(0.5, 0.5), permute=True)
+    alone, _ = pruned(dense, plan)
+    model, _ = pruned(dense, replace(plan, reconstruction=OPTIONS))
+    assert distance(model, dense) < distance(alone, dense)
+
+
+def test_dense_hidden_states_are_those_of_the_dense_model(monkeypatch):
+    """With a regression target, which also computes them, and without."""
+    dense, found = build("llama"), []
+    original = BlockReconstruction.after_unit
+
+    def after_unit(self, unit):
+        original(self, unit)
+        found.append(torch.cat([batch for _, batch in self.pruner.dense]))
+
+    monkeypatch.setattr(BlockReconstruction, "after_unit", after_unit)
+    for target in (None, Target(0.5, 0.5)):
+        found.clear()
+        pruned(dense, replace(PLAN, target=target, activations="host"))
+        with torch.no_grad():
+            states = dense(tokens(WINDOWS), output_hidden_states=True).hidden_states
+        for got, expected in zip(found[:-1], states[1:-1], strict=True):  # the last ones are normalized
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("resume", ["activations", "recompute"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_resumed_run_has_the_result_of_an_uninterrupted_one(tmp_path, resume, blocks):
+    expected, reports = pruned(build("llama"), PLAN)
+    with pytest.raises(Cut):
+        pruned(build("llama"), PLAN, state=RunState(tmp_path, {"a": 1}, resume), on_layer=cut_after(blocks + 1))
+    model, resumed = pruned(build("llama"), PLAN, state=RunState(tmp_path, {"a": 1}, resume))
+    assert [replace(report, seconds=0.0) for report in resumed] == [replace(report, seconds=0.0) for report in reports]
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_single_batch_of_windows_is_rejected():
+    with pytest.raises(RoseExpError, match=r"calibration.samples: expected at least two batches .* got 1"):
+        prune_model(build("llama"), tokens(1), PLAN)
