@@ -182,7 +182,10 @@ class Stage:
     targets: Activations
 
     def error(self, windows: slice) -> Tensor:
-        """Return the sum of squared errors of a batch of windows, in float32."""
+        """Return the sum over a batch of windows of each token's squared error, relative to the squared norm of its target.
+
+        Otherwise a few tokens with massive activations would outweigh all others (Sun et al., arXiv 2402.17762).
+        """
         unit, hidden = self.unit, self.inputs[windows]
         call = replace(unit.calls[windows.start], following=None)
         with unstacked_experts(unit.module):
@@ -192,7 +195,9 @@ class Stage:
                 with added_outputs(unit, self.names, stop=True) as added, suppress(StopForward):
                     call.run(unit.module, hidden)
                 output = partial_sums(hidden, added)[-1]
-        return (output.float() - self.targets[windows].float()).square().sum()
+        target = self.targets[windows].float()
+        errors, powers = (states.square().sum(dim=-1) for states in (output.float() - target, target))
+        return (errors / powers.clamp(min=torch.finfo(torch.float32).tiny)).sum()
 
 
 class Training:
@@ -286,7 +291,7 @@ class Training:
 
     @torch.no_grad()
     def held_out_error(self) -> float:
-        """Return the mean squared error per held-out window, over all processes."""
+        """Return the mean error per held-out window, over all processes."""
         own = [windows for rank, windows in self.held_out if rank == self.context.ranks.rank]
         error = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for windows in own:
