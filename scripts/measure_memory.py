@@ -74,6 +74,7 @@ CASES: dict[str, Case] = {
     "vocabulary": Case(LARGE_VOCABULARY, ["method=wanda"]),
     "vocabulary bfloat16": Case(LARGE_VOCABULARY | HALF, ["method=wanda", "evaluation.perplexity.local.window=1024"]),
     "vocabulary batch 32": Case(LARGE_VOCABULARY, ["method=wanda", "evaluation.batch=32", "pipeline.batch=32"]),
+    "vocabulary, divergence": Case(LARGE_VOCABULARY, ["method=wanda", "evaluation.divergence=true"]),
     "evaluation only": Case(LARGE_VOCABULARY, ["method=dense"]),
     "evaluation only, small": Case(DEEP, ["method=dense"]),
     "deep": Case(DEEP, SPARSEGPT),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from ..runtime import signals as interruption
 from ..runtime.batches import batch_size
 from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
+from .divergence import Comparison, Divergence
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,12 @@ class Perplexity:
     Attributes:
         value: exp of the mean over windows.
         standard_error: standard error of ``value``, from the spread of the windows' means (delta method); 0 for one window.
+        divergence: divergence from the dense model, if it is compared.
     """
 
     value: float
     standard_error: float
+    divergence: Divergence | None = None
 
 
 @torch.no_grad()
@@ -39,6 +43,7 @@ def perplexity(
     name: str = "perplexity",
     ranks: Ranks | None = None,
     answers: Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]] | None = None,
+    comparison: Comparison | None = None,
 ) -> Perplexity:
     """Return exp of the mean negative log-likelihood of tokens, averaged within windows and then over windows.
 
@@ -50,7 +55,9 @@ def perplexity(
         tokens: (windows, length) int64.
         batch: windows per forward pass on a GPU, see :func:`rose_exp.runtime.batches.batch_size`.
         ranks: processes that share the windows, each with a copy of the model; if None, a single process.
-        answers: function that yields batches of windows and their logits, to replace the forward pass of the whole model.
+        answers: function that yields batches of windows and their logits, to replace the forward pass of the whole model. With
+            a comparison, it computes them inside :meth:`Comparison.both`.
+        comparison: comparison with the dense model, for the windows of this process.
 
     Raises:
         RoseExpError: the logits contain NaN or infinity.
@@ -58,24 +65,38 @@ def perplexity(
     ranks = ranks or Ranks()
     share = ranks.share(tokens)
     size = batch_size(batch, next(model.parameters()).device)
-    pairs = answers(share) if answers is not None else _answers(model, share, size)
+    pairs = answers(share) if answers is not None else whole_answers(model, share, size, comparison and comparison.both)
     means: list[float] = []  # negative log-likelihood per window
     for windows, logits in tqdm(pairs, name, -(-len(share) // size), unit="batch", disable=None, leave=False):
         interruption.check()
         following = windows[:, 1:].to(logits.device)
-        for scores, targets in zip(logits[:, :-1], following, strict=True):  # one window at a time, because logits are large
+        own = logits[: len(windows), :-1]
+        for scores, targets in zip(own, following, strict=True):  # one window at a time, because logits are large
             means.append(float(functional.cross_entropy(scores.float(), targets)))
+        for scores, dense in zip(own, logits[len(windows) :, :-1], strict=True) if comparison is not None else ():
+            comparison.add(scores, dense)
     means = [value for rank_means in ranks.gather(means) for value in rank_means]
+    compared = [pair for pairs in ranks.gather(comparison.windows if comparison else []) for pair in pairs]
+    divergence = Divergence.over(compared) if compared else None
     mean = sum(means) / len(means)
     if not math.isfinite(mean):
         raise RoseExpError(f"{name}: expected finite predictions, got a mean negative log-likelihood of {mean}")
     if mean >= 700:
-        return Perplexity(math.inf, math.inf)
+        return Perplexity(math.inf, math.inf, divergence)
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
-    return Perplexity(math.exp(mean), math.exp(mean) * spread / math.sqrt(len(means)))
+    return Perplexity(math.exp(mean), math.exp(mean) * spread / math.sqrt(len(means)), divergence)
 
 
-def _answers(model: nn.Module, tokens: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def whole_answers(
+    model: nn.Module, tokens: Tensor, batch: int, around: Callable[[], AbstractContextManager[None]] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of windows and their logits, computed by the whole model.
+
+    Args:
+        around: context in which the model runs.
+    """
     device = next(model.parameters()).device
     for windows in tokens.split(batch) if len(tokens) else ():
-        yield windows, model(input_ids=windows.to(device), use_cache=False).logits
+        with (around or nullcontext)():
+            logits = model(input_ids=windows.to(device), use_cache=False).logits
+        yield windows, logits

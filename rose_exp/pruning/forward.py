@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def answers_by_blocks(
     place: Place,
     scratch: Path,
     name: str,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute a model's logits block by block, reading each block once.
 
@@ -39,6 +40,7 @@ def answers_by_blocks(
         place: where the hidden states are stored, see :class:`Activations`.
         scratch: folder for hidden states on disk.
         name: name of the progress bar.
+        around: context in which the logits of a batch are computed.
     Yields:
         A batch of windows and its logits (windows, length, vocabulary), equal to those of the whole model. If the blocks are
         not a chain, every batch reads all blocks.
@@ -50,7 +52,9 @@ def answers_by_blocks(
         with running_blocks(weights, device):
             for windows in tqdm(tokens.split(batch_size(batch, device)), name, unit="batch", disable=None, leave=False):
                 interruption.check()
-                yield windows, model(input_ids=windows.to(home_of(model)), use_cache=False).logits
+                with around():
+                    logits = model(input_ids=windows.to(home_of(model)), use_cache=False).logits
+                yield windows, logits
         return
     with scratch_folder(scratch) as folder:
         hidden, calls = enter(model, blocks, tokens, batch, place, probed, device, folder / "hidden")
@@ -60,7 +64,9 @@ def answers_by_blocks(
                 for windows, states in hidden:
                     hidden[windows] = calls[windows.start].pop(index).run(block, states)
         for windows, states in hidden:
-            yield tokens[windows], _after_blocks(model, weights, probed, tokens[windows], states)
+            with around():
+                logits = _after_blocks(model, weights, probed, tokens[windows], states)
+            yield tokens[windows], logits
 
 
 def _after_blocks(model: nn.Module, weights: BlockWeights, probed: Probe, tokens: Tensor, states: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..settings.effects import Setting, complete, settings_of, within, without
+from ..settings.effects import DIVERGENCES, Setting, complete, settings_of, within, without
 from ..settings.leaves import flat
 
 OF_SEED = (
@@ -48,7 +48,7 @@ def _facts(protocol: Mapping[str, Any], metric: str) -> dict[str, Any]:
     facts = flat({name: value for name, value in protocol.items() if name not in EVALUATED}, "protocol.")
     kind, _, name = metric.partition(".")
     metric_facts: Mapping[str, Any] = protocol.get(kind) or {}
-    if kind == "perplexity":
+    if kind in ("perplexity", *DIVERGENCES):
         kind, metric_facts = "evaluation", protocol["evaluation"][name]
     if kind == "zero_shot":
         metric_facts = {name: value for name, value in metric_facts.items() if name != "results"}  # a file name

@@ -19,9 +19,12 @@ from .published import find
 ALL = "all"  # column of a dense model in a table without other columns
 MINUTES = "minutes.pruning"
 DESCRIPTIVE = (MINUTES, REORDERED)  # metrics without differences to a baseline
-JUDGED = ("perplexity.", "zero_shot", "images.", MINUTES)  # metrics with a best value
+JUDGED = ("perplexity.", "kl_divergence.", "top1_agreement.", "zero_shot", "images.", MINUTES)  # metrics with a best value
 # metrics for which higher is better
-HIGHER = ("zero_shot", "images.psnr", "images.ssim", "images.clip_score", "images.image_reward", "images.speedup")
+HIGHER = (
+    *("zero_shot", "top1_agreement.", "images.psnr", "images.ssim"),
+    *("images.clip_score", "images.image_reward", "images.speedup"),
+)
 BASELINE = "SparseGPT"
 
 
@@ -48,7 +51,7 @@ class Table:
 
     @property
     def lower_is_better(self) -> bool:
-        return self.metric not in HIGHER
+        return not self.metric.startswith(HIGHER)
 
     @property
     def names(self) -> list[str]:

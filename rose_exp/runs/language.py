@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Windows
-from ..evaluation import perplexity, speed
+from ..evaluation import Comparison, dense_states, perplexity, speed, whole_answers
 from ..evaluation.zero_shot import Tasks, prepared
 from ..evaluation.zero_shot import measure as measure_zero_shot
 from ..models import (
@@ -50,7 +51,9 @@ from ..pruning import (
     saved_and_total,
 )
 from ..runtime import signals as interruption
+from ..runtime.batches import batch_size
 from ..runtime.errors import RoseExpError
+from .dense import dense_key, shared_states
 from .fitting import check_fits
 from .limits import available
 from .preparation import (
@@ -66,6 +69,8 @@ from .run import Run
 
 log = logging.getLogger(__name__)
 
+Around = Callable[[], AbstractContextManager[None]]
+
 
 class LanguageRun(Run):
     """The run of a causal language model, in memory or streamed from disk."""
@@ -76,6 +81,7 @@ class LanguageRun(Run):
         self.zero_shot = zero_shot.model_copy(update={"limit": limited(self.settings, zero_shot.limit)})
         self.calibration: Windows | None = None
         self.evaluation: dict[str, Windows] = {}
+        self.dense_states: dict[str, Tensor] = {}  # by text, see rose_exp.evaluation.dense_states
         self.tasks: Tasks | None = None
         self.streamed: StreamedModel | None = None
         self.extra_files: list[Path] = []
@@ -142,6 +148,19 @@ class LanguageRun(Run):
     def calibration_fingerprint(self) -> str:
         return self.protocol["calibration"]["tokens_sha256"]
 
+    def before_pruning(self) -> None:
+        """Keep the dense model's predictions, if the pruned model is compared with them."""
+        settings = self.settings
+        if not settings.evaluation.divergence or not self.evaluation:
+            return
+        with self.watch.stage("evaluation.dense"):
+            for name, windows in self.evaluation.items():
+                facts = {"dtype": str(self.model.dtype), "batch": batch_size(settings.evaluation.batch, self.device)}
+                trusted = settings.model.trust_remote_code  # the key does not cover the code
+                key = None if trusted else dense_key(self.protocol, name, **facts)
+                size = windows.tokens.numel() * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
+                self.dense_states[name] = shared_states(key, size, partial(self._compute_dense_states, windows.tokens, name))
+
     def prune_layers(self, context: PruneContext) -> Sequence[LayerReport]:
         key = first_key(self.settings, self.protocol) if self.first_block is not None else None
         limit = self.ranks.gather(self.placed.moments_bytes)[0]
@@ -158,18 +177,24 @@ class LanguageRun(Run):
             record.data["parameters"] = remove_masked(self.model, self.weights.blocks, sparsity, pruned, settings.save)
         whole = not self.placed.by_blocks
         if self.evaluation or self.zero_shot.tasks:
-            if whole:
-                self.model.to(self.device)
-            else:
-                _move_outside(self.model, self.weights, self.device)
+            self._move(self.device)
         if self.evaluation:
             with self.watch.stage("evaluation"):
                 for name, windows in self.evaluation.items():
                     bar = f"perplexity {name}"
-                    answers = None if whole else lambda tokens, bar=bar: self._answers(tokens, bar)
-                    result = perplexity(self.model, windows.tokens, settings.evaluation.batch, bar, self.ranks, answers)
+                    states = self.dense_states.pop(name, None)
+                    comparison = None if states is None else Comparison(self.model, states)
+                    around = nullcontext if comparison is None else comparison.both
+                    answers = None if whole else lambda tokens, bar=bar, around=around: self._answers(tokens, bar, around)
+                    result = perplexity(
+                        self.model, windows.tokens, settings.evaluation.batch, bar, self.ranks, answers, comparison
+                    )
                     record.measured(f"perplexity.{name}", result.value, result.standard_error)
                     log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, result.value, result.standard_error)
+                    if (found := result.divergence) is not None:
+                        record.measured(f"kl_divergence.{name}", found.kl, found.kl_error)
+                        record.measured(f"top1_agreement.{name}", found.agreement, found.agreement_error)
+                        log.info("%s: KL divergence from the dense model on %s %.4g", settings.label, name, found.kl)
         if self.tasks is not None:  # only on the first rank: lm-eval distributes work differently
             with self.watch.stage("zero_shot"), ExitStack() as stack:
                 hook = self.model.register_forward_pre_hook(lambda *_: interruption.check())
@@ -184,11 +209,42 @@ class LanguageRun(Run):
                 log.info("%s: %s %.2f %%", settings.label, name, value)
         self.ranks.gather(None)  # the other ranks wait for the first
 
-    def _answers(self, tokens: Tensor, bar: str) -> Iterable[tuple[Tensor, Tensor]]:
-        batch, place = self.settings.evaluation.batch, self.settings.pipeline.activations
+    def _answers(
+        self, tokens: Tensor, bar: str, around: Around = nullcontext, weights: BlockWeights | None = None
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return batches of windows and their logits, computed block by block.
+
+        Args:
+            around: context in which the logits of a batch are computed.
+            weights: the blocks; None for those of the run.
+        """
+        batch, place, folder = self.settings.evaluation.batch, self.settings.pipeline.activations, self.folder.root
         if not len(tokens):
             return []
-        return answers_by_blocks(self.model, self.weights, tokens, self.device, batch, place, self.folder.root, bar)
+        return answers_by_blocks(self.model, weights or self.weights, tokens, self.device, batch, place, folder, bar, around)
+
+    def _dense_answers(self, tokens: Tensor, bar: str, around: Around) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return batches of windows and their logits with dense weights, also in a run that resumes."""
+        if not self.placed.by_blocks:
+            return whole_answers(self.model, tokens, batch_size(self.settings.evaluation.batch, self.device), around)
+        weights = OnDisk(self.streamed, lambda _index: None) if self.streamed else self.weights
+        return self._answers(tokens, bar, around, weights)
+
+    def _compute_dense_states(self, tokens: Tensor, name: str) -> Tensor:
+        share, bar = self.ranks.share(tokens), f"dense model on {name}"
+        batches = -(-len(share) // batch_size(self.settings.evaluation.batch, self.device))
+        self._move(self.device)
+        try:
+            return dense_states(self.model, lambda around: self._dense_answers(share, bar, around), batches, bar)
+        finally:
+            self._move("cpu")
+
+    def _move(self, device: torch.device | str) -> None:
+        """Move the model to a device or, if it is evaluated by blocks, what is outside the blocks."""
+        if self.placed.by_blocks:
+            _move_outside(self.model, self.weights, device)
+        else:
+            self.model.to(device)
 
     def _sparsity(self) -> float:
         """Return the fraction of parameters that need not be stored, over all layers that match the pipeline's patterns."""

@@ -101,9 +101,9 @@ class _Run:
         texts = self._text_bytes() if self.placed.by_blocks else 0
         place = self.settings.pipeline.activations
         libraries = PRUNING if self.settings.pruned else EVALUATING
-        held = self.outside + self.block if self.on_disk else self.whole
+        held = (self.outside + self.block if self.on_disk else self.whole) + self._dense_bytes()
         mapped = self.block if self.on_disk else max(self.block, self.outside)  # of the files, which are mapped while read
-        loading = EVALUATING + held + mapped  # the engine is compiled after the model is loaded
+        loading = EVALUATING + held - self._dense_bytes() + mapped  # the engine is compiled after the model is loaded
         saving = self.block if self.settings.save and self.on_disk else 0  # a model in memory is written without a copy
         if not self.cuda:
             pruning, evaluating = (
@@ -262,16 +262,28 @@ class _Run:
         window = max(windows, default=0)
         tokens = batch_size(evaluation.batch, self.kind) * window
         logarithms = 2 * ITEM if self.width < ITEM else ITEM  # half precision is converted to float32 first
-        logits = tokens * shape.vocabulary * self.width + window * shape.vocabulary * logarithms
+        logits = tokens * shape.vocabulary * self.width * (3 if self._compared else 1) + window * shape.vocabulary * logarithms
         forward = max((self._forward_bytes(block, tokens) for block in shape.blocks), default=0)
         return max(logits, forward)
 
     def _text_bytes(self) -> int:
         """Return the bytes of the hidden states of the longest text, for evaluation by blocks."""
+        return max(self._texts(), default=0)
+
+    def _texts(self) -> list[int]:
+        """Return the bytes of the hidden states of each text."""
         evaluation = self.settings.evaluation
         limits = [(t.window, [n for n in (t.windows, evaluation.limit) if n]) for t in evaluation.perplexity.values()]
-        texts = [w * min(counts or [UNKNOWN_WINDOWS]) * self.shape.hidden * self.width for w, counts in limits]
-        return max(texts, default=0)
+        return [w * min(counts or [UNKNOWN_WINDOWS]) * self.shape.hidden * self.width for w, counts in limits]
+
+    @property
+    def _compared(self) -> bool:
+        """Whether predictions are compared with those of the dense model."""
+        return self.settings.pruned and self.settings.evaluation.divergence
+
+    def _dense_bytes(self) -> int:
+        """Return the bytes of the dense model's predictions, which the pruned model is compared with."""
+        return sum(self._texts()) if self._compared else 0
 
     def _removed_bytes(self) -> int:
         """Return the bytes of the heads and neurons that the saved model lacks."""

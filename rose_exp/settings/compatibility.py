@@ -30,6 +30,8 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
     if evaluation is not None:
         language_metrics = [name for name in ("perplexity", "speed") if getattr(evaluation, name)]
         language_metrics += ["zero_shot"] if evaluation.zero_shot.tasks else []
+        if diffusion and evaluation.divergence:
+            problems.append("evaluation.divergence: expected false for a diffusion model, got true")
         if diffusion and language_metrics:
             problems.append(
                 f"evaluation.{language_metrics[0]}: expected none for a diffusion model, got some; use evaluation.images"

@@ -160,7 +160,9 @@ def _source(group: str, modes: frozenset[Mode], recorded_as: str, **common: Any)
     return separator | {f"{group}.{name}": effect for name, effect in effects.items()}
 
 
-PERPLEXITY, ZERO_SHOT, SPEED, IMAGES = ("perplexity.*",), ("zero_shot",), ("speed",), ("images",)
+DIVERGENCES = ("kl_divergence", "top1_agreement")
+PERPLEXITY = ("perplexity.*", *(f"{name}.*" for name in DIVERGENCES))
+ZERO_SHOT, SPEED, IMAGES = ("zero_shot",), ("speed",), ("images",)
 SPARSITY_ALONE = ("sparsity",)  # of a dense model: the fraction of zeros in the selected layers
 
 EFFECTS: dict[str, Effect] = {
@@ -219,8 +221,9 @@ EFFECTS: dict[str, Effect] = {
         DIFFUSION, COMPARED_TO_REAL, metrics=("images.fid",), place="files", recorded_as="protocol.images.reference"
     ),
     "evaluation.images.sheet": Effect(NOTHING),
-    "evaluation.batch": Effect(LANGUAGE, PERPLEXITY_MEASURED, metrics=("perplexity",)),
-    "evaluation.limit": Effect(EVERYTHING, MEASURED, metrics=("perplexity", *ZERO_SHOT, *IMAGES)),
+    "evaluation.divergence": Effect(PRUNED_LANGUAGE, PERPLEXITY_MEASURED, metrics=()),
+    "evaluation.batch": Effect(LANGUAGE, PERPLEXITY_MEASURED, metrics=("perplexity", *DIVERGENCES)),
+    "evaluation.limit": Effect(EVERYTHING, MEASURED, metrics=("perplexity", *DIVERGENCES, *ZERO_SHOT, *IMAGES)),
     "engine": Effect(PRUNED),
     "engine.precision": Effect(PRUNED, moments=True),
     "refine": Effect(PRUNED, REFINED, role="row"),

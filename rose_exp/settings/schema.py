@@ -113,6 +113,7 @@ class EvaluationSettings(Section):
     zero_shot: ZeroShotSettings = ZeroShotSettings()
     speed: SpeedSettings | None = None  # null: not measured
     images: ImagesSettings | None = None  # diffusion models only
+    divergence: bool = False  # also measure the divergence from the dense model's predictions
     batch: Positive = 4  # batch size on a GPU in windows; a CPU always uses 1
     limit: Positive | None = None  # limit of windows per text and of questions per task; null: only their own limits
 

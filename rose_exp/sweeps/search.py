@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from ..engine.bounds import Positive
 from ..evaluation.zero_shot_data import SPLITS
 from ..runtime.errors import RoseExpError, suggest
+from ..settings.effects import DIVERGENCES
 from ..settings.messages import explain
 from ..settings.schema import EvaluationSettings, Settings
 from ..settings.section import Section
@@ -108,7 +109,8 @@ def _metrics(settings: Settings) -> tuple[list[str], list[str]]:
         names.append("reordered_layers")
     if settings.model.kind == "diffusion":
         return names + _image_metrics(settings), unlisted
-    names += [f"perplexity.{name}" for name in evaluation.perplexity]
+    kinds = ["perplexity", *(DIVERGENCES if evaluation.divergence and settings.pruned else ())]
+    names += [f"{kind}.{name}" for kind in kinds for name in evaluation.perplexity]
     names += _zero_shot_metrics(evaluation)
     if not set(evaluation.zero_shot.tasks) <= set(SPLITS):
         unlisted.append("zero_shot.")  # a group of tasks has a metric for each task

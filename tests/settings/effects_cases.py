@@ -172,7 +172,8 @@ def metrics_of(config: dict[str, Any]) -> list[str]:
     found = ["sparsity", *(["minutes.pruning"] if pruned else [])]
     if config["model"]["kind"] == "diffusion":
         return found + [f"images.{name}" for name in (evaluation["images"] or {"metrics": []})["metrics"]]
-    found += [f"perplexity.{name}" for name in evaluation["perplexity"]]
+    kinds = ["perplexity", *(["kl_divergence", "top1_agreement"] if evaluation["divergence"] and pruned else [])]
+    found += [f"{kind}.{name}" for kind in kinds for name in evaluation["perplexity"]]
     found += [f"zero_shot.{task}" for task in evaluation["zero_shot"]["tasks"]]
     timed = evaluation["speed"] and pruned and config["sparsity"]["pattern"] == "2:4"
     return found + (["speed.dense_seconds"] if timed else [])

@@ -39,6 +39,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "target": {"target.strength": 0.5},
     "residual": {"target.residual": 0.5},
     "reconstructed": {"reconstruction.epochs": 4},
+    "compared": {"evaluation.divergence": True},
     "embedded": EMBEDDED_MODEL | EMBEDDED_TEXT | {"calibration.path": None, "calibration.embedded": "c4"},
     "hub": HUB | {f"calibration.{name}": value for name, value in HUB_TEXT.items()},
     "plain texts": {"calibration.path": "a.txt", "evaluation.perplexity.local.path": "a.txt"},
@@ -149,6 +150,7 @@ MATTERS: dict[str, set[str]] = {
     "evaluation.images.clip": SCORED,
     "evaluation.images.reference": {*SCORED, LAST},
     "evaluation.images.sheet": NOWHERE,
+    "evaluation.divergence": MEASURED & PRUNED,
     "evaluation.batch": MEASURED,
     "evaluation.limit": MEASURED | IMAGES,
     "engine.block_size": PRUNED,
@@ -239,8 +241,9 @@ PLACES = ("path", "embedded", "dataset", "subset", "data_files", "revision", "sp
 def concerns(leaf: str, metric: str, dense: bool) -> bool:
     """Return whether a leaf that can change a result can change this metric."""
     kind, name = metric.split(".")[0], leaf.removeprefix("evaluation.")
+    kind = "perplexity" if kind in ("kl_divergence", "top1_agreement") else kind
     if name != leaf:
-        if name == "images.metrics":
+        if name in ("images.metrics", "divergence"):
             return False
         if name in ("images.clip", "images.reference"):
             return metric == {"images.clip": "images.clip_score", "images.reference": "images.fid"}[name]

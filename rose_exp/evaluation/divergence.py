@@ -1,0 +1,137 @@
+"""Divergence of a pruned model's predictions from those of the dense model.
+
+The dense model's predictions are kept as the inputs of its output layer, which are much smaller than its logits. Pruning does
+not change the output layer, so it computes the logits of both models.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from ..runtime import signals as interruption
+from ..runtime.errors import RoseExpError
+
+POSITIONS = 128  # compared at a time, because each has a probability for the whole vocabulary
+
+Answers = Callable[[Callable[[], AbstractContextManager[None]]], Iterable[tuple[Tensor, Tensor]]]
+"""A function that yields batches of windows and their logits. It computes the logits inside the context of its argument."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How the predictions of a pruned model differ from those of the dense model.
+
+    Means over positions within windows, then over windows, with standard errors from the spread of the windows' means.
+
+    Attributes:
+        kl: Kullback-Leibler divergence of the pruned from the dense model's next-token distribution, in nats.
+        agreement: fraction of positions where both models predict the same most likely token.
+    """
+
+    kl: float
+    kl_error: float
+    agreement: float
+    agreement_error: float
+
+    @classmethod
+    def over(cls, windows: Sequence[tuple[float, float]]) -> Divergence:
+        """Return the divergence over windows, given the mean divergence and agreement of each."""
+        pairs = [_mean_and_error(values) for values in zip(*windows, strict=True)]
+        return cls(*pairs[0], *pairs[1])
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """Return the layer that computes a model's logits.
+
+    Raises:
+        RoseExpError: the model has none.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise RoseExpError(f"evaluation.divergence: expected a model with an output layer, got {type(model).__name__}")
+    return layer
+
+
+@torch.no_grad()
+def dense_states(model: nn.Module, answers: Answers, batches: int, name: str) -> Tensor:
+    """Return the inputs of the dense model's output layer for all windows, (windows, length, width), on the CPU.
+
+    Args:
+        batches: number of batches, for the progress bar.
+        name: name of the progress bar.
+    Raises:
+        RoseExpError: the output layer is not called once with the hidden states of all positions of a batch.
+    """
+    layer, found = output_layer(model), []
+
+    def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0].cpu() if args else None)
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        hook = layer.register_forward_pre_hook(record)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    for done, (windows, _) in enumerate(tqdm(answers(recording), name, batches, unit="batch", disable=None, leave=False), 1):
+        interruption.check()
+        if len(found) != done or found[-1] is None or found[-1].shape[:-1] != windows.shape:
+            raise RoseExpError(
+                f"evaluation.divergence: expected a model that calls its output layer once for all positions of a batch, got "
+                f"{type(model).__name__}"
+            )
+    return torch.cat(found) if found else torch.empty(0)
+
+
+class Comparison:
+    """Compares a model with the dense model, while its perplexity is measured.
+
+    Args:
+        states: see :func:`dense_states`, for the windows of this process.
+    """
+
+    def __init__(self, model: nn.Module, states: Tensor):
+        self.layer, self.states = output_layer(model), states
+        self.position = 0
+        self.windows: list[tuple[float, float]] = []  # mean divergence and agreement
+
+    @contextmanager
+    def both(self) -> Iterator[None]:
+        """Make the model return the dense model's logits for a batch, too, after its own along the first dimension."""
+        hook = self.layer.register_forward_hook(self._append)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _append(self, layer: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        states = self.states[self.position : self.position + len(logits)]
+        self.position += len(logits)
+        return torch.cat([logits, layer.forward(states.to(args[0]))])  # in two products: a larger one may round differently
+
+    def add(self, logits: Tensor, dense: Tensor) -> None:
+        """Compare the logits of one window, (positions, vocabulary)."""
+        kl, same = 0.0, 0
+        for scores, dense_scores in zip(logits.split(POSITIONS), dense.split(POSITIONS), strict=True):
+            log_p, log_q = (functional.log_softmax(x.float(), dim=-1) for x in (dense_scores, scores))
+            terms = log_p.exp() * (log_p - log_q)
+            kl += float(terms.masked_fill_(log_p.isneginf(), 0).sum(dtype=torch.float64))
+            same += int((scores.argmax(dim=-1) == dense_scores.argmax(dim=-1)).sum())
+        self.windows.append((kl / len(logits), same / len(logits)))
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    spread = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+    return statistics.fmean(values), spread / math.sqrt(len(values))

@@ -1,0 +1,49 @@
+"""The dense model's predictions, which runs of the same model, texts and environment share through the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..runtime.cache import cached
+
+FILE = "states.safetensors"
+NAME = "states"
+
+
+def dense_key(protocol: Mapping[str, Any], text: str, **facts: Any) -> dict[str, Any] | None:
+    """Return everything that the dense model's predictions on a text depend on; None if it is not known exactly.
+
+    Args:
+        protocol: the record's protocol.
+        text: name of the text.
+        facts: further facts, such as the dtype.
+    """
+    model = {name: value for name, value in protocol["model"].items() if name.endswith("sha256")}
+    if "sha256" not in model or protocol["ranks"] > 1:  # a model from the hub; or each process has its own windows
+        return None
+    tokens = protocol["evaluation"][text]["tokens_sha256"]
+    return {"model": model, "tokens": tokens, **{name: protocol[name] for name in ("device", "versions")}, **facts}
+
+
+def shared_states(key: Mapping[str, Any] | None, size: int, compute: Callable[[], Tensor]) -> Tensor:
+    """Return what ``compute`` returns, from the cache if it has been computed before.
+
+    Args:
+        key: see :func:`dense_key`; None to compute it.
+        size: upper bound of its size in bytes.
+    """
+    computed: list[Tensor] = []
+
+    def fill(folder: Path) -> None:
+        computed.append(compute())
+        save_file({NAME: computed[0].contiguous()}, folder / FILE)
+
+    entry = cached("dense_states", key, fill, size) if key is not None else None
+    if computed:
+        return computed[0]
+    return compute() if entry is None else load_file(entry / FILE)[NAME]
