@@ -256,13 +256,16 @@ class _Run:
         )
 
     def _evaluation_bytes(self) -> int:
-        """Return the bytes of a forward pass of a batch, or of its logits and their logarithms."""
+        """Return the bytes of a forward pass of a batch, or of its logits and their logarithms.
+
+        A comparison adds the dense model's logits, a tensor of both, and that of the batch before.
+        """
         evaluation, shape = self.settings.evaluation, self.shape
         windows = [text.window for text in evaluation.perplexity.values()] + ([512] if evaluation.zero_shot.tasks else [])
         window = max(windows, default=0)
         tokens = batch_size(evaluation.batch, self.kind) * window
         logarithms = 2 * ITEM if self.width < ITEM else ITEM  # half precision is converted to float32 first
-        logits = tokens * shape.vocabulary * self.width * (3 if self._compared else 1) + window * shape.vocabulary * logarithms
+        logits = tokens * shape.vocabulary * self.width * (5 if self._compared else 1) + window * shape.vocabulary * logarithms
         forward = max((self._forward_bytes(block, tokens) for block in shape.blocks), default=0)
         return max(logits, forward)
 
