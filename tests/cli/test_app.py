@@ -20,6 +20,7 @@ PARTS = [
     "pruning.solving",
     "pruning.advancing",
     "pruning.surveying",
+    "pruning.reconstructing",
     "pruning.shared",
 ]
 

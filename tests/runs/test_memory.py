@@ -59,10 +59,10 @@ def test_second_stream_of_hidden_states_is_counted_once(small):
     """The stream of a regression target and that of an allocation survey never exist at the same time."""
 
     def bytes_of(*overrides: str) -> int:
-        settings = settings_of(*small, "calibration.samples=8000", *overrides)
+        settings = settings_of(*small, "calibration.samples=16000", *overrides)
         return footprint(settings, model_shape(settings.model), False, Placement("memory", False)).host
 
-    stream = 8000 * 128 * 64 * 4
+    stream = 16000 * 128 * 64 * 4
     plain = bytes_of()
     for second in (["allocation=owl"], ["target=residual"], ["allocation=owl", "target=residual"]):
         assert bytes_of(*second) - plain == pytest.approx(stream, rel=0.2)
