@@ -76,8 +76,9 @@ def perplexity(
         for scores, dense in zip(own, logits[len(windows) :, :-1], strict=True) if comparison is not None else ():
             comparison.add(scores, dense)
     means = [value for rank_means in ranks.gather(means) for value in rank_means]
-    compared = [pair for pairs in ranks.gather(comparison.windows if comparison else []) for pair in pairs]
-    divergence = Divergence.over(compared) if compared else None
+    divergence = None
+    if comparison is not None:
+        divergence = Divergence.over([pair for rank_pairs in ranks.gather(comparison.windows) for pair in rank_pairs])
     mean = sum(means) / len(means)
     if not math.isfinite(mean):
         raise RoseExpError(f"{name}: expected finite predictions, got a mean negative log-likelihood of {mean}")
