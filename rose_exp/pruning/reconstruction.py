@@ -165,6 +165,11 @@ def partial_sums(hidden: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
     return sums[1:]
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @dataclass
 class Stage:
     """A part of a block that is trained at once.
@@ -195,8 +200,8 @@ class Stage:
                 with added_outputs(unit, self.names, stop=True) as added, suppress(StopForward):
                     call.run(unit.module, hidden)
                 output = partial_sums(hidden, added)[-1]
-        target = self.targets[windows].float()
-        errors, powers = (states.square().sum(dim=-1) for states in (output.float() - target, target))
+        target = at_least_float32(self.targets[windows])
+        errors, powers = (states.square().sum(dim=-1) for states in (output.to(target) - target, target))
         return (errors / powers.clamp(min=torch.finfo(torch.float32).tiny)).sum()
 
 
@@ -231,7 +236,7 @@ class Training:
         if not self.parameters or not before > 0:
             return
         kept = [parameter.detach().clone() for parameter in self.parameters]
-        copies = [parameter.detach().float().clone().requires_grad_() for parameter in self.parameters]
+        copies = [at_least_float32(parameter.detach()).clone().requires_grad_() for parameter in self.parameters]
         optimizer = torch.optim.Adam(copies, lr=options.rate)
         steps = len(self._steps(0))
         total = options.epochs * steps
@@ -256,7 +261,7 @@ class Training:
     def _step(
         self, batches: Sequence[tuple[int, slice]], copies: Sequence[Tensor], optimizer: torch.optim.Optimizer, scale: float
     ) -> None:
-        """Take one step in float32, and round its result to the parameters.
+        """Take one step in at least float32, and round its result to the parameters.
 
         Args:
             scale: divides the error, so that gradients in half precision do not vanish.
