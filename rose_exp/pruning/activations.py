@@ -67,7 +67,7 @@ class Activations:
     def __getitem__(self, piece: slice) -> Tensor:
         """Return a copy of the hidden states of some windows on the device."""
         self._synchronize()
-        return self._store[piece].to(self.device, copy=self.place != "disk")
+        return self._store[piece].to(self.device, copy=self.place != "disk")  # a file returns a copy itself
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield each batch as its slice of windows and a copy of its hidden states on the device.
@@ -76,7 +76,7 @@ class Activations:
         """
         if self._stream is None:
             for piece in self.pieces:
-                yield piece, self._store[piece].to(self.device, copy=self.place != "disk")  # a file returns a copy itself
+                yield piece, self[piece]
             return
         next_batch = self._transfer(self.pieces[0])
         for piece, following in zip(self.pieces, [*self.pieces[1:], None], strict=True):

@@ -75,7 +75,7 @@ class BlockUnit(Unit):
             dense model's hidden states.
         channels: layers whose input channels can be permuted.
         called: all layers in call order.
-        stages: layers after which the stages of the reconstruction end, except the last one; they add to the hidden states.
+        stages: see :meth:`BlockPruner.stages`.
         collector: collects the statistics of the layers' inputs.
     """
 
@@ -128,7 +128,7 @@ class BlockPruner(Pruner):
             raise RoseExpError(
                 f"calibration.samples: expected at least one window for each of {context.ranks.size} ranks, got {len(tokens)}"
             )
-        adding = bool((plan.target and plan.target.residual) or (plan.reconstruction and plan.reconstruction.separate))
+        adding = bool(plan.staged or (plan.target and plan.target.residual))
         probed = probe(self.model, self.blocks, tokens, context.device, self.weights, adding=adding, channels=plan.permutes)
         probed.channels = context.ranks.gather(probed.channels)[0]  # ranks may disagree through rounding
         self._check_calls(probed)
@@ -193,6 +193,15 @@ class BlockPruner(Pruner):
         has_targets = [any(self.plan.wants(name) for group in groups for name in group) for groups in self.probed.layers]
         return max(index for index, pruned in enumerate(has_targets) if pruned) + 1
 
+    def stages(self, index: int) -> list[str]:
+        """Return the layers of a block after which the stages of its reconstruction end, except the last stage.
+
+        These add their output to the hidden states, as the last layer of attention does.
+        """
+        called = [name for group in self.probed.layers[index] for name in group]
+        inner = set(self.probed.adding[index]) - set(called[-1:]) - set(self.probed.repeated)
+        return [name for name in called if name in inner] if self.plan.staged else []
+
     @contextmanager
     def unit(self, index: int, original: bool = False) -> Iterator[BlockUnit]:
         """Yield a block on the device.
@@ -214,7 +223,6 @@ class BlockPruner(Pruner):
         called = [name for group in probed.layers[index] for name in group]
         adding = probed.adding[index]
         closing = called[-1] if called and called[-1] in adding else None
-        inner = [name for name in called if name in adding and name not in {closing, *probed.repeated}]
         alone = [group[0] for group in probed.layers[index] if len(group) == 1]  # reordering would affect other readers
         alone = [name for name in alone if name not in probed.repeated]
         state, stop = self.context.state, self.context.check_stop_between_batches
@@ -231,7 +239,7 @@ class BlockPruner(Pruner):
             dense_calls,
             [layer_channels for layer_channels in probed.channels[index] if layer_channels.layer in alone],
             called,
-            inner if plan.reconstruction and plan.reconstruction.separate else [],
+            self.stages(index),
             Collector(
                 block, name, (calls, dense_calls), plan, self.context.device, Roles(adding, closing, probed.repeated), stop
             ),

@@ -41,6 +41,7 @@ class Unit:
         layers: all linear layers of the unit by name.
         groups: the layers to prune in call order, grouped by shared input.
         part: reports and weights of layers that an earlier process has pruned, by full name.
+        reports: reports of all pruned layers, once they are pruned.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Unit:
     layers: Mapping[str, LinearLayer]
     groups: list[list[LinearLayer]]
     part: tuple[list[LayerReport], dict[str, Tensor]] = field(default_factory=lambda: ([], {}))
+    reports: list[LayerReport] = field(default_factory=list, kw_only=True)
 
 
 class Pruner(ABC):
@@ -146,6 +148,7 @@ class Pruner(ABC):
         sequential = self.plan.true_sequential and unit.groups
         for groups in [[group] for group in unit.groups] if sequential else [unit.groups]:
             reports += self._prune_groups(unit, groups, reports)
+        unit.reports = reports
         for component in self.components:
             component.after_unit(unit)
         facts = {name: value for component in self.components for name, value in component.unit_facts(unit).items()}

@@ -79,6 +79,11 @@ class PruningPlan(LayerOptions, SolverOptions):
         return bool(self.target or self.reconstruction)
 
     @property
+    def staged(self) -> bool:
+        """Whether attention and MLP are reconstructed one after the other."""
+        return bool(self.reconstruction and self.reconstruction.parts == "separate")
+
+    @property
     def permutes(self) -> bool:
         return self.permute and isinstance(self.sparsity, SemiStructured)
 

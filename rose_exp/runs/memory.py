@@ -152,8 +152,8 @@ class _Run:
 
     def _copies(self) -> int:
         """Largest number of streams at a time; the copy for the allocation is freed before the dense stream is created."""
-        if self.settings.reconstruction:  # the targets of one or two stages are stored, too
-            return 4 if self.settings.reconstruction.separate else 3
+        if self.plan is not None and self.plan.reconstruction:  # the targets of one or two stages are stored, too
+            return 4 if self.plan.staged else 3
         return 2 if self.settings.target or self.settings.allocation else 1
 
     def _forward_bytes(self, block: BlockShape, tokens: int) -> int:

@@ -36,7 +36,3 @@ class Reconstruction:
 
     def __bool__(self) -> bool:
         return self.epochs > 0
-
-    @property
-    def separate(self) -> bool:
-        return bool(self) and self.parts == "separate"

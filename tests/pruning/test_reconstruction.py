@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch
 from rose_exp.engine import Ordering, SemiStructured, SparseGPT, Target, Unstructured, Wanda
 from rose_exp.models import all_linear_layers, find_blocks, linear_layers
 from rose_exp.pruning import PruneContext, PruningPlan, RunState, prune_model
-from rose_exp.pruning.reconstruction import BlockReconstruction, layers_of_stages
+from rose_exp.pruning.block_training import Training
+from rose_exp.pruning.reconstruction import BlockReconstruction, Stage, layers_of_stages
 from rose_exp.pruning.report import events
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.settings.reconstruction import Reconstruction
@@ -94,6 +96,117 @@ def test_attention_is_trained_before_the_mlp(monkeypatch):
     monkeypatch.setattr(BlockReconstruction, "after_unit", after_unit)
     pruned(build("llama"), PLAN)
     assert stages[0] == [["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]]
+
+
+def test_target_of_attention_is_the_input_of_the_norm_after_it(monkeypatch):
+    dense, found, expected = build("llama"), [], []
+    original = BlockReconstruction.after_unit
+
+    def after_unit(self, unit):
+        found.append(torch.cat([batch for _, batch in self.inner[0]]))
+        original(self, unit)
+
+    monkeypatch.setattr(BlockReconstruction, "after_unit", after_unit)
+    pruned(dense, PLAN)
+    for layer in dense.model.layers:
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _module, args: expected.append(args[0]))
+    with torch.no_grad():
+        dense(tokens(WINDOWS))
+    assert len(found) == len(expected) == 3
+    for got, states in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, states)
+
+
+def test_a_block_that_is_not_pruned_has_no_error_in_any_stage(monkeypatch):
+    """The targets of attention and MLP are the dense model's own hidden states."""
+    errors = []
+
+    def after_unit(self, unit):
+        targets = [*self.inner[: len(unit.stages)], self.outputs]
+        for number, target in enumerate(targets):
+            final = number == len(unit.stages)
+            stage = Stage(unit, unit.stages[: number + 1], final, self.pruner.hidden, target)
+            errors.extend(float(stage.error(windows)) for windows in target.pieces)
+        original(self, unit)
+
+    original = BlockReconstruction.after_unit
+    monkeypatch.setattr(BlockReconstruction, "after_unit", after_unit)
+    _, reports = pruned(build("llama"), replace(PLAN, sparsity=Unstructured(0.0)))
+    assert errors == pytest.approx([0] * (3 * 2 * WINDOWS), abs=1e-10)  # three blocks in two stages
+    assert {report.reconstruction for report in reports} == {None}
+    errors.clear()
+    pruned(build("llama"), PLAN)
+    assert min(errors) > 1e-4
+
+
+def test_blocks_that_cannot_be_divided_give_a_warning():
+    warnings = []
+    pruned(build("gemma2"), PLAN, on_warning=lambda kind, detail: warnings.append((kind, detail)))
+    assert [kind for kind, _ in warnings] == ["reconstructed_together"]
+    assert warnings[0][1].startswith("model.layers.0, model.layers.1")
+    warnings.clear()
+    together = replace(PLAN, reconstruction=replace(OPTIONS, parts="together"))
+    pruned(build("gemma2"), together, on_warning=lambda *warning: warnings.append(warning))
+    pruned(build("llama"), PLAN, on_warning=lambda *warning: warnings.append(warning))
+    assert warnings == []
+
+
+def test_starved_experts_stay_dense():
+    dense = build("mixtral")
+    model, reports = pruned(dense, replace(PLAN, expert_tokens=100))
+    starved = {report.name for report in reports if report.fallback == "dense"}
+    assert 0 < len(starved) < len([report for report in reports if "experts" in report.name])
+    pairs = zip(all_linear_layers(find_blocks(dense)), all_linear_layers(find_blocks(model)), strict=True)
+    for before, after in pairs:
+        assert torch.equal(before.weight, after.weight) == (before.name in starved), before.name
+
+
+@dataclass
+class Counted:
+    """A stage of which only the batches are known."""
+
+    inputs: SimpleNamespace
+
+
+@pytest.mark.parametrize("held_out", [0.01, 0.125, 0.5, 0.99])
+@pytest.mark.parametrize(("windows", "size"), [(2, 1), (5, 2), (9, 4), (32, 1), (33, 4)])
+@pytest.mark.parametrize("batch", [1, 3, 4, 100])
+def test_windows_are_either_trained_on_once_per_epoch_or_held_out(held_out, windows, size, batch):
+    pieces = [slice(start, min(start + size, windows)) for start in range(0, windows, size)]
+    options = Reconstruction(1, held_out=held_out, batch=batch)
+    training = Training(Counted(SimpleNamespace(pieces=pieces)), options, PruneContext())
+    for epoch in range(2):
+        steps = training._steps(epoch)
+        trained = [place for step in steps for place in step]
+        key = [(rank, piece.start) for rank, piece in trained]
+        kept = [(rank, piece.start) for rank, piece in training.held_out]
+        assert sorted(key + kept) == [(0, piece.start) for piece in pieces]
+        assert key
+        assert kept
+        sizes = [sum(piece.stop - piece.start for _, piece in step) for step in steps]
+        assert all(batch <= found < batch + size for found in sizes[:-1])
+        assert 0 < sizes[-1] < batch + size
+    assert len(training.batches) < 9 or training._steps(0) != training._steps(1)  # another order
+
+
+def test_the_epoch_with_the_lowest_held_out_error_counts(monkeypatch):
+    """After two epochs without a lower error, the training stops."""
+    errors = iter([9.0, 5.0, 3.0, 4.0, 3.5, 3.0])  # before, after each of four epochs, and of the result
+    states = []
+
+    def held_out_error(self):
+        states.append([parameter.detach().clone() for parameter in self.parameters])
+        return next(errors) if self.parameters else original(self)
+
+    original = Training.held_out_error
+    monkeypatch.setattr(Training, "held_out_error", held_out_error)
+    options = replace(OPTIONS, parts="together", epochs=5)
+    model, _ = pruned(build("llama"), replace(PLAN, layers=["*.0.*"], reconstruction=options))
+    trained = [found for found in states if found]
+    assert next(errors, None) is None
+    got = list(model.model.layers[0].parameters())
+    for place, equal in enumerate([False, False, True, False, False, True]):
+        assert all(torch.equal(a, b) for a, b in zip(trained[place], got, strict=True)) == equal, place
 
 
 def test_training_that_does_not_help_is_undone():
