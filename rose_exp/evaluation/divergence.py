@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,11 @@ from ..runtime.errors import RoseExpError
 
 POSITIONS = 128  # compared at a time, because each has a probability for the whole vocabulary
 
-Answers = Callable[[Callable[[], AbstractContextManager[None]]], Iterable[tuple[Tensor, Tensor]]]
-"""A function that yields batches of windows and their logits. It computes the logits inside the context of its argument."""
+Around = Callable[[], AbstractContextManager[Any]]
+"""Returns the context in which the logits of a batch are computed."""
+
+Answers = Callable[[Around], Iterable[tuple[Tensor, Tensor]]]
+"""Yields batches of windows and their logits."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,15 @@ class Divergence:
     Means over positions within windows, then over windows, with standard errors from the spread of the windows' means.
 
     Attributes:
-        kl: Kullback-Leibler divergence of the pruned from the dense model's next-token distribution, in nats.
-        agreement: fraction of positions where both models predict the same most likely token.
+        kl: Kullback-Leibler divergence Σ p log(p/q) in nats, of the pruned model's next-token distribution q from the dense
+            model's p.
+        agreement: fraction of positions where both models have the same most likely token.
     """
 
     kl: float
-    kl_error: float
+    kl_standard_error: float
     agreement: float
-    agreement_error: float
+    agreement_standard_error: float
 
     @classmethod
     def over(cls, windows: Sequence[tuple[float, float]]) -> Divergence:
@@ -77,15 +81,8 @@ def dense_states(model: nn.Module, answers: Answers, batches: int, name: str) ->
     def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
         found.append(args[0].cpu() if args else None)
 
-    @contextmanager
-    def recording() -> Iterator[None]:
-        hook = layer.register_forward_pre_hook(record)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    for done, (windows, _) in enumerate(tqdm(answers(recording), name, batches, unit="batch", disable=None, leave=False), 1):
+    pairs = answers(lambda: layer.register_forward_pre_hook(record))
+    for done, (windows, _) in enumerate(tqdm(pairs, name, batches, unit="batch", disable=None, leave=False), 1):
         interruption.check()
         if len(found) != done or found[-1] is None or found[-1].shape[:-1] != windows.shape:
             raise RoseExpError(
@@ -107,14 +104,9 @@ class Comparison:
         self.position = 0
         self.windows: list[tuple[float, float]] = []  # mean divergence and agreement
 
-    @contextmanager
-    def both(self) -> Iterator[None]:
-        """Make the model return the dense model's logits for a batch, too, after its own along the first dimension."""
-        hook = self.layer.register_forward_hook(self._append)
-        try:
-            yield
-        finally:
-            hook.remove()
+    def both(self) -> AbstractContextManager[Any]:
+        """Return a context in which the model returns the dense model's logits of a batch after its own, in one tensor."""
+        return self.layer.register_forward_hook(self._append)
 
     def _append(self, layer: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
         states = self.states[self.position : self.position + len(logits)]

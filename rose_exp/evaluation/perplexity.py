@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from ..runtime import signals as interruption
 from ..runtime.batches import batch_size
 from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
-from .divergence import Comparison, Divergence
+from .divergence import Around, Comparison, Divergence
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def perplexity(
     ranks = ranks or Ranks()
     share = ranks.share(tokens)
     size = batch_size(batch, next(model.parameters()).device)
-    pairs = answers(share) if answers is not None else whole_answers(model, share, size, comparison and comparison.both)
+    around = nullcontext if comparison is None else comparison.both
+    pairs = answers(share) if answers is not None else whole_answers(model, share, size, around)
     means: list[float] = []  # negative log-likelihood per window
     for windows, logits in tqdm(pairs, name, -(-len(share) // size), unit="batch", disable=None, leave=False):
         interruption.check()
@@ -89,7 +90,7 @@ def perplexity(
 
 
 def whole_answers(
-    model: nn.Module, tokens: Tensor, batch: int, around: Callable[[], AbstractContextManager[None]] | None = None
+    model: nn.Module, tokens: Tensor, batch: int, around: Around = nullcontext
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of windows and their logits, computed by the whole model.
 
@@ -98,6 +99,6 @@ def whole_answers(
     """
     device = next(model.parameters()).device
     for windows in tokens.split(batch) if len(tokens) else ():
-        with (around or nullcontext)():
+        with around():
             logits = model(input_ids=windows.to(device), use_cache=False).logits
         yield windows, logits

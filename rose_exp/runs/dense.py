@@ -10,24 +10,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..runtime.cache import cached
+from ..runtime.fingerprint import code_sha256
 
 FILE = "states.safetensors"
 NAME = "states"
 
 
-def dense_key(protocol: Mapping[str, Any], text: str, **facts: Any) -> dict[str, Any] | None:
-    """Return everything that the dense model's predictions on a text depend on; None if it is not known exactly.
+def dense_key(protocol: Mapping[str, Any], text: str, batch: int) -> dict[str, Any] | None:
+    """Return everything that the dense model's predictions on a text depend on, besides the model's own code.
 
     Args:
         protocol: the record's protocol.
         text: name of the text.
-        facts: further facts, such as the dtype.
+        batch: windows per forward pass.
+    Returns:
+        None for a model from the hub, whose files have no fingerprint, and with several processes, each of which has its own
+        windows.
     """
-    model = {name: value for name, value in protocol["model"].items() if name.endswith("sha256")}
-    if "sha256" not in model or protocol["ranks"] > 1:  # a model from the hub; or each process has its own windows
+    model = {name: value for name, value in protocol["model"].items() if name not in ("name", "source")}
+    if "sha256" not in model or protocol["ranks"] > 1:
         return None
     tokens = protocol["evaluation"][text]["tokens_sha256"]
-    return {"model": model, "tokens": tokens, **{name: protocol[name] for name in ("device", "versions")}, **facts}
+    environment = {name: protocol[name] for name in ("device", "versions")}
+    return {"model": model, "tokens": tokens, "batch": batch, "code": code_sha256(), **environment}
 
 
 def shared_states(key: Mapping[str, Any] | None, size: int, compute: Callable[[], Tensor]) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Windows
-from ..evaluation import Comparison, dense_states, perplexity, speed, whole_answers
+from ..evaluation import Around, Comparison, dense_states, perplexity, speed, whole_answers
 from ..evaluation.zero_shot import Tasks, prepared
 from ..evaluation.zero_shot import measure as measure_zero_shot
 from ..models import (
@@ -69,8 +69,6 @@ from .run import Run
 
 log = logging.getLogger(__name__)
 
-Around = Callable[[], AbstractContextManager[None]]
-
 
 class LanguageRun(Run):
     """The run of a causal language model, in memory or streamed from disk."""
@@ -79,6 +77,7 @@ class LanguageRun(Run):
         super().__init__(*arguments)
         zero_shot = self.settings.evaluation.zero_shot
         self.zero_shot = zero_shot.model_copy(update={"limit": limited(self.settings, zero_shot.limit)})
+        self.hidden_size = 0
         self.calibration: Windows | None = None
         self.evaluation: dict[str, Windows] = {}
         self.dense_states: dict[str, Tensor] = {}  # by text, see rose_exp.evaluation.dense_states
@@ -93,6 +92,7 @@ class LanguageRun(Run):
             cuda = self.device.type == "cuda"
             shape = model_shape(settings.model)
             free = available(self.folder.root, self.device, largest_file(settings.model))
+            self.hidden_size = shape.hidden
             check_window_lengths(settings, shape.context)
             self.placed, estimate = check_fits(settings, shape, cuda, free)
         self.record.data["estimate"] = estimate.as_dict() | vars(self.placed)
@@ -155,10 +155,9 @@ class LanguageRun(Run):
             return
         with self.watch.stage("evaluation.dense"):
             for name, windows in self.evaluation.items():
-                facts = {"dtype": str(self.model.dtype), "batch": batch_size(settings.evaluation.batch, self.device)}
-                trusted = settings.model.trust_remote_code  # the key does not cover the code
-                key = None if trusted else dense_key(self.protocol, name, **facts)
-                size = windows.tokens.numel() * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
+                batch = batch_size(settings.evaluation.batch, self.device)
+                key = None if settings.model.trust_remote_code else dense_key(self.protocol, name, batch)
+                size = windows.tokens.numel() * self.hidden_size * self.model.dtype.itemsize
                 self.dense_states[name] = shared_states(key, size, partial(self._compute_dense_states, windows.tokens, name))
 
     def prune_layers(self, context: PruneContext) -> Sequence[LayerReport]:
@@ -181,20 +180,7 @@ class LanguageRun(Run):
         if self.evaluation:
             with self.watch.stage("evaluation"):
                 for name, windows in self.evaluation.items():
-                    bar = f"perplexity {name}"
-                    states = self.dense_states.pop(name, None)
-                    comparison = None if states is None else Comparison(self.model, states)
-                    around = nullcontext if comparison is None else comparison.both
-                    answers = None if whole else lambda tokens, bar=bar, around=around: self._answers(tokens, bar, around)
-                    result = perplexity(
-                        self.model, windows.tokens, settings.evaluation.batch, bar, self.ranks, answers, comparison
-                    )
-                    record.measured(f"perplexity.{name}", result.value, result.standard_error)
-                    log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, result.value, result.standard_error)
-                    if (found := result.divergence) is not None:
-                        record.measured(f"kl_divergence.{name}", found.kl, found.kl_error)
-                        record.measured(f"top1_agreement.{name}", found.agreement, found.agreement_error)
-                        log.info("%s: KL divergence from the dense model on %s %.4g", settings.label, name, found.kl)
+                    self._measure_perplexity(name, windows.tokens)
         if self.tasks is not None:  # only on the first rank: lm-eval distributes work differently
             with self.watch.stage("zero_shot"), ExitStack() as stack:
                 hook = self.model.register_forward_pre_hook(lambda *_: interruption.check())
@@ -208,6 +194,21 @@ class LanguageRun(Run):
                 record.measured(f"zero_shot.{name}", value, accuracies.standard_errors.get(name))
                 log.info("%s: %s %.2f %%", settings.label, name, value)
         self.ranks.gather(None)  # the other ranks wait for the first
+
+    def _measure_perplexity(self, name: str, tokens: Tensor) -> None:
+        """Measure perplexity on a text and, if the dense model's predictions are kept, the divergence from them."""
+        settings, record, bar = self.settings, self.record, f"perplexity {name}"
+        states = self.dense_states.pop(name, None)
+        comparison = None if states is None else Comparison(self.model, states)
+        around = nullcontext if comparison is None else comparison.both
+        answers = (lambda share: self._answers(share, bar, around)) if self.placed.by_blocks else None
+        result = perplexity(self.model, tokens, settings.evaluation.batch, bar, self.ranks, answers, comparison)
+        record.measured(f"perplexity.{name}", result.value, result.standard_error)
+        log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, result.value, result.standard_error)
+        if (found := result.divergence) is not None:
+            record.measured(f"kl_divergence.{name}", found.kl, found.kl_standard_error)
+            record.measured(f"top1_agreement.{name}", found.agreement, found.agreement_standard_error)
+            log.info("%s: KL divergence on %s %.4g ± %.2g", settings.label, name, found.kl, found.kl_standard_error)
 
     def _answers(
         self, tokens: Tensor, bar: str, around: Around = nullcontext, weights: BlockWeights | None = None

@@ -101,9 +101,10 @@ class _Run:
         texts = self._text_bytes() if self.placed.by_blocks else 0
         place = self.settings.pipeline.activations
         libraries = PRUNING if self.settings.pruned else EVALUATING
-        held = (self.outside + self.block if self.on_disk else self.whole) + self._dense_bytes()
+        weights = self.outside + self.block if self.on_disk else self.whole
+        held = weights + self._dense_bytes()
         mapped = self.block if self.on_disk else max(self.block, self.outside)  # of the files, which are mapped while read
-        loading = EVALUATING + held - self._dense_bytes() + mapped  # the engine is compiled after the model is loaded
+        loading = EVALUATING + weights + mapped  # the engine is compiled after the model is loaded
         saving = self.block if self.settings.save and self.on_disk else 0  # a model in memory is written without a copy
         if not self.cuda:
             pruning, evaluating = (

@@ -39,12 +39,15 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
         if not diffusion and evaluation.images is not None:
             problems.append("evaluation.images: expected null for a language model, got some")
     if diffusion:
-        for name in ("target", "allocation", "reconstruction"):
+        for name in ("target", "allocation"):
             section = sections.get(name)
             if section:
                 problems.append(
                     f"{name}: expected none for a diffusion model, whose steps share all layers, got {values_of(section)}"
                 )
+        if options := sections.get("reconstruction"):
+            expected = "none for a diffusion model, which it does not support"
+            problems.append(f"reconstruction: expected {expected}, got {values_of(options)}")
         if sections.get("sparsity_config"):
             problems.append("sparsity_config: expected false for a diffusion model, got true")
         pipeline, figures = sections.get("pipeline"), sections.get("figures")
@@ -71,8 +74,8 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
     for name in ("reorder", "refine", "target", "allocation", "reconstruction"):
         section = sections.get(name)
         if section:
-            expected = "none with structured sparsity, which updates the weights itself"
-            problems.append(f"{name}: expected {expected}, got {values_of(section)}")
+            reason = "it does not support" if name == "reconstruction" else "updates the weights itself"
+            problems.append(f"{name}: expected none with structured sparsity, which {reason}, got {values_of(section)}")
     pipeline, figures = sections.get("pipeline"), sections.get("figures")
     if pipeline is not None and pipeline.permute:
         problems.append("pipeline.permute: expected false with structured sparsity, got true")

@@ -163,10 +163,10 @@ class Settings(Section):
         parts = acting(self.model_dump(mode="json"))
         label = self._method_label("order" in parts)
         extended = {"target", "refinement"} <= parts and parts & {"allocation", "permutation"} and self.refine.mask_iterations
-        if label == "ROSE" and extended:
-            return "ROSE+ + reconstruction" if "reconstruction" in parts else "ROSE+"
         names = {"allocation": "OWL" if self.allocation.rule == "owl" else self.allocation.rule, "permutation": "permuted"}
         names |= {"target": "target", "refinement": "ADMM" if self.refine.mask_iterations else "CG"}
+        if label == "ROSE" and extended:
+            label, names = "ROSE+", {}
         names |= {"reconstruction": "reconstruction"}
         return " + ".join([label, *(name for part, name in names.items() if part in parts)])
 

@@ -141,6 +141,16 @@ def test_all_errors_are_reported_together():
         ("method=rose_plus sparsity=2:4 allocation=losses", "allocation.rule: expected uniform with pattern 2:4"),
         ("refine=admm refine.relaxation=2", "refine.relaxation: expected below 2, got 2"),
         ("method=oats refine=cg", "refine: expected none with oats, whose result is not sparse, got 8"),
+        ("method=oats reconstruction=separate", "reconstruction: expected none with oats, whose result is not sparse, got 4"),
+        (
+            "model=small-sd3 method=wanda reconstruction=separate",
+            "reconstruction: expected none for a diffusion model, which it does not support, got epochs=4",
+        ),
+        (
+            "method=wanda sparsity=structured reconstruction=together",
+            "reconstruction: expected none with structured sparsity, which it does not support, got epochs=4",
+        ),
+        ("reconstruction=separate reconstruction.held_out=1", "reconstruction.held_out: expected below 1, got 1"),
         ("reorder.score=wnda", "reorder.score: expected one of magnitude, obs, wanda, got 'wnda'; did you mean 'wanda'?"),
         (
             "engine.backend=nmba",

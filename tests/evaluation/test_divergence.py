@@ -47,9 +47,9 @@ def test_divergence_is_that_of_the_logits(name):
     assert (result.value, result.standard_error) == (alone.value, alone.standard_error)
     found = result.divergence
     assert found.kl == pytest.approx(float(kl.mean()), rel=1e-4, abs=1e-7)  # float32
-    assert found.kl_error == pytest.approx(float(kl.std()) / math.sqrt(5), rel=1e-3, abs=1e-7)
+    assert found.kl_standard_error == pytest.approx(float(kl.std()) / math.sqrt(5), rel=1e-3, abs=1e-7)
     assert found.agreement == pytest.approx(float(same.mean()))
-    assert found.agreement_error == pytest.approx(float(same.std()) / math.sqrt(5), abs=1e-9)
+    assert found.agreement_standard_error == pytest.approx(float(same.std()) / math.sqrt(5), abs=1e-9)
     assert found.kl > 1e-4
 
 
@@ -57,7 +57,7 @@ def test_divergence_of_the_dense_model_is_zero():
     dense, windows = build("llama"), tokens(3)
     found = perplexity(dense, windows, 1, comparison=Comparison(dense, states_of(dense, windows))).divergence
     assert found.kl == pytest.approx(0, abs=1e-7)
-    assert (found.agreement, found.agreement_error) == (1, 0)
+    assert (found.agreement, found.agreement_standard_error) == (1, 0)
 
 
 def test_tokens_with_probability_zero_do_not_count():

@@ -40,6 +40,18 @@ def test_mean_deviation_and_paired_difference():
     assert table.cells["SparseGPT"]["0.7"].difference is None
 
 
+@pytest.mark.parametrize(("metric", "best"), [("kl_divergence", "ROSE"), ("top1_agreement", "SparseGPT")])
+def test_a_low_divergence_and_a_high_agreement_are_best(metric, best):
+    records = [record("SparseGPT", 20.0), record("ROSE", 19.0)]
+    for found, value in zip(records, (0.6, 0.5), strict=True):
+        found["config"]["evaluation"]["divergence"] = True
+        found["metrics"][f"{metric}.wikitext2"] = value
+    (table,) = [table for table in gather(records).tables if table.metric == f"{metric}.wikitext2"]
+    assert [name for name, cells in table.cells.items() if cells["0.7"].best] == [best]
+    assert table.cells["ROSE"]["0.7"].difference.mean == pytest.approx(-0.1)
+    assert "protocol.evaluation.window" in table.conditions
+
+
 def test_one_seed_has_no_interval():
     (table,) = tables([record("SparseGPT", 20.0), record("ROSE", 19.0)])
     cell = table.cells["ROSE"]["0.7"]
