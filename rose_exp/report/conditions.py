@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..settings.effects import DIVERGENCES, Setting, complete, settings_of, within, without
+from ..settings.effective import Setting, complete, settings_of, within, without
+from ..settings.effects import DIVERGENCES
 from ..settings.leaves import flat
 
 OF_SEED = (

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime.errors import RoseExpError, suggest
-from ..settings.effects import EFFECTS, complete, without
+from ..settings.effective import complete, without
+from ..settings.effects import EFFECTS
 from ..settings.leaves import flat
 from ..tracking.record import REORDERED
 from .cells import Cell, mark_best, paired_difference

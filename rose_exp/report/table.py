@@ -9,7 +9,8 @@ from typing import Any
 
 from ..runtime.errors import RoseExpError
 from ..runtime.escaping import terminal
-from ..settings.effects import without, without_effect
+from ..settings.effective import without
+from ..settings.effects import without_effect
 from ..settings.leaves import flat
 from ..tracking import read_record
 from ..tracking.record import FILE_NAME, REORDERED

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..runtime.errors import RoseExpError
 from ..runtime.fingerprint import content_sha256, folder_sha256, model_sha256
 from ..runtime.wheels import WHEELS
-from ..settings.effects import Setting, settings_of
+from ..settings.effective import Setting, settings_of
 from ..settings.schema import Settings, read_settings
 from ..settings.texts import PROMPTS, prompts_file, text_format
 

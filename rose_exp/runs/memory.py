@@ -17,7 +17,7 @@ from ..models import BlockShape, LayerShape, ModelShape
 from ..pruning.plan import chosen
 from ..pruning.waves import successive_parts
 from ..runtime.batches import batch_size
-from ..settings.effects import acting
+from ..settings.effective import acting
 from ..settings.schema import Settings
 from .preparation import pruning_plan
 

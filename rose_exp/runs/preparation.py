@@ -16,7 +16,7 @@ from ..engine.kernels.backends import resolve
 from ..pruning import PruningPlan
 from ..runtime.errors import RoseExpError
 from ..runtime.ranks import Ranks
-from ..settings.effects import settings_of
+from ..settings.effective import settings_of
 from ..settings.schema import Settings
 from ..settings.texts import Bos
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..report.figures import FOLDER, SHEET, STUDIES, draw_figures
-from ..settings.effects import complete, effective, within
+from ..settings.effective import complete, effective, within
 from ..settings.schema import Settings
 from ..tracking import FailSafeTracker, Identity, is_tracked
 from ..tracking.record import write_record

@@ -156,7 +156,7 @@ class Settings(Section):
     @property
     def label(self) -> str:
         """A short name of the method and the options in effect; the report adds their values where labels would be equal."""
-        from .effects import acting  # imports this module
+        from .effective import acting  # imports this module
 
         if not self.pruned:
             return "Dense"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..models import ModelShape
-from ..settings.effects import acting, effective
+from ..settings.effective import acting, effective
 from ..settings.schema import Settings
 
 log = logging.getLogger(__name__)

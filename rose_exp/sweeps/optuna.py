@@ -20,7 +20,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from ..runtime.redaction import redacted
-from ..settings.effects import without, without_effect
+from ..settings.effective import without
+from ..settings.effects import without_effect
 from ..settings.leaves import flat
 from .search import NOTHING_TO_SEARCH, WHERE, SearchError, distribution
 from .study import exclusive, open_study, storage_errors

@@ -18,7 +18,8 @@ from rose_exp.models import linear_layers
 from rose_exp.report.conditions import SPARSITY, column_of, conditions, variant
 from rose_exp.runs.identity import identifying, run_id
 from rose_exp.runs.preparation import first_key, pruning_plan
-from rose_exp.settings.effects import EFFECTS, acting, complete, effect_of, effective, settings_of, within
+from rose_exp.settings.effective import acting, complete, effective, settings_of, within
+from rose_exp.settings.effects import EFFECTS, effect_of
 from rose_exp.settings.schema import Settings
 
 from .effects_cases import LEAVES, at, bases_in, cases, changed, metrics_of, moved, recorded, view
