@@ -146,7 +146,7 @@ def events(report: LayerReport, damping: float, block_size: int = 128, studied: 
     if report.refinement_rejected:
         occurrences.append(("refinement_rejected", f"refinement would have raised its error of {report.unrefined_error:.3g}"))
     if report.reconstruction is not None and report.reconstruction >= 1:
-        occurrences.append(("reconstruction_rejected", "it did not lower the error of the block on held-out windows"))
+        occurrences.append(("reconstruction_without_gain", "it did not lower the error of the block on held-out windows"))
     if report.damping > damping:
         occurrences.append(("damping_raised", f"from {damping:g} to {report.damping:g}"))
     if differs := _sparsity_differs(report, block_size):

@@ -217,7 +217,7 @@ def test_training_that_does_not_help_is_undone():
     for name, expected in alone.state_dict().items():
         assert torch.equal(model.state_dict()[name], expected), name
     assert {report.reconstruction for report in reports} == {1.0}
-    assert "reconstruction_rejected" in {event["kind"] for report in reports for event in events(report, 0.01)}
+    assert "reconstruction_without_gain" in {event["kind"] for report in reports for event in events(report, 0.01)}
 
 
 def test_it_combines_with_every_other_part_of_a_plan():
