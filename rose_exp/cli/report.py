@@ -45,9 +45,33 @@ def _run(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--allow", action="append", default=[], metavar="SETTING", help="allow runs that differ in SETTING in one table"
     )
+    parser.add_argument(
+        "--resolve",
+        type=_relative,
+        metavar="DIFFERENCE",
+        help="state how many pairs of runs a difference needs to exceed its noise, for example 0.05 for 5 %%",
+    )
     options = parser.parse_args(arguments)
     try:
-        print(write_report(options.folders, options.output, options.columns, options.baseline, options.allow))
+        print(write_report(options.folders, options.output, options.columns, options.baseline, options.allow, options.resolve))
     except RoseExpError as error:
         print(terminal(str(error), lines=True), file=sys.stderr)
         sys.exit(1)
+
+
+def _relative(text: str) -> float:
+    """Parse a relative difference.
+
+    Raises:
+        ArgumentTypeError: it is not a number above -1 other than 0.
+    """
+    import argparse
+    import math
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -1 < value < math.inf or value == 0:
+        raise argparse.ArgumentTypeError(f"expected a relative difference such as 0.05, got {text!r}")
+    return value

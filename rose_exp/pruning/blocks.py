@@ -25,6 +25,7 @@ from .context import PruneContext
 from .enter import Calls, enter, second_stream
 from .loop import Pruner, Unit, save_part
 from .permutation import Channels
+from .perturbation import perturbed
 from .plan import SUBSTANTIAL, PruningPlan, check_plan
 from .report import LayerReport
 from .waves import limited_waves
@@ -173,9 +174,10 @@ class BlockPruner(Pruner):
         plan, device = self.plan, self.context.device
         share = self.context.ranks.share(tokens)
         self.probed, self.folder = probed, folder
-        self.hidden, self.calls = enter(
-            self.model, self.blocks, share, plan.batch, plan.activations, probed, device, folder / "hidden"
-        )
+        with perturbed(self.model, plan.replicate):
+            self.hidden, self.calls = enter(
+                self.model, self.blocks, share, plan.batch, plan.activations, probed, device, folder / "hidden"
+            )
         self.dense_calls = second_stream(self.calls) if plan.dense_stream else self.calls
         for _, batch in self.hidden:
             if not torch.isfinite(batch).all():

@@ -46,6 +46,7 @@ class PruningPlan(LayerOptions, SolverOptions):
         allocation: sparsity allocation across layers; None prunes all layers to the same sparsity.
         shares: sparsity of each layer that the allocation chose after surveying the model.
         reconstruction: training of each pruned block; None for none.
+        replicate: number of the perturbation of the calibration data, see :func:`rose_exp.pruning.perturbation.perturbed`.
         blocks: name of the list of blocks; None detects it from the model's structure.
         study: patterns of full layer names to study before pruning, see :func:`rose_exp.engine.study.study_layer`.
     """
@@ -57,6 +58,7 @@ class PruningPlan(LayerOptions, SolverOptions):
     allocation: Allocation | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
     reconstruction: Reconstruction | None = None
+    replicate: int = 0
     blocks: str | None = None
     study: Sequence[str] = ()
 

@@ -19,6 +19,7 @@ from .collect import Calibration, GroupInputs, empty_moments, update_moments
 from .components import components_for
 from .context import PruneContext
 from .loop import Pruner, Unit, save_part
+from .perturbation import perturbed
 from .plan import PruningPlan, check_plan
 from .report import LayerReport
 from .weights import BlockWeights, InMemory, fill
@@ -125,6 +126,7 @@ class ModelPruner(Pruner):
             for group, group_inputs in zip(groups, inputs, strict=True):
                 hook = update_moments(group_inputs.moments, calibration.clock, stop=False)
                 hooks.callback(group[0].module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            hooks.enter_context(perturbed(self.model, plan.replicate))
             batches = self.tokens.split(batch_size(plan.batch, device))
             for batch in tqdm(batches, f"calibrating {unit.name}", leave=False, disable=None, unit="batch"):
                 self.context.check_stop_between_batches()

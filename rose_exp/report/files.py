@@ -28,6 +28,7 @@ def write_report(
     columns: str = SPARSITY,
     baseline: str = BASELINE,
     allowed: Sequence[str] = (),
+    resolve: float | None = None,
 ) -> str:
     """Read the records below ``folders``, write the report to ``output``, and return it as Markdown.
 
@@ -45,7 +46,7 @@ def write_report(
         damaged = any(next(folder.rglob(FILE_NAME), None) is not None for folder in folders)
         expected = f"a {FILE_NAME} that is not damaged" if damaged else f"folders with {FILE_NAME} in them"
         raise RoseExpError(f"DIR: expected {expected}, got none in {', '.join(map(str, folders))}")
-    report = gather([record for _, record in runs], columns, baseline, allowed)
+    report = gather([record for _, record in runs], columns, baseline, allowed, resolve)
     output = output or folders[0] / "report"
     text, runs_and_folders = markdown(report), [(path.parent, record) for path, record in runs]
     page = web_page(report, studies_of([folder for folder, _ in runs_and_folders]), sheets_of(runs_and_folders))

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime.errors import RoseExpError, suggest
-from ..settings.effective import complete, without
+from ..settings.effective import complete, settings_of, without
 from ..settings.effects import EFFECTS
 from ..settings.leaves import flat
 from ..tracking.record import REORDERED
-from .cells import Cell, mark_best, paired_difference
+from .cells import Cell, Repeat, mark_best, paired_difference
 from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense, variant
 from .published import find
 
@@ -62,7 +62,14 @@ class Table:
 
     @property
     def seeds(self) -> list[int]:
-        return sorted({s for name, row in self.cells.items() if name != "Dense" for cell in row.values() for s in cell.values})
+        return sorted({repeat.seed for repeat in self._repeats()})
+
+    @property
+    def replicates(self) -> list[int]:
+        return sorted({repeat.replicate for repeat in self._repeats()})
+
+    def _repeats(self) -> set[Repeat]:
+        return {r for name, row in self.cells.items() if name != "Dense" for cell in row.values() for r in cell.values}
 
     def title(self) -> str:
         pattern = {self.conditions.get(f"sparsity.{name}") for name in ("pattern", "ratio")} - {None}
@@ -81,6 +88,7 @@ class Report:
         left_out: runs or values outside the tables, with the reason.
         allowed: settings that may differ within a table.
         runs: number of finished runs.
+        resolve: relative difference for which the report states the required number of pairs; None to leave it out.
     """
 
     tables: list[Table]
@@ -89,6 +97,7 @@ class Report:
     baseline: str
     allowed: Sequence[str]
     runs: int
+    resolve: float | None = None
 
     @property
     def title(self) -> str:
@@ -96,16 +105,21 @@ class Report:
 
 
 def gather(
-    records: Sequence[Mapping[str, Any]], columns: str = SPARSITY, baseline: str = BASELINE, allowed: Sequence[str] = ()
+    records: Sequence[Mapping[str, Any]],
+    columns: str = SPARSITY,
+    baseline: str = BASELINE,
+    allowed: Sequence[str] = (),
+    resolve: float | None = None,
 ) -> Report:
     """Group runs into tables.
 
-    Runs share a table only if their conditions agree. The method and its options, the seed, ``columns`` and the settings in
-    ``allowed`` may differ.
+    Runs share a table only if their conditions agree. The method and its options, the seed, the replicate, ``columns`` and the
+    settings in ``allowed`` may differ.
 
     Args:
         columns: setting that varies between columns.
         baseline: row that the other rows are compared with.
+        resolve: relative difference for which to state the required number of pairs, such as 0.05.
 
     Raises:
         RoseExpError: no run has the setting ``columns`` or one in ``allowed``; or no row has the name ``baseline``, unless that
@@ -129,7 +143,8 @@ def gather(
     for table in tables:
         table.cells = dict(sorted(table.cells.items(), key=lambda item: (item[0] != "Dense", order[item[0]])))
     tables.sort(key=lambda table: (table.model, table.metric in DESCRIPTIVE, table.metric))
-    return Report(tables, _letters(tables), left_out, baseline, allowed, len({record.get("run_id") for record in runs}))
+    count = len({record.get("run_id") for record in runs})
+    return Report(tables, _letters(tables), left_out, baseline, allowed, count, resolve)
 
 
 def check_names(runs: Sequence[Mapping[str, Any]], columns: str, allowed: Sequence[str]) -> None:
@@ -208,14 +223,20 @@ def _put(table: Table, record: Mapping[str, Any], row: str, column: str, value: 
     Two runs have the same value if, for example, one of them measures an additional text.
     """
     cell = table.cells.setdefault(row, {}).setdefault(column, Cell())
-    calibration, seed = record["protocol"]["calibration"], record["config"]["seed"]
-    earlier = cell.runs.get(seed)
+    calibration, repeat = record["protocol"]["calibration"], repeat_of(record)
+    earlier = cell.runs.get(repeat)
     if earlier is not None and earlier.get("run_id") != record.get("run_id"):
-        return value == cell.values[seed]
+        return value == cell.values[repeat]
     if earlier is None or earlier["started"] <= record["started"]:
-        cell.values[seed], cell.runs[seed] = value, record
-        cell.draws[seed] = calibration.get("tokens_sha256", calibration.get("noise_sha256")) if calibration else None
+        cell.values[repeat], cell.runs[repeat] = value, record
+        cell.draws[repeat] = calibration.get("tokens_sha256", calibration.get("noise_sha256")) if calibration else None
     return True
+
+
+def repeat_of(record: Mapping[str, Any]) -> Repeat:
+    """Return the seed and the replicate of a run; the replicate is 0 if it has no effect."""
+    replicates = [setting.value for setting in settings_of(record["config"]) if setting.effect.role == "replicate"]
+    return Repeat(record["config"]["seed"], *replicates)
 
 
 def _finish(table: Table, baseline: str) -> None:

@@ -15,8 +15,10 @@ from .gather import DESCRIPTIVE, Report, Table
 from .published import POINTS, Published
 
 NOTHING = "–"
+LOGARITHMIC = ("perplexity.", "kl_divergence.")  # positive metrics, whose noise is multiplicative
 FIELDS = (
-    *("model", "metric", "protocol", "at", "method", "column", "seeds", "mean", "standard_deviation", "best"),
+    *("model", "metric", "protocol", "at", "method", "column", "seeds", "replicates"),
+    *("mean", "standard_deviation", "best"),
     *("baseline", "difference", "low", "high", "pairs", "published", "source", "trust", "deviation", "within_tolerance"),
 )
 
@@ -49,10 +51,31 @@ def reordered(cell: Cell) -> str:
 
 
 def difference(comparison: Difference) -> str:
-    """Format the mean with its confidence interval, and relative to the baseline."""
+    """Format the mean with its confidence interval, and relative to the baseline.
+
+    Marks a difference whose interval contains 0, which is not larger than its noise.
+    """
     digits = ".2g" if 0 < abs(comparison.mean) < 0.1 else ".2f"
     interval = f" [{comparison.low:+{digits}}, {comparison.high:+{digits}}]" if comparison.low is not None else ""
-    return f"{comparison.mean:+{digits}}{interval} ({comparison.relative:+.1%})"
+    mark = "" if comparison.significant or comparison.low is None else ", within noise"
+    return f"{comparison.mean:+{digits}}{interval} ({comparison.relative:+.1%}{mark})"
+
+
+def noise(cell: Cell) -> str:
+    """Format the standard deviations of the logarithm within and between seeds."""
+    if cell.noise is None:
+        return NOTHING
+    between = "" if cell.noise.between is None else f" / {cell.noise.between:.2g}"
+    return f"{cell.noise.within:.2g}{between} ({cell.noise.replicates} runs)"
+
+
+def required(comparison: Difference | None, resolve: float) -> str:
+    """Format the number of pairs that resolve a relative difference, and how many are missing."""
+    count = comparison.pairs_to_resolve(resolve) if comparison is not None else None
+    if count is None:
+        return NOTHING
+    missing = max(count - comparison.pairs, 0)
+    return f"{count} {comparison.unit}s" + (f" ({missing} more)" if missing else "")
 
 
 def beside(published: Published, points: bool) -> str:
@@ -89,8 +112,11 @@ def caption(table: Table) -> str:
         parts[-1] += _bos(conditions, "zero_shot")
     seeds = ", ".join(map(str, table.seeds))
     parts.append(f"seeds {seeds}" if seeds else "no seed")
-    if len(table.seeds) > 1:
-        parts.append("mean ± standard deviation over the seeds")
+    if len(table.replicates) > 1:
+        parts.append(f"replicates {', '.join(map(str, table.replicates))}")
+    if len(table.seeds) > 1 or len(table.replicates) > 1:
+        unit = "seeds" if len(table.seeds) > 1 else "replicates"
+        parts.append(f"mean ± standard deviation over the {unit}")
     versions = [f"{name} {conditions.get(f'protocol.versions.{name}')}" for name in ("torch", "transformers", "rose_exp")]
     parts.append(", ".join(versions) + f", {conditions.get('protocol.device')}, {_revision(conditions)}")
     return "; ".join(parts)
@@ -129,8 +155,19 @@ def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str
     shown: list[tuple[str, Callable[[Cell], str]]] = [("", values_of(table))]
     if any(cell.difference for cell in cells):
         several = any(cell.difference and cell.difference.low is not None for cell in cells)
-        heading = f"Difference to {report.baseline}, paired by seed" + (", with 95 % confidence interval" if several else "")
+        unit = "seed and replicate" if len(table.replicates) > 1 else "seed"
+        heading = f"Difference to {report.baseline}, paired by {unit}" + (", with 95 % confidence interval" if several else "")
         shown.append((heading, lambda cell: difference(cell.difference) if cell.difference else NOTHING))
+    if table.metric.startswith(LOGARITHMIC):
+        if any(cell.noise for cell in cells):
+            heading = "Standard deviation of the logarithm over the replicates of a seed / over the seeds"
+            shown.append((heading, noise))
+        if report.resolve is not None and any(cell.difference and cell.difference.log_deviation for cell in cells):
+            heading = (
+                f"Pairs that resolve a difference of {report.resolve:.3g} to {report.baseline} (relative, two-sided 5 % level, "
+                "power 80 %)"
+            )
+            shown.append((heading, lambda cell: required(cell.difference, report.resolve)))
     if any(cell.published for cell in cells):
         shown.append(("Published", lambda cell: beside(cell.published, points) if cell.published else NOTHING))
     return shown
@@ -238,7 +275,8 @@ def comma_separated(report: Report) -> str:
             for name, cell in cells.items():
                 d, p = cell.difference, cell.published
                 location = (table.model, table.metric, table.letter, table.at or "", row, name)
-                values = (" ".join(map(str, sorted(cell.values))), cell.mean, cell.deviation, cell.best)
+                replicates = " ".join(map(str, sorted({repeat.replicate for repeat in cell.values})))
+                values = (" ".join(map(str, cell.seeds)), replicates, cell.mean, cell.deviation, cell.best)
                 difference_fields = (report.baseline, d.mean, d.low, d.high, d.pairs) if d else ("",) * 5
                 published_fields = (p.value, p.source, p.trust, p.deviation, p.within) if p else ("",) * 5
                 writer.writerow(map(escaping.csv_cell, [*location, *values, *difference_fields, *published_fields]))

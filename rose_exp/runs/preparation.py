@@ -111,6 +111,7 @@ def pruning_plan(settings: Settings) -> PruningPlan:
         methods={pattern: method.create((pattern,)) for pattern in method.layer_options},
         allocation=settings.allocation,
         reconstruction=settings.reconstruction,
+        replicate=settings.calibration.replicate,
         blocks=settings.model.blocks,
         study=settings.figures.study,
         ordering=settings.reorder,

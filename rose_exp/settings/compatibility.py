@@ -27,6 +27,8 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
     if calibration is not None and (calibration.draw == "prompts") != diffusion and not dense:
         expected = "prompts for a diffusion model" if diffusion else "windows or documents for a language model"
         problems.append(f"calibration.draw: expected {expected}, got {calibration.draw}")
+    if diffusion and calibration is not None and calibration.replicate and not dense:
+        problems.append(f"calibration.replicate: expected 0 for a diffusion model, got {calibration.replicate}")
     if evaluation is not None:
         language_metrics = [name for name in ("perplexity", "speed") if getattr(evaluation, name)]
         language_metrics += ["zero_shot"] if evaluation.zero_shot.tasks else []

@@ -47,7 +47,7 @@ class Effect:
             an empty tuple only select metrics.
         of_dense: the same for dense models, if it differs.
         role: ``condition``: all results in a table have the same value of this setting; ``row``: the rows of a table compare
-            it; ``seed``: a table averages over it.
+            it; ``seed`` and ``replicate``: a table averages over them.
         place: set if results depend on the content that the setting names instead of its value: ``text``, a text file;
             ``files``, a file or folder; ``model``, a model and the files next to it; ``embedded``, an embedded file.
         recorded_as: the field of a run record with the fingerprint of the content that this and related settings select.
@@ -61,7 +61,7 @@ class Effect:
     when: When | None = None
     metrics: tuple[str, ...] | None = None
     of_dense: tuple[str, ...] | None = None
-    role: Literal["condition", "row", "seed"] = "condition"
+    role: Literal["condition", "row", "seed", "replicate"] = "condition"
     place: Literal["text", "files", "model", "embedded"] | None = None
     recorded_as: str | None = None
     moments: bool = False
@@ -189,6 +189,7 @@ EFFECTS: dict[str, Effect] = {
     "calibration.samples": Effect(PRUNED, moments=True),
     "calibration.window": Effect(PRUNED_LANGUAGE, moments=True),
     "calibration.draw": Effect(PRUNED, moments=True),
+    "calibration.replicate": Effect(PRUNED_LANGUAGE, role="replicate", moments=True),
     **_source("evaluation.perplexity.*", LANGUAGE, "protocol.evaluation.sha256", metrics=PERPLEXITY),
     "evaluation.perplexity.*.window": Effect(LANGUAGE, metrics=PERPLEXITY),
     "evaluation.perplexity.*.windows": Effect(LANGUAGE, metrics=PERPLEXITY),

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..engine.bounds import Positive
+from ..engine.bounds import Count, Positive
 from ..runtime.errors import suggest
 from .messages import embedded_problem, file_problem
 from .section import Section
@@ -110,6 +110,7 @@ class CalibrationSettings(TextSettings):
     # windows: from random positions of the joined text; documents: one window from each of several random long documents;
     # prompts: diffusion models
     draw: Literal["windows", "documents", "prompts"] = "windows"
+    replicate: Count = 0  # language models only; above 0: perturbs the embeddings by rounding, to measure its effect
 
     def problems(self, where: str) -> list[str]:
         if self.draw == "prompts":
@@ -120,7 +121,7 @@ class CalibrationSettings(TextSettings):
 
     @property
     def prompts(self) -> PromptSettings:
-        return PromptSettings(**self.model_dump(exclude={"window", "draw"}))
+        return PromptSettings(**self.model_dump(exclude={"window", "draw", "replicate"}))
 
 
 class PerplexitySettings(TextSettings):

@@ -49,6 +49,7 @@ PLANS = {
     "one group at a time": ROSE | {"true_sequential": True, "target": Target(strength=0.5)},
     "owl": ROSE | {"allocation": Allocation("owl", 0.08)},
     "reconstructed": {"method": Wanda(), "sparsity": Unstructured(0.5), "reconstruction": Reconstruction(2, batch=2)},
+    "replicate": ROSE | {"replicate": 3},
     "structured": {"method": SparseGPT(), "sparsity": Structured(0.3)},
     "permuted 2:4": ROSE | {"sparsity": SemiStructured(2, 4), "permute": True},
 }

@@ -7,6 +7,7 @@ import math
 import pytest
 from scipy import stats
 
+from rose_exp.report.cells import Repeat
 from rose_exp.report.gather import MINUTES, gather
 from rose_exp.runtime.errors import RoseExpError
 
@@ -209,7 +210,7 @@ def test_unfinished_runs_are_listed_and_repeated_runs_count_once():
     report = gather([record("ROSE", 20.0), record("ROSE", 21.0), failed])
     assert report.runs == 1
     assert report.left_out == ["ROSE f failed: RoseExpError: no disk"]
-    assert report.tables[0].cells["ROSE"]["0.7"].values == {0: 21.0}
+    assert report.tables[0].cells["ROSE"]["0.7"].values == {Repeat(0): 21.0}
 
 
 def test_tasks_are_columns_of_one_table_per_sparsity():

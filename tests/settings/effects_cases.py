@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from rose_exp.cli.paths import config_folder
 from rose_exp.report.conditions import SPARSITY, column_of, conditions, variant
+from rose_exp.report.gather import repeat_of
 from rose_exp.settings.schema import Settings
 from rose_exp.settings.section import fields_of, is_section
 
@@ -180,11 +181,11 @@ def metrics_of(config: dict[str, Any]) -> list[str]:
 
 
 def view(config: dict[str, Any]) -> dict[str, Any]:
-    """Return all that distinguishes runs in a report: conditions of each metric including sparsity, row, column and seed."""
+    """Return all that distinguishes runs in a report: conditions of each metric including sparsity, row, column and repeat."""
     record, pruned = recorded(config), config["method"]["name"] != "dense"
     found: dict[str, Any] = {metric: conditions(record, metric, "seed") for metric in metrics_of(config)}
     found |= {"row": variant(record), "column": column_of(record, SPARSITY) if pruned else None}
-    return found | {"seed": config["seed"] if pruned else None}
+    return found | {"repeat": repeat_of(record) if pruned else None}
 
 
 def cases(config: dict[str, Any], folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -123,6 +123,7 @@ MATTERS: dict[str, set[str]] = {
     "calibration.samples": PRUNED,
     "calibration.window": PRUNED_LANGUAGE,
     "calibration.draw": PRUNED,
+    "calibration.replicate": PRUNED_LANGUAGE,
     "evaluation.perplexity.*.path": MEASURED,
     "evaluation.perplexity.*.embedded": {"embedded", "dense embedded", "hub", "dense hub"},
     "evaluation.perplexity.*.field": MEASURED & JSON_TEXTS,

@@ -83,7 +83,7 @@ def test_run_id_changes_exactly_when_the_report_changes(bases, files, mode):
         assert (found != seen) == matters, f"{name} and the report"
         if known in ("model.kind", "method.name", "sparsity.pattern"):  # these change which other settings have an effect
             continue
-        of_row = known == "seed" or any(within(known, row) for row in ROWS)
+        of_row = known in ("seed", "calibration.replicate") or any(within(known, row) for row in ROWS)
         for metric in set(metrics_of(base)) & set(metrics_of(other)):
             expected = matters and not of_row and concerns(known, metric, mode in DENSE)
             assert (found[metric] != seen[metric]) == expected, f"{name} and {metric}"
@@ -95,6 +95,7 @@ def test_rows_compare_the_expected_settings():
         name for name in LEAVES if any(within(name, row) for row in ROWS)
     }
     assert [name for name, role in roles.items() if role == "seed"] == ["seed"]
+    assert [name for name, role in roles.items() if role == "replicate"] == ["calibration.replicate"]
 
 
 @pytest.mark.parametrize("mode", MODES)
