@@ -49,7 +49,8 @@ def _run(arguments: Sequence[str] | None) -> None:
         "--resolve",
         type=_relative,
         metavar="DIFFERENCE",
-        help="state how many pairs of runs a difference needs to exceed its noise, for example 0.05 for 5 %%",
+        help="state how many pairs of runs resolve this difference to the baseline, such as 0.05 for 5 %%, and how many "
+        "evaluation windows resolve the measured one",
     )
     options = parser.parse_args(arguments)
     try:

@@ -40,18 +40,21 @@ class Divergence:
         kl: Kullback-Leibler divergence Σ p log(p/q) in nats, of the pruned model's next-token distribution q from the dense
             model's p.
         agreement: fraction of positions where both models have the same most likely token.
+        kl_windows, agreement_windows: means of each window.
     """
 
     kl: float
     kl_standard_error: float
     agreement: float
     agreement_standard_error: float
+    kl_windows: Sequence[float]
+    agreement_windows: Sequence[float]
 
     @classmethod
     def over(cls, windows: Sequence[tuple[float, float]]) -> Divergence:
         """Return the divergence over windows, given the mean divergence and agreement of each."""
-        pairs = [_mean_and_error(values) for values in zip(*windows, strict=True)]
-        return cls(*pairs[0], *pairs[1])
+        kl, agreement = zip(*windows, strict=True)
+        return cls(*_mean_and_error(kl), *_mean_and_error(agreement), kl, agreement)
 
 
 def output_layer(model: nn.Module) -> nn.Module:

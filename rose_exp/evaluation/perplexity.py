@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -27,11 +27,13 @@ class Perplexity:
     Attributes:
         value: exp of the mean over windows.
         standard_error: standard error of ``value``, from the spread of the windows' means (delta method); 0 for one window.
+        windows: mean negative log-likelihood of each window.
         divergence: divergence from the dense model, if it is compared.
     """
 
     value: float
     standard_error: float
+    windows: Sequence[float]
     divergence: Divergence | None = None
 
 
@@ -84,9 +86,9 @@ def perplexity(
     if not math.isfinite(mean):
         raise RoseExpError(f"{name}: expected finite predictions, got a mean negative log-likelihood of {mean}")
     if mean >= 700:
-        return Perplexity(math.inf, math.inf, divergence)
+        return Perplexity(math.inf, math.inf, means, divergence)
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
-    return Perplexity(math.exp(mean), math.exp(mean) * spread / math.sqrt(len(means)), divergence)
+    return Perplexity(math.exp(mean), math.exp(mean) * spread / math.sqrt(len(means)), means, divergence)
 
 
 def whole_answers(

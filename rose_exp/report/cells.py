@@ -14,6 +14,7 @@ from .published import Published
 
 CONFIDENCE = 0.95
 POWER = 0.8
+SMALL_EFFECT = 0.02  # below it, the test has so many pairs that Student's t equals the normal distribution
 
 
 class Repeat(NamedTuple):
@@ -62,6 +63,17 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class WindowCount:
+    """How many evaluation windows resolve the difference between two rows, and how many were measured.
+
+    Its noise is the spread of the difference over the windows, for these pruned models.
+    """
+
+    needed: int
+    measured: int
+
+
+@dataclass(frozen=True)
 class Noise:
     """Standard deviations of the logarithm of a metric.
 
@@ -93,6 +105,7 @@ class Cell:
     draws: dict[Repeat, str | None] = field(default_factory=dict)
     runs: dict[Repeat, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     difference: Difference | None = None
+    windows: WindowCount | None = None
     published: Published | None = None
     best: bool = False
 
@@ -172,12 +185,35 @@ def paired_difference(cell: Cell, baseline: Cell) -> Difference | None:
     return Difference(mean, relative, count, unit, mean - half, mean + half, log_deviation)
 
 
+def windows_needed(cell: Cell, baseline: Cell, metric: str) -> WindowCount | None:
+    """Return how many evaluation windows resolve the difference of a metric, paired by window.
+
+    Differences are averaged over the runs that both cells have. For perplexity, they are those of the log-likelihoods.
+
+    Returns:
+        None if the records do not contain the values of at least two windows, or if their differences do not vary.
+    """
+    differences = []
+    for repeat in [r for r in cell.values if r in baseline.values and cell.draws[r] == baseline.draws[r]]:
+        own, other = (each.runs[repeat].get("windows", {}).get(metric, []) for each in (cell, baseline))
+        if len(own) < 2 or len(own) != len(other):
+            return None
+        differences.append([a - b for a, b in zip(own, other, strict=True)])
+    means = [statistics.fmean(values) for values in zip(*differences, strict=True)]
+    if len(means) < 2 or not all(map(math.isfinite, means)) or not statistics.fmean(means):
+        return None
+    spread = statistics.stdev(means)
+    return WindowCount(pairs_needed(statistics.fmean(means) / spread), len(means)) if spread else None
+
+
 def pairs_needed(effect: float) -> int:
     """Return the smallest number of pairs for which a two-sided paired t-test has the power :data:`POWER`.
 
     Args:
-        effect: mean difference in multiples of the standard deviation of the differences.
+        effect: mean difference in multiples of the standard deviation of the differences, not 0.
     """
+    if abs(effect) < SMALL_EFFECT:
+        return math.ceil(((stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)) / effect) ** 2)
 
     def power(count: int) -> float:
         critical = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)

@@ -13,7 +13,7 @@ from ..settings.effective import complete, settings_of, without
 from ..settings.effects import EFFECTS
 from ..settings.leaves import flat
 from ..tracking.record import REORDERED
-from .cells import Cell, Repeat, mark_best, paired_difference
+from .cells import Cell, Repeat, mark_best, paired_difference, windows_needed
 from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense, variant
 from .published import find
 
@@ -252,6 +252,7 @@ def _finish(table: Table, baseline: str) -> None:
             for row, cell in pruned.items():
                 if row != baseline:
                     cell.difference = paired_difference(cell, pruned[baseline])
+                    cell.windows = windows_needed(cell, pruned[baseline], table.metric)
 
 
 def _row_names(runs: Sequence[Mapping[str, Any]], columns: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runtime import escaping
 from ..tracking.record import REORDERED
-from .cells import Cell, Difference
+from .cells import Cell, Difference, WindowCount
 from .gather import DESCRIPTIVE, Report, Table
 from .published import POINTS, Published
 
@@ -86,6 +86,11 @@ def beside(published: Published, points: bool) -> str:
     return f"{number(published.value)}{mark} (ours {deviation}, {verdict})"
 
 
+def windows(count: WindowCount | None) -> str:
+    """Format the number of windows that resolve a difference, and the number of measured windows."""
+    return NOTHING if count is None else f"{count.needed} (measured {count.measured})"
+
+
 def caption(table: Table) -> str:
     """Return a description of the protocol of a table."""
     conditions = table.conditions
@@ -158,6 +163,12 @@ def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str
         unit = "seed and replicate" if len(table.replicates) > 1 else "seed"
         heading = f"Difference to {report.baseline}, paired by {unit}" + (", with 95 % confidence interval" if several else "")
         shown.append((heading, lambda cell: difference(cell.difference) if cell.difference else NOTHING))
+    if report.resolve is not None and any(cell.windows for cell in cells):
+        heading = (
+            f"Evaluation windows that resolve the difference to {report.baseline} (paired by window, two-sided 5 % level, "
+            "power 80 %)"
+        )
+        shown.append((heading, lambda cell: windows(cell.windows)))
     if table.metric.startswith(LOGARITHMIC):
         if any(cell.noise for cell in cells):
             heading = "Standard deviation of the logarithm over the replicates of a seed / over the seeds"

@@ -203,11 +203,12 @@ class LanguageRun(Run):
         around = nullcontext if comparison is None else comparison.both
         answers = (lambda share: self._answers(share, bar, around)) if self.placed.by_blocks else None
         result = perplexity(self.model, tokens, settings.evaluation.batch, bar, self.ranks, answers, comparison)
-        record.measured(f"perplexity.{name}", result.value, result.standard_error)
+        record.measured(f"perplexity.{name}", result.value, result.standard_error, result.windows)
         log.info("%s: perplexity on %s %.4g ± %.2g", settings.label, name, result.value, result.standard_error)
         if (found := result.divergence) is not None:
-            record.measured(f"kl_divergence.{name}", found.kl, found.kl_standard_error)
-            record.measured(f"top1_agreement.{name}", found.agreement, found.agreement_standard_error)
+            record.measured(f"kl_divergence.{name}", found.kl, found.kl_standard_error, found.kl_windows)
+            agreement, error = found.agreement, found.agreement_standard_error
+            record.measured(f"top1_agreement.{name}", agreement, error, found.agreement_windows)
             log.info("%s: KL divergence on %s %.4g ± %.2g", settings.label, name, found.kl, found.kl_standard_error)
 
     def _answers(

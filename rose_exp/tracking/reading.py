@@ -51,6 +51,7 @@ class _Record(_Lenient):
     started: str
     error: str | None = None
     metrics: dict[str, float | None]
+    windows: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
     config: dict[str, Any]
     protocol: dict[str, Any]

@@ -33,9 +33,9 @@ class RunRecord:
     """``run.json`` of one run, written at the start and rewritten at each step.
 
     Fields: ``status`` (running, finished, failed, interrupted), ``run_id``, ``label``, ``config``, ``metrics``,
-    ``standard_errors``, ``layers``, ``events``, ``protocol``, ``seconds`` by stage, ``estimate`` and ``peak_memory_bytes``,
-    ``error``, ``started`` and ``ended``; with a tracker, ``tracking`` (the last one and its failure) and ``tracked`` (all that
-    have the results of the finished run).
+    ``standard_errors``, ``windows`` (values of each evaluation window), ``layers``, ``events``, ``protocol``, ``seconds`` by
+    stage, ``estimate`` and ``peak_memory_bytes``, ``error``, ``started`` and ``ended``; with a tracker, ``tracking`` (the last
+    one and its failure) and ``tracked`` (all that have the results of the finished run).
 
     Args:
         kept: whether to write the file; if several processes share a run, only the first one does.
@@ -53,6 +53,7 @@ class RunRecord:
             "error": None,
             "metrics": {},
             "standard_errors": {},
+            "windows": {},
             "seconds": {},
             "peak_memory_bytes": {},
             "protocol": {},
@@ -74,11 +75,19 @@ class RunRecord:
             return
         write_record(self.path, self.data)
 
-    def measured(self, name: str, value: float, standard_error: float | None = None) -> None:
-        """Record a metric, and its standard error under the same name if it is known."""
+    def measured(
+        self, name: str, value: float, standard_error: float | None = None, windows: Sequence[float] | None = None
+    ) -> None:
+        """Record a metric, and its standard error and the values of the windows under the same name if they are known.
+
+        Args:
+            windows: value of each evaluation window; for perplexity, its mean negative log-likelihood.
+        """
         self.data["metrics"][name] = value
         if standard_error is not None:
             self.data["standard_errors"][name] = standard_error
+        if windows is not None:
+            self.data["windows"][name] = list(windows)
 
     def warn(self, kind: str, detail: str) -> None:
         """Record and log a warning that concerns the whole run instead of a layer."""

@@ -243,7 +243,7 @@ def test_sparsities_split_tables_with_other_columns():
 def test_second_run_for_the_same_cell_is_listed():
     other = record("SparseGPT", 30.0, config__engine__damping=0.1)
     report = gather([record("SparseGPT", 10.0), other], allowed=["engine.damping"])
-    assert report.tables[0].cells["SparseGPT"]["0.7"].values == {0: 10.0}
+    assert report.tables[0].cells["SparseGPT"]["0.7"].values == {Repeat(0): 10.0}
     assert report.left_out[0].startswith(f"SparseGPT {other['run_id']}: another run occupies its cell in Llama-2-7b-hf")
 
 

@@ -159,3 +159,49 @@ def test_resolve_rejects_what_is_no_relative_difference(value, tmp_path, capsys)
     with pytest.raises(SystemExit):
         main([str(tmp_path), f"--resolve={value}"])
     assert f"argument --resolve: expected a relative difference such as 0.05, got {value!r}" in capsys.readouterr().err
+
+
+def with_windows(label: str, values: list[float], metric: str = METRIC, replicate: int = 0) -> dict:
+    made = record(label, 20.0, config__calibration__replicate=replicate)
+    return made | {"windows": {metric: values}}
+
+
+def test_windows_that_resolve_a_difference():
+    random = np.random.default_rng(2)
+    base = random.normal(3, 0.4, 16)
+    rose = base - 0.05 + random.normal(0, 0.1, 16)
+    records = [with_windows("SparseGPT", list(base)), with_windows("ROSE", list(rose))]
+    found = cell(records).windows
+    effect = np.mean(rose - base) / np.std(rose - base, ddof=1)
+    assert (found.needed, found.measured) == (pairs_needed(effect), 16)
+    assert f"| ROSE | {found.needed} (measured 16) |" in markdown(gather(records, resolve=0.05))
+    assert "Evaluation windows" not in markdown(gather(records))
+
+
+def test_windows_are_averaged_over_runs():
+    """Noise of single runs cancels, as in their mean."""
+    one, two = [3.0, 4.0, 5.0], [3.5, 3.0, 5.5]
+    records = [with_windows("SparseGPT", [3.0] * 3, replicate=k) for k in (0, 1)]
+    records += [with_windows("ROSE", values, replicate=k) for k, values in enumerate((one, two))]
+    means = [(a + b) / 2 - 3 for a, b in zip(one, two, strict=True)]
+    assert cell(records).windows.needed == pairs_needed(statistics.fmean(means) / statistics.stdev(means))
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        *(([], []), ([3.0], [3.1]), ([3.0, 3.0], [3.1])),
+        *(([3.0, 4.0], [3.0, 4.0]), ([3.0, 4.0], [3.5, 4.5]), ([3.0, math.nan], [3, 4])),
+    ],
+    ids=["none", "one", "other windows", "equal", "constant difference", "not finite"],
+)
+def test_windows_without_a_noise_to_estimate(own, other):
+    records = [with_windows("SparseGPT", own), with_windows("ROSE", other)]
+    assert cell(records).windows is None
+    markdown(gather(records, resolve=0.05))
+
+
+def test_small_effects_agree_with_the_exact_test():
+    """At the boundary, the normal approximation and Student's t give the same number within 0.02 %."""
+    assert pairs_needed(0.0199999) == pytest.approx(pairs_needed(0.0200001), rel=2e-4)
+    assert pairs_needed(1e-6) == pytest.approx(7.849e12, rel=1e-3)
