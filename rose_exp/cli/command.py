@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from ..runtime.errors import RoseExpError, SettingsError
-from ..settings.schema import applied, read_settings
+from ..settings.schema import Settings, applied, read_settings
 from ..sweeps.job import Job
 from ..sweeps.search import is_search, search_problems
 from .composer import COMPOSITION_ERRORS, RUN_ID, Composer, one_line
@@ -84,6 +84,29 @@ def check_command(arguments: Sequence[str]) -> Command:
     swept_names = {override.key_or_group for override in swept}
     sweep = Path(hydra_config.sweep.dir) if hydra_config is not None else None
     return Command(jobs, swept_names, sweep, searched)
+
+
+def check_settings(overrides: Sequence[str]) -> Settings:
+    """Compose and check the settings of a single run, without reading what they name.
+
+    Raises:
+        SettingsError: with all errors.
+    """
+    composer = Composer(get_args_parser().parse_args([]))
+    valid, problems = valid_overrides(composer, overrides)
+    if problems:
+        raise SettingsError(_with_hints(problems, valid))
+    try:
+        config = composer.resolve(composer.compose([override.input_line for override in valid]))
+    except COMPOSITION_ERRORS as error:
+        raise SettingsError([one_line(error)]) from error
+    try:
+        settings = read_settings(config)
+    except SettingsError as error:
+        raise SettingsError(_with_hints(error.problems, valid)) from None
+    if contradiction := settings.sparsity.contradiction("sparsity"):
+        raise SettingsError([contradiction])
+    return settings
 
 
 def _with_hints(problems: Sequence[str], overrides: Sequence[Override]) -> list[str]:

@@ -31,6 +31,15 @@ def resolve_bos(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
         bos = "windows" if needs_bos(from_pretrained(AutoConfig, settings)) else "tokenizer"
         if bos == "windows":
             log.info("every window starts with a BOS token, which %s needs (model.bos)", settings.name)
+    return checked_bos(bos, settings, tokenizer)
+
+
+def checked_bos(bos: Bos, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Bos:
+    """Return ``bos``, the meaning of ``model.bos`` for the model.
+
+    Raises:
+        RoseExpError: every window needs BOS, and the tokenizer has none.
+    """
     if bos == "windows" and tokenizer.bos_token_id is None:
         meaning = "" if settings.bos == bos else f", which means {bos} for this model"
         raise RoseExpError(

@@ -140,7 +140,7 @@ def shape_of(config: PreTrainedConfig, dtype: torch.dtype | str, settings: Model
         hidden=hidden,
         widest=max(max(layer.rows, layer.columns) for block in shapes for layer in block.layers),
         vocabulary=text.vocab_size,
-        tokens=_embedding_rows(model, text.vocab_size),
+        tokens=embedding_rows(model, text.vocab_size),
         context=context_length(config),
     )
 
@@ -171,7 +171,8 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return next((length for length in lengths if isinstance(length, int)), None)
 
 
-def _embedding_rows(model: nn.Module, vocabulary: int) -> int:
+def embedding_rows(model: nn.Module, vocabulary: int | None = None) -> int | None:
+    """Return the number of rows of a model's input embeddings, or ``vocabulary`` if they are not known."""
     try:
         return model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):  # a model with its own code

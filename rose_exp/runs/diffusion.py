@@ -9,25 +9,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data import Prompts, load_prompts
-from ..diffusion.denoiser import Unit, candidate_layers, find_units, split_into_packages
 from ..diffusion.images import Distances, OnBatch, Rendering, render
 from ..diffusion.loading import load_pipeline, save_pipeline
-from ..diffusion.narrowed import key_of, remove_masked
-from ..diffusion.packages import PackagePruner
-from ..diffusion.sampling import Sampler, noise_seeds
+from ..diffusion.sampling import noise_seeds
 from ..diffusion.scores import load_scores
 from ..diffusion.sheet import draw_sheet
-from ..models import LinearLayer, Structure
-from ..pruning import LayerReport, PruneContext, chosen, saved_and_total
-from ..pruning.plan import check_patterns
-from ..pruning.structured import check_structures, wanted_structures
+from ..pruning import LayerReport, PruneContext
 from ..report.figures import FOLDER, SHEET
 from ..runtime.errors import RoseExpError
 from ..runtime.files import scratch_folder
-from .preparation import limited, pruning_plan
+from .pipelines import package_pruner, remove_structures, sampler_of, select_layers
+from .preparation import limited
 from .run import Run
 
 log = logging.getLogger(__name__)
@@ -48,7 +41,6 @@ class DiffusionRun(Run):
             raise RoseExpError(f"torchrun: expected one process for a diffusion model, got {self.ranks.size}")
         self.dense: Rendering | None = None
         self.distances: Distances | None = None
-        self.structures: list[Structure] = []
 
     def read_inputs(self, stack: ExitStack) -> None:
         """Read the prompts and load the image metrics, so that errors are reported early."""
@@ -70,48 +62,12 @@ class DiffusionRun(Run):
 
     def load_model(self) -> None:
         """Load the pipeline and find its prunable layers."""
-        settings, sampling = self.settings, self.settings.diffusion
-        self.pipeline, self.protocol["model"] = load_pipeline(settings.model, sampling.scheduler)
+        settings = self.settings
+        self.pipeline, self.protocol["model"] = load_pipeline(settings.model, settings.diffusion.scheduler)
         self.pipeline.to(self.device)
-        self.sampler = Sampler(
-            self.pipeline,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            size=sampling.size,
-            text_length=sampling.text_length,
-            batch=sampling.batch,
-        )
-        if self.sampler.ignored:
-            raise RoseExpError(
-                f"diffusion: expected null for {', '.join(self.sampler.ignored)}, which {type(self.pipeline).__name__} "
-                "does not support, got a value"
-            )
+        self.sampler = sampler_of(self.pipeline, settings)
         self.sampler.rehearse(decode=settings.evaluation.images is not None)
-        self._find_layers()
-
-    def _find_layers(self) -> None:
-        denoiser, pipeline = self.sampler.denoiser, self.settings.pipeline
-        layers = candidate_layers(denoiser, self.settings.diffusion.convolutions)
-        with torch.no_grad():
-            units = find_units(denoiser, self.sampler.first_call("a photograph"), layers)
-        called = {name for unit in units for name in unit.names}
-        self.layers: dict[str, LinearLayer] = {layer.name: layer for layer in layers if layer.name in called}
-        check_patterns("pipeline.layers", pipeline.layers, list(self.layers))
-        check_patterns("pipeline.skip", pipeline.skip, list(self.layers))
-        self.chosen = [name for name in self.layers if chosen(name, pipeline.layers, pipeline.skip)]
-        if not self.settings.pruned:
-            return
-        pruned, plan = set(self.chosen), pruning_plan(self.settings)
-        if plan.structured:
-            self.structures = wanted_structures(denoiser, "", plan)
-            check_structures(self.structures, plan.sparsity)
-            pruned = {part.layer.name for structure in self.structures for part in structure.consumers}
-        if not pruned:
-            raise RoseExpError("pipeline.layers, pipeline.skip: expected patterns that select a layer, got none")
-        pruned_units = [
-            Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in units
-        ]
-        self.packages = split_into_packages([unit for unit in pruned_units if unit.groups], self.settings.diffusion.packages)
+        self.selection = select_layers(self.sampler, settings)
 
     def calibration_fingerprint(self) -> dict[str, str]:
         return {name: self.protocol["calibration"][name] for name in ("sha256", "noise_sha256")}
@@ -127,16 +83,7 @@ class DiffusionRun(Run):
             self.dense = self._render("images of the dense model", self.distances and self.distances.keep)
 
     def prune_layers(self, context: PruneContext) -> Sequence[LayerReport]:
-        pruner = PackagePruner(
-            self.sampler,
-            self.layers,
-            self.packages,
-            pruning_plan(self.settings),
-            self.prompts.texts if self.sampler.conditioned else [""] * len(self.prompts.texts),
-            self.seeds,
-            lambda step, steps: self.settings.diffusion.weights(steps)[step],
-            context,
-        )
+        pruner = package_pruner(self.sampler, self.selection, self.prompts.texts, self.settings, context)
         reports = pruner.run()
         self.record.data["packages"] = [vars(package) for package in pruner.facts]
         return reports
@@ -149,12 +96,9 @@ class DiffusionRun(Run):
         """Measure sparsity, remove pruned heads and neurons, then measure the images."""
         record, settings = self.record, self.settings
         reports = {report["name"]: report for report in record.data["layers"]}
-        saved, total = saved_and_total([self.layers[name] for name in self.chosen], reports)
-        record.data["metrics"]["sparsity"] = saved / total
+        record.data["metrics"]["sparsity"] = self.selection.sparsity(reports)
         before = sum(p.numel() for p in self.sampler.denoiser.parameters())
-        if settings.pruned and self.structures:
-            sparsity = settings.sparsity.parsed
-            remove_masked(self.pipeline, {key_of(structure): sparsity.count(structure.groups) for structure in self.structures})
+        remove_structures(self.pipeline, self.selection, settings)
         record.data["parameters"] = {"dense": before, "pruned": sum(p.numel() for p in self.sampler.denoiser.parameters())}
         if settings.evaluation.images is None:
             return
@@ -173,7 +117,7 @@ class DiffusionRun(Run):
 
     def _compare(self, dense: Rendering, pruned: Rendering) -> None:
         self.record.data["images"]["dense_denoiser_ms"] = dense.milliseconds
-        if self.structures:  # only removed heads and neurons can change the speed
+        if self.selection.structures:  # only removed heads and neurons can change the speed
             self.record.measured("images.speedup", dense.milliseconds / pruned.milliseconds)
         if self.distances is not None:
             self.record.data["images"]["latent_mse"] = self.distances.latent_mse()
@@ -193,5 +137,5 @@ class DiffusionRun(Run):
         return save_pipeline(self.pipeline, place)
 
     def release(self) -> None:
-        self.structures, self.distances, self.dense = [], None, None
-        del self.pipeline, self.sampler, self.layers
+        self.distances, self.dense = None, None
+        del self.pipeline, self.sampler, self.selection

@@ -25,7 +25,6 @@ from ..models import (
     extra_files,
     find_blocks,
     largest_file,
-    linear_layers,
     load_model,
     load_tokenizer,
     model_shape,
@@ -45,10 +44,7 @@ from ..pruning import (
     PruneContext,
     answers_by_blocks,
     check_decoder,
-    chosen,
     loading_blocks,
-    prune_model,
-    saved_and_total,
 )
 from ..runtime import signals as interruption
 from ..runtime.batches import batch_size
@@ -62,9 +58,9 @@ from .preparation import (
     evaluation_windows,
     first_key,
     limited,
-    pruning_plan,
     warn_of_slow_dtype,
 )
+from .pruning import prune_language_model, sparsity_of_blocks
 from .run import Run
 
 log = logging.getLogger(__name__)
@@ -164,16 +160,16 @@ class LanguageRun(Run):
         key = first_key(self.settings, self.protocol) if self.first_block is not None else None
         limit = self.ranks.gather(self.placed.moments_bytes)[0]
         context = replace(context, weights=self.weights, first_block=self.first_block, first_key=key, moments_bytes=limit)
-        return prune_model(self.model, self.calibration.tokens, pruning_plan(self.settings), context)
+        return prune_language_model(self.model, self.calibration.tokens, self.settings, context)
 
     def measure(self) -> None:
         """Measure sparsity, then perplexity on every text, then zero-shot accuracy."""
         settings, record = self.settings, self.record
-        record.data["metrics"]["sparsity"] = self._sparsity()
+        reports = {report["name"]: report for report in record.data["layers"]}
+        record.data["metrics"]["sparsity"] = sparsity_of_blocks(self.weights, reports, settings.pipeline)
         if settings.removes and self.streamed is None:
-            pruned = {report["name"] for report in record.data["layers"]}
             sparsity = settings.sparsity.parsed
-            record.data["parameters"] = remove_masked(self.model, self.weights.blocks, sparsity, pruned, settings.save)
+            record.data["parameters"] = remove_masked(self.model, self.weights.blocks, sparsity, reports, settings.save)
         whole = not self.placed.by_blocks
         if self.evaluation or self.zero_shot.tasks:
             self._move(self.device)
@@ -247,18 +243,6 @@ class LanguageRun(Run):
             _move_outside(self.model, self.weights, device)
         else:
             self.model.to(device)
-
-    def _sparsity(self) -> float:
-        """Return the fraction of parameters that need not be stored, over all layers that match the pipeline's patterns."""
-        pipeline, blocks = self.settings.pipeline, self.weights.blocks
-        reports = {report["name"]: report for report in self.record.data["layers"]}
-        saved = total = 0
-        for index, block in enumerate(blocks.blocks):
-            layers = linear_layers(block, blocks.block_name(index))
-            layers = [layer for layer in layers if chosen(layer.name, pipeline.layers, pipeline.skip)]
-            block_saved, block_total = saved_and_total(layers, reports, self.weights.at(index, "cpu"))
-            saved, total = saved + block_saved, total + block_total
-        return saved / total
 
     def save(self, place: Path) -> Path:
         description = None

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..pruning import FirstBlock, LayerReport, PruneContext, RunState, events
+from ..pruning import FirstBlock, LayerReport, PruneContext, RunState
 from ..pruning.state import Resume
 from ..report.figures import draw_figures, write_study
 from ..runtime import signals as interruption
@@ -27,6 +27,7 @@ from .folder import RunFolder
 from .identity import identifying, run_id
 from .leftovers import clean
 from .preparation import find_device, resolved_backend
+from .pruning import layer_events
 
 log = logging.getLogger(__name__)
 
@@ -177,9 +178,7 @@ class Run(ABC):
         with self.watch.stage("pruning"):
             reports = self.prune_layers(context)
         self.watch.seconds |= {f"pruning.{name}": round(value, 3) for name, value in vars(context.seconds).items()}
-        engine, studied = settings.engine, settings.figures.study
-        warnings = [event for report in reports for event in events(report, engine.damping, engine.block_size, studied)]
-        record.pruned([report.as_dict() for report in reports], warnings, bool(settings.reorder))
+        record.pruned([report.as_dict() for report in reports], layer_events(reports, settings), bool(settings.reorder))
 
     def check_signals(self) -> None:
         """Stop here if a signal has requested it, unless other processes would wait for this one."""
