@@ -55,7 +55,15 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
         for row, text in zip(rows, different, strict=True):
             row.insert(header.index("sparsity"), text)
         header.insert(header.index("sparsity"), "settings")
-    text_columns = header.index("sparsity")  # columns before it contain text
+    return aligned(header, rows, header.index("sparsity"))
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """Return lines with aligned columns.
+
+    Args:
+        text_columns: number of columns that are aligned to the left; the others contain numbers.
+    """
     header, *rows = ([terminal(cell) for cell in row] for row in [header, *rows])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
