@@ -14,7 +14,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from ..models.saving import whole_or_not
+from ..models.saving import whole_or_not, write_card
 from ..runtime.errors import RoseExpError, suggest
 from ..runtime.files import scratch_folder
 from ..runtime.fingerprint import folder_sha256
@@ -118,12 +118,15 @@ def _scheduler(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def save_pipeline(pipeline: Any, folder: Path) -> Path:
+def save_pipeline(pipeline: Any, folder: Path, card: str | None = None) -> Path:
     """Save the pipeline atomically, as a folder of safetensors files that diffusers can load.
 
+    Args:
+        card: contents of ``README.md``.
     Raises:
         RoseExpError: the folder cannot be written or already exists.
     """
     with whole_or_not(folder) as scratch:
         pipeline.save_pretrained(scratch, safe_serialization=True)
+        write_card(scratch, card)
     return folder

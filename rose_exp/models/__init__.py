@@ -5,7 +5,7 @@ from .bos import needs_bos, resolve_bos
 from .experts import Layout, Projection, check_layouts, projections, unstacked_experts
 from .families import Family, families
 from .heads_and_neurons import Part, Structure, find_structures
-from .loading import LoadedModel, largest_file, load_tokenizer
+from .loading import LoadedModel, class_for, largest_file, load_tokenizer
 from .matching import own_memory, own_weights, tie_again
 from .narrowing import check_removable, remove_masked
 from .saving import check_savable, save_model, save_streamed, sparsity_description
@@ -29,6 +29,7 @@ __all__ = [
     "check_layouts",
     "check_removable",
     "check_savable",
+    "class_for",
     "extra_files",
     "families",
     "find_blocks",

@@ -32,6 +32,7 @@ def save_model(
     folder: Path,
     sparsity: Mapping[str, Any] | None = None,
     extra: Sequence[Path] = (),
+    card: str | None = None,
 ) -> Path:
     """Write safetensors, configuration and tokenizer to ``folder`` atomically.
 
@@ -40,6 +41,7 @@ def save_model(
     Args:
         sparsity: ``quantization_config`` for ``config.json``, see :func:`sparsity_description`.
         extra: files to copy, unless saving writes files of their names.
+        card: contents of ``README.md``.
 
     Raises:
         RoseExpError: ``folder`` already exists, or writing fails.
@@ -48,6 +50,7 @@ def save_model(
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         _copy(extra, scratch)
+        write_card(scratch, card)
         _check_complete(model, scratch)
         _describe(scratch, sparsity)
     return folder
@@ -60,6 +63,7 @@ def save_streamed(
     folder: Path,
     sparsity: Mapping[str, Any] | None = None,
     extra: Sequence[Path] = (),
+    card: str | None = None,
 ) -> Path:
     """Save a model whose blocks come from ``block_at(index, device)``, like :func:`save_model`, with one shard per block.
 
@@ -87,9 +91,16 @@ def save_streamed(
             model.generation_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         _copy(extra, scratch)
+        write_card(scratch, card)
         _check_complete(model, scratch, blocks.name)
         _describe(scratch, sparsity)
     return folder
+
+
+def write_card(folder: Path, card: str | None) -> None:
+    """Write the model card, if there is one."""
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

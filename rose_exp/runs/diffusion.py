@@ -19,6 +19,7 @@ from ..pruning import LayerReport, PruneContext
 from ..report.figures import FOLDER, SHEET
 from ..runtime.errors import RoseExpError
 from ..runtime.files import scratch_folder
+from .card import model_card
 from .pipelines import package_pruner, remove_structures, sampler_of, select_layers
 from .preparation import limited
 from .run import Run
@@ -134,7 +135,7 @@ class DiffusionRun(Run):
         self.tracker.log("figure", "contact_sheet", path)
 
     def save(self, place: Path) -> Path:
-        return save_pipeline(self.pipeline, place)
+        return save_pipeline(self.pipeline, place, model_card(self.record.data, self.settings))
 
     def release(self) -> None:
         self.distances, self.dense = None, None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
 from ..data import Windows
 from ..evaluation import Around, Comparison, dense_states, perplexity, speed, whole_answers
@@ -22,6 +23,7 @@ from ..models import (
     all_linear_layers,
     check_removable,
     check_savable,
+    class_for,
     extra_files,
     find_blocks,
     largest_file,
@@ -49,6 +51,7 @@ from ..pruning import (
 from ..runtime import signals as interruption
 from ..runtime.batches import batch_size
 from ..runtime.errors import RoseExpError
+from .card import model_card
 from .dense import dense_key, shared_states
 from .fitting import check_fits
 from .limits import available
@@ -253,9 +256,11 @@ class LanguageRun(Run):
             unpruned = [layer.name for layer in layers if layer.name not in pruned] + ["lm_head"]
             share = self.record.data["metrics"]["sparsity"]
             description = sparsity_description(self.settings.sparsity.pattern, share, ["Linear"], unpruned)
+        multimodal = class_for(self.model.config) is AutoModelForImageTextToText
+        card = model_card(self.record.data, self.settings, multimodal)
         if self.streamed is not None:
-            return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description, self.extra_files)
-        return save_model(self.model.to("cpu"), self.tokenizer, place, description, self.extra_files)
+            return save_streamed(self.streamed, self.weights.at, self.tokenizer, place, description, self.extra_files, card)
+        return save_model(self.model.to("cpu"), self.tokenizer, place, description, self.extra_files, card)
 
     def after_saving(self) -> None:
         if self.settings.evaluation.speed is not None and self.ranks.first:

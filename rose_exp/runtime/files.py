@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,10 +73,22 @@ def written(path: Path) -> Iterator[Path]:
     with scratch_folder(path.parent) as folder:
         place = folder / path.name
         yield place
+        _allow_readers(place)
         for part in [place, *place.rglob("*")] if place.is_dir() else [place]:
             _flush(part)
         os.replace(place, path)
         _flush(path.parent)
+
+
+def _allow_readers(place: Path) -> None:
+    """Give files and folders the permissions of the umask. Some libraries create files that only their owner can read."""
+    probe = place.with_name(".mode")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for part in [place, *place.rglob("*")] if place.is_dir() else [place]:
+        if not part.is_symlink():
+            part.chmod(mode | (mode & 0o444) >> 2 if part.is_dir() else mode)
 
 
 def write_text(path: Path, text: str) -> None:
