@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..runtime.plugins import declared
 from .paths import config_folder
 
 GROUPS = {  # the groups of conf/ in the order of a run, with their descriptions for --help
@@ -32,6 +33,7 @@ USAGE = """rose-exp: one-shot pruning of large language and diffusion models
   rose-exp … plan=true                        list the jobs with estimated time and memory, without running them
   rose-exp … --cfg job                        print the composed configuration, without running it
   rose-exp-report DIR …                       generate tables and figures from finished runs
+  rose-exp-runs list                          list runs; show, compare and copy act on single runs
   rose-exp-clean DIR …                        remove what killed runs left behind
   eval "$(rose-exp -sc install=bash)"         enable tab completion (bash, zsh, fish)
 
@@ -50,6 +52,8 @@ def help_text() -> str:
         width = max(len(path.stem) for path in choices)
         lines.append(f"{group}: {description}")
         lines += [f"  {path.stem.ljust(width)}  {_first_sentence(path)}" for path in choices]
+        if group == "method":
+            lines += [f"  {name.ljust(width)}  of {source}" for name, source in declared("rose_exp.methods").items()]
         lines.append("")
     lines += ["Ungrouped settings with their defaults (--hydra-help lists Hydra's own options):", *_single_settings()]
     return "\n".join(lines)

@@ -9,15 +9,15 @@ Other packages add families through the entry point group ``rose_exp.families``:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ..runtime.errors import RoseExpError
+from ..runtime.plugins import Plugin, plugins
 
 if TYPE_CHECKING:
     from .experts import Layout
@@ -58,40 +58,19 @@ BUILT_IN = (
 )
 
 
-@dataclass(frozen=True)
-class Installed:
-    """A family that another package provides.
-
-    Attributes:
-        source: name and version of the package.
-    """
-
-    family: Family
-    source: str = field(default="")
-
-
 @cache
-def installed_families() -> tuple[Installed, ...]:
+def installed_families() -> tuple[Plugin, ...]:
     """Return the families that other installed packages provide, in alphabetical order of their entry points.
 
     Raises:
         RoseExpError: an entry point cannot be loaded, or is not a :class:`Family`.
     """
-    found = []
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        source = f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
-        try:
-            family = point.load()
-        except (ImportError, AttributeError) as error:
-            raise RoseExpError(f"entry point {point.name} of {GROUP} ({source}): cannot load {point.value}: {error}") from error
-        if not isinstance(family, Family):
-            raise RoseExpError(
-                f"entry point {point.name} of {GROUP} ({source}): expected a Family, got {type(family).__name__} {point.value}"
-            )
-        found.append(Installed(family, source))
-    return tuple(found)
+    for plugin in plugins(GROUP):
+        if not isinstance(plugin.value, Family):
+            raise RoseExpError(f"{plugin.where}: expected a Family, got {type(plugin.value).__name__}")
+    return plugins(GROUP)
 
 
 def families() -> tuple[Family, ...]:
     """Return all families, those of other packages first."""
-    return (*(installed.family for installed in installed_families()), *BUILT_IN)
+    return (*(installed.value for installed in installed_families()), *BUILT_IN)

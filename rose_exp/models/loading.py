@@ -177,7 +177,7 @@ def protocol(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
     ``families`` names the model families of other packages, which may change how a model is pruned. ``sha256`` covers the
     weights of a local model, and ``files_sha256`` all of its files, such as the tokenizer.
     """
-    others = [f"{installed.family.name} ({installed.source})" for installed in installed_families()]
+    others = [f"{installed.value.name} ({installed.source})" for installed in installed_families()]
     facts: dict[str, Any] = {"families": others} if others else {}
     facts |= {
         "name": settings.name,

@@ -14,6 +14,7 @@ from ..runtime.errors import RoseExpError
 from ..runtime.fingerprint import content_sha256, folder_sha256, model_sha256
 from ..runtime.wheels import WHEELS
 from ..settings.effective import Setting, settings_of
+from ..settings.plugins import used_plugins
 from ..settings.schema import Settings, read_settings
 from ..settings.texts import PROMPTS, prompts_file, text_format
 
@@ -38,7 +39,14 @@ def identifying(settings: Settings) -> dict[str, Any]:
     Raises:
         RoseExpError: a file is unreadable.
     """
-    return {setting.name: _contents(setting) for setting in settings_of(settings.model_dump(mode="json"))}
+    values = {setting.name: _contents(setting) for setting in settings_of(settings.model_dump(mode="json"))}
+    used = plugins_of(settings)
+    return values | ({"plugins": used} if used else {})
+
+
+def plugins_of(settings: Settings) -> dict[str, str]:
+    """Return the sources and fingerprints of the parts of other packages that a run uses."""
+    return used_plugins(settings.method.name, settings.reorder.score if settings.reorder else "") if settings.pruned else {}
 
 
 def _contents(setting: Setting) -> Any:

@@ -24,7 +24,7 @@ from ..settings.schema import Settings
 from ..tracking import FailSafeTracker, Identity, RunRecord, Stopwatch, environment
 from .exhaustion import explained
 from .folder import RunFolder
-from .identity import identifying, run_id
+from .identity import identifying, plugins_of, run_id
 from .leftovers import clean
 from .preparation import find_device, resolved_backend
 from .pruning import layer_events
@@ -145,6 +145,8 @@ class Run(ABC):
         """
         settings = self.settings
         self.protocol |= {"seed": settings.seed, "ranks": self.ranks.size} | environment(self.device, self.libraries)
+        if used := plugins_of(settings):
+            self.record.data["plugins"] = used
         self.protocol["backend"] = resolved_backend(settings, self.device) if settings.pruned else None
         torch.manual_seed(settings.seed)
         self.read_inputs(stack)

@@ -16,10 +16,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ..engine import METHODS, Allocation, EngineOptions, Ordering, Refine, Target
 from ..engine.bounds import Count, Positive
-from ..runtime.errors import SettingsError
+from ..runtime.errors import RoseExpError, SettingsError
 from .compatibility import STRUCTURED, kind_problems, structured_problems
 from .diffusion import Built, DiffusionSettings, ImagesSettings, ModelKind, Omissible
 from .messages import embedded_problem, explain, file_problem, looks_local
+from .plugins import install_plugins
 from .pruning import DENSE, MethodSettings, PipelineSettings, SparsitySettings
 from .reconstruction import Reconstruction
 from .resolvers import register_resolvers
@@ -201,6 +202,10 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: the configuration has errors. The message lists all of them.
     """
+    try:
+        install_plugins()
+    except RoseExpError as error:
+        raise SettingsError([str(error)]) from error
     problems = [f"{setting}: expected a value, got none" for setting in _missing(config)]
     if problems:
         raise SettingsError(problems)

@@ -16,6 +16,7 @@ from rose_exp.models import find_blocks, find_structures, needs_bos, projections
 from rose_exp.models.families import BUILT_IN, installed_families
 from rose_exp.pruning import PruningPlan, prune_model
 from rose_exp.runtime.errors import RoseExpError
+from rose_exp.runtime.plugins import plugins
 
 from .families import build, tokens
 
@@ -84,10 +85,12 @@ def install(tmp_path, monkeypatch):
         (metadata / "entry_points.txt").write_text(f"[rose_exp.families]\nmine = {value}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
         importlib.invalidate_caches()
+        plugins.cache_clear()
         installed_families.cache_clear()
 
     yield install_package
     sys.modules.pop("my_families", None)
+    plugins.cache_clear()
     installed_families.cache_clear()
 
 
