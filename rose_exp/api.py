@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cli.command import check_command, check_settings
 from .cli.overrides import ADD_MULTIRUN
+from .cli.paths import with_local_files
 from .engine.patterns import as_sparsity
 from .pruning import FirstBlock
 from .runs.execution import do_run
@@ -91,7 +92,7 @@ def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
     """See :func:`rose_exp.run`."""
     guard_logs()
     try:
-        jobs = check_command(overrides).jobs
+        jobs = check_command(with_local_files(overrides)).jobs
     except SettingsError as error:
         problems = [problem.replace(ADD_MULTIRUN, "rose_exp.sweep runs one job per value") for problem in error.problems]
         raise SettingsError(problems) from None
@@ -104,7 +105,7 @@ def run_one(overrides: list[str], folder: Path) -> dict[str, Any]:
 def run_all(overrides: list[str], folder: Path) -> list[dict[str, Any]]:
     """See :func:`rose_exp.sweep`."""
     guard_logs()
-    command, first_block = check_command(["--multirun", *overrides]), FirstBlock()
+    command, first_block = check_command(["--multirun", *with_local_files(overrides)]), FirstBlock()
     if command.searched:
         raise SettingsError(["hydra/sweeper: expected basic, because only the command line searches, got another sweeper"])
     return [_tried(job, folder, first_block) for job in command.jobs]

@@ -29,11 +29,14 @@ def _run() -> None:
 
         print(f"rose_exp {version('rose_exp')}")
         return
+    from .paths import with_local_files
+
+    sys.argv[1:] = with_local_files(sys.argv[1:])
     parsed = get_args_parser().parse_args()
     if parsed.help:
         from .help import help_text
 
-        print(help_text())
+        print(help_text(parsed))
     elif parsed.shell_completion:
         import hydra
 

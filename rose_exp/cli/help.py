@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..runtime.plugins import declared
-from .paths import config_folder
+from .paths import SEARCH_PATH, config_folder
+
+if TYPE_CHECKING:
+    import argparse
 
 GROUPS = {  # the groups of conf/ in the order of a run, with their descriptions for --help
     "model": "the model to prune",
@@ -41,14 +45,18 @@ Set a whole group with GROUP=CHOICE, and a single setting with GROUP.NAME=VALUE.
 """
 
 
-def help_text() -> str:
+def help_text(parsed: argparse.Namespace | None = None) -> str:
     """Return the usage, every group with its choices, and the ungrouped settings.
 
     The first sentence of a choice's file describes it.
+
+    Args:
+        parsed: the parsed command line, whose search path can contain further configuration files.
     """
-    lines = [USAGE]
+    lines, folders = [USAGE], [*_folders(parsed), config_folder()]
     for group, description in GROUPS.items():
-        choices = sorted(p for p in (config_folder() / group).glob("*.yaml") if not p.stem.startswith("_"))
+        files = {path.stem: path for folder in reversed(folders) for path in (folder / group).glob("*.yaml")}
+        choices = [path for name, path in sorted(files.items()) if not name.startswith("_")]
         width = max(len(path.stem) for path in choices)
         lines.append(f"{group}: {description}")
         lines += [f"  {path.stem.ljust(width)}  {_first_sentence(path)}" for path in choices]
@@ -57,6 +65,15 @@ def help_text() -> str:
         lines.append("")
     lines += ["Ungrouped settings with their defaults (--hydra-help lists Hydra's own options):", *_single_settings()]
     return "\n".join(lines)
+
+
+def _folders(parsed: argparse.Namespace | None) -> list[Path]:
+    """Return the local folders that ``--config-dir`` and ``hydra.searchpath`` name."""
+    if parsed is None:
+        return []
+    texts = [text.partition("=")[2] for text in parsed.overrides if text.lstrip("+").startswith(SEARCH_PATH)]
+    named = [Path(place.replace("\\'", "'")) for text in texts for place in re.findall(r"file://((?:\\.|[^'\",\]])+)", text)]
+    return ([Path(parsed.config_dir)] if parsed.config_dir else []) + named
 
 
 def _first_sentence(path: Path) -> str:
