@@ -18,6 +18,7 @@ from .runs.execution import do_run
 from .runs.in_memory import PruneReport, is_pipeline, prune_in_memory
 from .runtime.errors import SettingsError
 from .runtime.output import guard_logs
+from .settings.effective import within
 from .sweeps.devices import claimed
 from .sweeps.job import Job
 from .tracking import Identity, read_record
@@ -39,10 +40,18 @@ def prune_model(
     """See :func:`rose_exp.prune`."""
     guard_logs()
     pipeline = is_pipeline(model)
+    names = {text: text.lstrip("+~").partition("=")[0] for text in overrides}
     problems = [
         f"overrides: expected settings of pruning, got {text!r}"
-        for text in overrides
-        if not text.lstrip("+~").startswith(tuple(f"{name}{end}" for name in OF_PRUNING for end in ("=", ".")))
+        for text, name in names.items()
+        if not any(within(name, known) for known in OF_PRUNING)
+    ]
+    arguments = {"method": "method", "sparsity": "sparsity", "sparsity.pattern": "sparsity", "method.name": "method"}
+    arguments |= {} if sparsity == "structured" else {"sparsity.ratio": "sparsity"}
+    problems += [
+        f"overrides: expected no value of the argument {arguments[name]}, got {text!r}"
+        for text, name in names.items()
+        if name in arguments
     ]
     problems += _calibration_problems(calibration, pipeline, overrides)
     if pipeline and device != "auto":
@@ -70,7 +79,12 @@ def _calibration_problems(calibration: Any, pipeline: bool, overrides: Sequence[
         return [f"calibration: expected tokens of shape (windows, length) or the model's tokenizer, got {kind}"]
     if calibration is None or callable(getattr(calibration, "encode", None)):
         return []
-    replaced = [text for text in overrides if text.startswith("calibration") and not text.startswith("calibration.replicate=")]
+    names = {text: text.lstrip("+~").partition("=")[0] for text in overrides}
+    replaced = [
+        text
+        for text, name in names.items()
+        if name == "model.bos" or (within(name, "calibration") and name != "calibration.replicate")
+    ]
     return [
         f"overrides: expected no settings of a calibration text besides calibration data, got {text!r}" for text in replaced
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 import rose_exp
 from rose_exp.runtime.errors import RoseExpError, SettingsError
@@ -89,6 +89,27 @@ def test_structured_sparsity_shrinks_the_layers():
     assert torch.isfinite(model(input_ids=tokens(1)).logits).all()
 
 
+def test_models_without_heads_and_neurons_can_be_saved_and_loaded(tmp_path):
+    model = build("llama")
+    report = rose_exp.prune(
+        model, tokens(3), "sparsegpt", "structured", overrides=["sparsity.ratio=0.5", "sparsity.heads=false"]
+    )
+    assert not report.warnings
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=tokens(1)).logits, model(input_ids=tokens(1)).logits)
+
+
+def test_models_that_cannot_be_loaded_have_a_warning():
+    """Llama's configuration rejects a width that is not a multiple of the number of heads."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4)
+    model = AutoModelForCausalLM.from_config(config)
+    report = rose_exp.prune(model, tokens(3) % 128, "sparsegpt", "structured", overrides=["sparsity.ratio=0.25"])
+    assert [warning["kind"] for warning in report.warnings if warning["layer"] is None] == ["not_loadable"]
+    assert torch.isfinite(model(input_ids=tokens(1) % 128).logits).all()
+
+
 SETTINGS_ERRORS = {
     "method": ({"method": "wnda"}, "method: expected one of .*got 'wnda'; did you mean 'wanda'"),
     "dense": ({"method": "dense"}, "method: expected a method that prunes, got dense"),
@@ -104,6 +125,13 @@ SETTINGS_ERRORS = {
         {"overrides": ["calibration=c4"]},
         "expected no settings of a calibration text besides calibration",
     ),
+    "another method": (
+        {"overrides": ["method=wanda"]},
+        "overrides: expected no value of the argument method, got 'method=wanda'",
+    ),
+    "another ratio": ({"overrides": ["sparsity.ratio=0.2"]}, "expected no value of the argument sparsity, got 'sparsity.ratio"),
+    "forced text": ({"overrides": ["++calibration.samples=2"]}, "expected no settings of a calibration text"),
+    "BOS besides tokens": ({"overrides": ["model.bos=windows"]}, "expected no settings of a calibration text"),
     "several values": ({"overrides": ["seed=0,1"]}, "seed: expected one value, got several"),
     "combination": ({"method": "wanda", "overrides": ["reorder=rose"]}, "reorder: expected none"),
     "no calibration": (

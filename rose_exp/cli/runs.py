@@ -81,15 +81,17 @@ def _result(options: argparse.Namespace) -> str:
 
     from ..report import runs as of_runs
 
-    runs = of_runs.find_runs(options.folders or [Path("outputs")])
+    folders = options.folders or [Path("outputs")]
     if options.command == "list":
-        chosen = of_runs.select(runs, {name: value for name in FILTERS if (value := getattr(options, name)) is not None})
-        return of_runs.list_of(chosen[: options.last])
-    run = of_runs.find_run(runs, options.run)
+        filters = {name: value for name in FILTERS if (value := getattr(options, name)) is not None}
+        return of_runs.list_of(of_runs.select(of_runs.find_runs(folders), filters)[: options.last])
+    run = of_runs.find_run(options.run, folders)
     if options.command == "show":
         return of_runs.describe(run)
     if options.command == "compare":
-        return of_runs.compare(run, of_runs.find_run(runs, options.other))
+        return of_runs.compare(run, of_runs.find_run(options.other, folders))
+    import shlex
+
     from omegaconf import OmegaConf
 
     from .paths import config_folder
@@ -97,7 +99,7 @@ def _result(options: argparse.Namespace) -> str:
     hydra = OmegaConf.to_container(OmegaConf.load(config_folder() / "config.yaml").hydra)
     of_runs.copy_config(run, options.file, hydra)
     place = options.file.resolve()
-    return f"rose-exp --config-dir {place.parent} --config-name {place.stem}"
+    return shlex.join(["rose-exp", "--config-dir", str(place.parent), "--config-name", place.stem])
 
 
 def _count(text: str) -> int:

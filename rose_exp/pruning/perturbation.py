@@ -21,9 +21,9 @@ SETTING = "calibration.replicate"
 
 @contextmanager
 def perturbed(model: nn.Module, replicate: int) -> Iterator[None]:
-    """Multiply the output of a model's input embeddings by 1 + ε u while the body runs.
+    """Multiply the output of a model's input embeddings by 1 + ε u, rounded to its dtype, while the body runs.
 
-    ε is the machine epsilon of the output's dtype. The values u, one for each element, are uniform in [-1, 1]. They depend on
+    ε is the machine epsilon of the dtype. The values u, one for each element, are uniform in [-1, 1]. They depend on
     ``replicate`` and the tokens of the window, but not on the batch, the process or the device.
 
     Args:

@@ -33,9 +33,9 @@ class Difference:
     """Mean difference to a baseline over pairs of equal seeds. The replicates of a seed are averaged.
 
     Attributes:
-        relative: the mean as a fraction of the baseline's mean.
+        relative: the mean as a fraction of the baseline's mean; NaN if that is 0.
         pairs: number of seeds; for a single seed, number of replicates.
-        unit: what a pair has in common.
+        unit: unit of a pair.
         low, high: 95 % confidence interval (Student's t over the pairs); None for a single pair.
         log_deviation: standard deviation of the logarithm of the ratio to the baseline over the pairs; None for a single pair,
             if a value is not positive, or if all ratios are equal.
@@ -60,6 +60,15 @@ class Difference:
         The paired t-test of the logarithms is two-sided, at the level 5 % and with a power of 80 %.
         """
         return None if self.log_deviation is None else pairs_needed(math.log1p(relative) / self.log_deviation)
+
+    def limits_of_pairs(self, relative: float) -> tuple[int, int] | None:
+        """Return the 95 % interval of :meth:`pairs_to_resolve`, from that of the standard deviation (χ² distribution)."""
+        if self.log_deviation is None:
+            return None
+        freedom = self.pairs - 1
+        quantiles = stats.chi2.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], freedom)
+        low, high = (self.log_deviation * math.sqrt(freedom / quantile) for quantile in quantiles)
+        return pairs_needed(math.log1p(relative) / low), pairs_needed(math.log1p(relative) / high)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,8 @@ def paired_difference(cell: Cell, baseline: Cell) -> Difference | None:
         return None
     differences = unit_means({repeat: cell.values[repeat] - baseline.values[repeat] for repeat in pairs})
     mean = statistics.fmean(differences)
-    relative = mean / statistics.fmean(unit_means({repeat: baseline.values[repeat] for repeat in pairs}))
+    reference = statistics.fmean(unit_means({repeat: baseline.values[repeat] for repeat in pairs}))
+    relative = mean / reference if reference else math.nan
     unit: Unit = "replicate" if len({repeat.seed for repeat in pairs}) == 1 and len(pairs) > 1 else "seed"
     if len(differences) == 1:
         return Difference(mean, relative, 1, unit)

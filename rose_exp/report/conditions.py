@@ -31,6 +31,7 @@ FOLLOWING = {  # facts of the protocol that change with a setting
     "engine.backend": ("protocol.backend",),
     "model": ("protocol.model",),
 }
+PLUGINS = "protocol.plugins"  # code of other packages that a method or a score uses, which identifies a row
 SPARSITY = "sparsity"
 EVALUATED = ("evaluation", "images", "zero_shot", "speed")  # parts of the protocol that belong to metrics of one kind
 
@@ -41,7 +42,7 @@ def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str
     facts = {name: value for name, value in _facts(record["protocol"], metric).items() if _covered(name, settings)}
     setting_values = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
     sources = [name for name in facts if name.endswith(".source") and f"{name.rpartition('.')[0]}.sha256" in facts]
-    return without(setting_values | facts, [*sources, *OF_SEED, columns, *FOLLOWING.get(columns, ())])
+    return without(setting_values | facts, [*sources, *OF_SEED, PLUGINS, columns, *FOLLOWING.get(columns, ())])
 
 
 def _facts(protocol: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def variant(record: Mapping[str, Any], columns: str | None = None) -> dict[str, 
     """
     settings = settings_of(record["config"], assumed=columns or "")
     values = {s.name: s.value for s in settings if s.effect.role == "row" or s.name == "model.kind"}
+    values |= flat(record["protocol"].get("plugins") or {}, f"{PLUGINS}.")
     return values if columns in (None, SPARSITY) else without(values, [columns])
 
 

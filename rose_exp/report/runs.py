@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from ..runtime.errors import RoseExpError, suggest
 from ..runtime.escaping import terminal
@@ -143,14 +143,16 @@ def _matches(value: str, pattern: str) -> bool:
     return fnmatchcase(value.lower(), pattern.lower())
 
 
-def find_run(runs: Sequence[Run], name: str) -> Run:
-    """Return the run with an ID that starts with ``name``, or in the folder ``name``.
+def find_run(name: str, folders: Sequence[Path]) -> Run:
+    """Return the run in the folder ``name``, or the run below ``folders`` with an ID that starts with ``name``.
 
     Raises:
         RoseExpError: no run or several runs match.
     """
-    place = Path(name).resolve()
-    matching = [run for run in runs if run.folder.resolve() == place] or [run for run in runs if run.id.startswith(name)]
+    if (Path(name) / FILE_NAME).is_file():
+        return find_runs([Path(name)])[0]
+    runs = find_runs(folders)
+    matching = [run for run in runs if run.id.startswith(name)]
     if len(matching) == 1:
         return matching[0]
     if not matching:
@@ -260,5 +262,5 @@ def copy_config(run: Run, path: Path, hydra: Mapping[str, Any]) -> None:
         "# This file replaces the choices of all groups: edit the values, or override them by their full names, such as",
         "# sparsity.ratio=0.6.",
     ]
-    text = yaml.safe_dump({"defaults": ["_self_"], **settings, "hydra": dict(hydra)}, sort_keys=False, allow_unicode=True)
+    text = OmegaConf.to_yaml(OmegaConf.create({"defaults": ["_self_"], **settings, "hydra": dict(hydra)}))
     write_text(path, "\n".join(map(terminal, head)) + "\n" + text)

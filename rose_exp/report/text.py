@@ -70,12 +70,13 @@ def noise(cell: Cell) -> str:
 
 
 def required(comparison: Difference | None, resolve: float) -> str:
-    """Format the number of pairs that resolve a relative difference, and how many are missing."""
+    """Format the number of pairs that resolve a relative difference with its 95 % interval, and how many are missing."""
     count = comparison.pairs_to_resolve(resolve) if comparison is not None else None
     if count is None:
         return NOTHING
+    low, high = comparison.limits_of_pairs(resolve)
     missing = max(count - comparison.pairs, 0)
-    return f"{count} {comparison.unit}s" + (f" ({missing} more)" if missing else "")
+    return f"{count} {comparison.unit}s [{low}, {high}]" + (f" ({missing} more)" if missing else "")
 
 
 def beside(published: Published, points: bool) -> str:
@@ -176,7 +177,7 @@ def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str
         if report.resolve is not None and any(cell.difference and cell.difference.log_deviation for cell in cells):
             heading = (
                 f"Pairs that resolve a difference of {report.resolve:.3g} to {report.baseline} (relative, two-sided 5 % level, "
-                "power 80 %)"
+                "power 80 %), with the 95 % interval that the noise of the estimate leaves"
             )
             shown.append((heading, lambda cell: required(cell.difference, report.resolve)))
     if any(cell.published for cell in cells):

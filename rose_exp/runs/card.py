@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..runtime.errors import RoseExpError
 from ..runtime.escaping import markdown, markdown_code
 from ..runtime.outside import outside_errors
 from ..runtime.redaction import redact
 from ..settings.effective import effective
 from ..settings.schema import ModelSettings, Settings
 
+log = logging.getLogger(__name__)
+
 CARD = "README.md"
-SETTINGS = (  # groups of settings that a card lists; the others do not change the weights
+SETTINGS = (  # groups of settings that a card lists: those that can change the weights
+    "model",
     *("method", "sparsity", "allocation", "reorder", "refine", "target", "reconstruction", "engine", "calibration", "seed"),
     *("diffusion", "pipeline"),
 )
@@ -33,6 +38,7 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER")
 """
+EVALUATION = "```bash\nlm_eval --model hf --model_args pretrained=FOLDER --tasks piqa,winogrande\n```"
 NARROWED = "import rose_exp.diffusion  # lets diffusers load layers with removed heads and neurons\n"
 
 
@@ -69,7 +75,7 @@ def model_card(record: Mapping[str, Any], settings: Settings, multimodal: bool =
         _table(("metric", "value", "standard error"), _results(record)),
         "## Usage",
         f"Replace FOLDER by the name or the folder of this model.\n\n```python\n{usage}```",
-        *([] if diffusion else ["```bash\nlm_eval --model hf --model_args pretrained=FOLDER --tasks piqa,winogrande\n```"]),
+        *([] if diffusion or multimodal else [EVALUATION]),
         "## Settings",
         _table(("setting", "value"), chosen),
         "## Protocol",
@@ -80,8 +86,11 @@ def model_card(record: Mapping[str, Any], settings: Settings, multimodal: bool =
 
 def _shown(setting: str, value: Any) -> str:
     """Format a value. Of a local path, only the name is shown."""
-    local = setting.endswith(".path") and isinstance(value, str) and Path(value).expanduser().exists()
-    return Path(value).name if local else str(value)
+    if not isinstance(value, str):
+        return str(value)
+    place = Path(value).expanduser()
+    local = place.is_absolute() or (setting.endswith(".path") and place.exists())
+    return place.name if local else value
 
 
 def _protocol(protocol: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,18 +99,27 @@ def _protocol(protocol: Mapping[str, Any]) -> dict[str, Any]:
         f"perplexity.{name}": f"{text['windows']} windows of {text['window']} tokens"
         for name, text in (protocol.get("evaluation") or {}).items()
     }
-    return texts | {name: protocol.get(name) for name in ("device", "backend", "threads", "revision")} | protocol["versions"]
+    facts = texts | {name: protocol.get(name) for name in ("device", "backend", "threads")} | protocol["versions"]
+    facts |= {"revision of rose_exp": protocol.get("revision"), "revision of the model": protocol["model"].get("revision")}
+    return facts | (protocol.get("plugins") or {})
 
 
 def licence_of(settings: ModelSettings) -> str | None:
-    """Return the licence of a local or embedded model, as its own card states it; None if it is not known."""
+    """Return the licence of a local or embedded model, as its own card states it; None if it is not known.
+
+    A damaged card is logged.
+    """
     if settings.path is None:
         return EMBEDDED_LICENCES.get(settings.embedded or "")
     card = Path(settings.path).expanduser() / CARD
     if not card.is_file():
         return None
-    with outside_errors(f"model.path: cannot read the model card {card}"):
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+    try:
+        with outside_errors(f"cannot read the model card {card}"):
+            return ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except RoseExpError as error:  # a card is not needed for anything else
+        log.warning("the licence of the base model is not known: %s", error)
+        return None
 
 
 def _hub_id(settings: ModelSettings) -> str | None:

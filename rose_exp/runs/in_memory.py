@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import load_prompts
-from ..models import find_blocks, needs_bos, remove_masked
+from ..models import BlockList, check_removable, find_blocks, needs_bos, remove_masked
 from ..models.bos import checked_bos
 from ..models.shapes import context_length, embedding_rows
 from ..pruning import InMemory, LayerReport, PassSeconds, PruneContext
@@ -33,7 +33,7 @@ class PruneReport:
         label: name of the method and the options in effect.
         layers: report of every pruned layer, in pruning order.
         warnings: warnings, each with ``kind``, ``layer`` (None for the whole model) and ``detail``, as ``events`` in a run
-            record.
+            record; in addition, ``not_loadable`` if the configuration cannot describe the removed heads and neurons.
         sparsity: fraction of parameters that need not be stored, over all layers that match ``pipeline.layers``.
         seconds: time by kind of work.
     """
@@ -132,6 +132,7 @@ class _Job:
         blocks = find_blocks(model, settings.model.blocks)
         tokens = self._windows(model, calibration)
         _check_tokens(tokens, model)
+        configurable = settings.removes and self._is_configurable(model, blocks)
         home = next(model.parameters()).device
         self.stack.callback(model.train, model.training)
         self.stack.callback(model.to, home)
@@ -140,7 +141,16 @@ class _Job:
         by_name = {report.name: report.as_dict() for report in self.reports}
         self.sparsity = sparsity_of_blocks(InMemory(blocks), by_name, settings.pipeline)
         if settings.removes:
-            remove_masked(model, blocks, settings.sparsity.parsed, by_name, configure=False)
+            remove_masked(model, blocks, settings.sparsity.parsed, by_name, configurable)
+
+    def _is_configurable(self, model: nn.Module, blocks: BlockList) -> bool:
+        """Return whether the model's configuration can describe its layers after pruning; if not, warn."""
+        try:
+            check_removable(model, blocks, self.settings.sparsity.parsed)
+        except RoseExpError as error:
+            self._warn("not_loadable", f"a saved copy of the model cannot be loaded: {error}")
+            return False
+        return True
 
     def _windows(self, model: nn.Module, calibration: Any) -> Tensor:
         """Return the calibration windows, (windows, length) int64."""

@@ -146,7 +146,7 @@ class Run(ABC):
         settings = self.settings
         self.protocol |= {"seed": settings.seed, "ranks": self.ranks.size} | environment(self.device, self.libraries)
         if used := plugins_of(settings):
-            self.record.data["plugins"] = used
+            self.protocol["plugins"] = used
         self.protocol["backend"] = resolved_backend(settings, self.device) if settings.pruned else None
         torch.manual_seed(settings.seed)
         self.read_inputs(stack)

@@ -81,14 +81,17 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def _allow_readers(place: Path) -> None:
-    """Give files and folders the permissions of the umask. Some libraries create files that only their owner can read."""
+    """Add the permissions of the umask to files and folders. Some libraries create files that only their owner can read."""
     probe = place.with_name(".mode")
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     for part in [place, *place.rglob("*")] if place.is_dir() else [place]:
         if not part.is_symlink():
-            part.chmod(mode | (mode & 0o444) >> 2 if part.is_dir() else mode)
+            current = stat.S_IMODE(part.stat().st_mode)
+            wanted = current | mode | ((mode & 0o444) >> 2 if part.is_dir() else 0)
+            if wanted != current:
+                part.chmod(wanted)
 
 
 def write_text(path: Path, text: str) -> None:

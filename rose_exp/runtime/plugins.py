@@ -39,8 +39,12 @@ class Plugin:
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of the source files of the package that defines the object."""
-        return _package_sha256(self.module.partition(".")[0])
+        """Fingerprint of the source files of the package that defines the object.
+
+        Raises:
+            RoseExpError: it has none.
+        """
+        return _package_sha256(self.module)
 
 
 @cache
@@ -67,12 +71,18 @@ def _load(group: str, point: EntryPoint) -> Plugin:
     where = f"entry point {point.name} of {group} ({source})"
     try:
         value = point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the code of the package raises
         raise RoseExpError(f"{where}: cannot load {point.value}: {error}") from error
     return Plugin(point.name, value, source, where, point.module)
 
 
 @cache
-def _package_sha256(name: str) -> str:
-    file = Path(importlib.util.find_spec(name).origin)
-    return code_sha256(file.parent) if file.name == "__init__.py" else content_sha256(file)
+def _package_sha256(module: str) -> str:
+    """Return the fingerprint of the outermost package, or the file, that contains a module. Namespaces do not count."""
+    parts = module.split(".")
+    for length in range(1, len(parts) + 1):
+        spec = importlib.util.find_spec(".".join(parts[:length]))
+        file = Path(spec.origin) if spec is not None and spec.has_location else None
+        if file is not None:
+            return code_sha256(file.parent) if file.stem == "__init__" else content_sha256(file)
+    raise RoseExpError(f"entry points: expected a module with a source file, got {module}")

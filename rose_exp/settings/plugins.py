@@ -34,6 +34,9 @@ def install_plugins() -> dict[str, dict[str, Plugin]]:
         installed[group] = {}
         for plugin in plugins(group):
             _check(plugin, known)
+            if plugin.name in installed[group]:
+                other = installed[group][plugin.name]
+                raise RoseExpError(f"{plugin.where}: expected a name of its own, got that of {other.source}")
             installed[group][plugin.name] = plugin
     for group, known in GROUPS.items():  # after all checks, so that an error leaves no half of them
         known |= {name: plugin.value for name, plugin in installed[group].items()}
@@ -57,4 +60,4 @@ def used_plugins(method: str, score: str) -> dict[str, str]:
     """Return the source and the fingerprint of a method and a score that other packages provide."""
     names = {"rose_exp.methods": method, "rose_exp.scores": score}
     used = {group: install_plugins()[group].get(name) for group, name in names.items()}
-    return {group: f"{plugin.source} {plugin.sha256}" for group, plugin in used.items() if plugin is not None}
+    return {group: f"{plugin.source}, SHA-256 {plugin.sha256[:16]}" for group, plugin in used.items() if plugin is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -115,9 +116,10 @@ def test_damaged_records_are_skipped(outputs, capsys, caplog):
     assert len([r for r in caplog.records if r.message.startswith("skipped")]) == 2
 
 
-def test_a_run_is_shown_by_id_start_and_folder(outputs, capsys):
+@pytest.mark.usefixtures("outputs")
+def test_a_run_is_shown_by_id_start_and_folder(capsys):
     text = output(capsys, "show", "aaa")
-    assert text == output(capsys, "show", "aaa111") == output(capsys, "show", str(outputs / "aaa111"))
+    assert text == output(capsys, "show", "aaa111") == output(capsys, "show", "outputs/aaa111")
     for line in (
         r"method +ROSE",
         r"perplexity.wikitext2 +20.00 ± 0.5",
@@ -127,6 +129,11 @@ def test_a_run_is_shown_by_id_start_and_folder(outputs, capsys):
         assert re.search(f"^{line}$", text, re.MULTILINE), line
     failed = output(capsys, "show", "eee")
     assert re.search(r"^error +RoseExpError: no disk$", failed, re.MULTILINE)
+
+
+def test_a_folder_of_a_run_needs_no_folder_of_runs(outputs, capsys, monkeypatch):
+    monkeypatch.chdir(outputs)
+    assert "method    ROSE" in output(capsys, "show", "aaa111")
 
 
 @pytest.mark.usefixtures("outputs")
@@ -165,6 +172,7 @@ COMMANDS = [
     "model=small-sd3 method=sparsegpt sparsity=structured",
     "model=small-ddpm evaluation=images",
     "experiment=noise hydra.sweeper.params=null debug=smoke",
+    'model=local model.path=owner/name \'model.revision="123456789e12"\' \'tags=["1e5","0x1F","on"]\'',
     "method=dense evaluation.perplexity.embedded.windows=3",
 ]
 
@@ -173,7 +181,7 @@ COMMANDS = [
 def test_copied_settings_have_the_same_run_id(command, tmp_path, monkeypatch, capsys):
     """A copied file replaces all groups, so nothing of the default configuration is mixed in."""
     monkeypatch.chdir(tmp_path)
-    (job,) = check_command(command.split()).jobs
+    (job,) = check_command(shlex.split(command)).jobs
     made = record("ROSE", 20.0) | {"label": job.settings.label, "config": job.config}
     write(tmp_path / "outputs", made, job.run_id)
     printed = output(capsys, "copy", job.run_id[:6], "mine.yaml").split()
@@ -195,4 +203,4 @@ def test_an_existing_file_is_not_overwritten(capsys):
 
 def test_the_same_folder_given_twice_counts_once(outputs):
     assert len(find_runs([outputs, outputs])) == 5
-    assert find_run(find_runs([outputs]), "fff").label == "Dense"
+    assert find_run("fff", [outputs]).label == "Dense"

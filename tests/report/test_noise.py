@@ -129,10 +129,12 @@ def test_report_shows_noise_and_required_pairs():
     assert "| SparseGPT | 0.11 (3 runs) |" in text
     found = cell(records).difference
     count = pairs_needed(math.log(1.05) / found.log_deviation)
-    assert f"| ROSE | {count} replicates ({count - 3} more) |" in text
+    low, high = found.limits_of_pairs(0.05)
+    assert low < count < high
+    assert f"| ROSE | {count} replicates [{low}, {high}] ({count - 3} more) |" in text
     assert "Pairs that resolve a difference of 0.05 to SparseGPT" in text
     page = web_page(report)
-    assert f"{count} replicates ({count - 3} more)" in page
+    assert f"{count} replicates [{low}, {high}] ({count - 3} more)" in page
     assert "Pairs that resolve" not in markdown(gather(records))
     row = next(row for row in csv.DictReader(io.StringIO(comma_separated(report))) if row["method"] == "ROSE")
     assert (row["seeds"], row["replicates"]) == ("0", "0 1 2")
@@ -205,3 +207,32 @@ def test_small_effects_agree_with_the_exact_test():
     """At the boundary, the normal approximation and Student's t give the same number within 0.02 %."""
     assert pairs_needed(0.0199999) == pytest.approx(pairs_needed(0.0200001), rel=2e-4)
     assert pairs_needed(1e-6) == pytest.approx(7.849e12, rel=1e-3)
+
+
+def test_limits_of_pairs_cover_the_required_number():
+    """The interval of the number of pairs contains the true number in 95 % of all estimates."""
+    random, true = np.random.default_rng(3), pairs_needed(math.log(1.05) / 0.05)
+    covered = 0
+    for logs in 0.05 * random.standard_normal((300, 6)):
+        base = {(0, k): 20.0 for k in range(6)}
+        rose = {(0, k): 20.0 * math.exp(0.02 + log) for k, log in enumerate(logs)}
+        low, high = cell(runs("SparseGPT", base) + runs("ROSE", rose)).difference.limits_of_pairs(0.05)
+        covered += low <= true <= high
+    assert 0.92 < covered / 300 <= 1
+
+
+def test_a_baseline_of_zero_has_no_relative_difference():
+    found = cell(runs("SparseGPT", {(0, 0): 0.0}) + runs("ROSE", {(0, 0): 1.0}))
+    assert math.isnan(found.difference.relative)
+    markdown(gather(runs("SparseGPT", {(0, 0): 0.0}) + runs("ROSE", {(0, 0): 1.0})))
+
+
+def test_code_of_other_packages_identifies_a_row():
+    one, other = ({"protocol__plugins": {"rose_exp.scores": f"mine 1.0, SHA-256 {digest}"}} for digest in ("aa", "bb"))
+    records = [record("SparseGPT", 20.0), record("ROSE", 10.0, **one), record("ROSE", 20.0, 1, **other)]
+    (table,) = [table for table in gather(records).tables if table.metric == METRIC]
+    assert set(table.cells) == {
+        "SparseGPT",
+        "ROSE (scores=mine 1.0, SHA-256 aa)",
+        "ROSE (scores=mine 1.0, SHA-256 bb)",
+    }

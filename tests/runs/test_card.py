@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 import rose_exp
 from rose_exp.cli.command import check_settings
 from rose_exp.runs.card import licence_of
+from rose_exp.runtime.files import written
 
 from ..models.families import build
 
@@ -80,7 +81,10 @@ def test_licence_of_the_base_model(tmp_path):
     assert licence_of(local) is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     assert licence_of(local) == "mit"
-    (tmp_path / "README.md").write_text("# A model without metadata\n")
+    for text in ("# A model without metadata\n", "---\nlicense: [mit\n---\n", "---\n- a\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        assert licence_of(local) is None
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
     assert licence_of(local) is None
     assert licence_of(check_settings(["model=smollm2-135m"]).model) == "apache-2.0"
     assert licence_of(check_settings(["model=llama2-7b"]).model) is None
@@ -101,3 +105,18 @@ def test_card_of_a_dense_model(small, tmp_path):
     assert "stories260k-llama saved by rose_exp without pruning (run" in text
     assert "pruned" not in text
     assert "sparsity.ratio" not in text
+
+
+def test_permissions_are_only_added(tmp_path):
+    """The group of a shared folder, and executable files, remain."""
+    before = os.umask(0o022)
+    try:
+        tmp_path.chmod(0o2775)
+        with written(tmp_path / "model") as place:
+            place.mkdir()
+            (place / "script.sh").write_text("")
+            (place / "script.sh").chmod(0o700)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model/script.sh").stat().st_mode) == 0o744
+    assert (tmp_path / "model").stat().st_mode & stat.S_ISGID == tmp_path.stat().st_mode & stat.S_ISGID

@@ -54,6 +54,7 @@ POINTS = {"rose_exp.methods": {"random": "my_methods:Random"}, "rose_exp.scores"
 
 def write_package(folder: Path, points: dict[str, dict[str, str]], module: str = MODULE) -> None:
     (folder / "my_methods.py").write_text(module)
+    (folder / "broken.py").write_text("undefined\n")
     metadata = folder / "my_methods-1.2.dist-info"
     metadata.mkdir(exist_ok=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-methods\nVersion: 1.2\n")
@@ -103,8 +104,8 @@ def test_a_run_with_a_method_and_a_score_of_a_package(small, tmp_path):
     values = {json.dumps(record["config"]["method"]["options"]): record["metrics"] for record in records}
     assert values['{"seed": 1}'] != values['{"seed": 2}']
     for record in records:
-        (used,) = record["plugins"].values()
-        assert used.startswith("my-methods 1.2 ")
+        (used,) = record["protocol"]["plugins"].values()
+        assert used.startswith("my-methods 1.2, SHA-256 ")
         assert abs(record["metrics"]["sparsity"] - 0.5) < 0.01
 
 
@@ -172,9 +173,10 @@ def test_run_id_depends_on_the_code_of_the_package(install, tmp_path):
         ({"rose_exp.methods": {"mine": "my_methods:Missing"}}, "cannot load my_methods:Missing"),
         ({"rose_exp.methods": {"mine": "nothing:Mine"}}, "cannot load nothing:Mine: No module named 'nothing'"),
         ({"rose_exp.scores": {"mine": "my_methods:NUMBER"}}, "rose_exp.scores.*: expected a function, got int 3"),
+        ({"rose_exp.methods": {"mine": "broken:Mine"}}, "cannot load broken:Mine: name 'undefined' is not defined"),
         ({"rose_exp.scores": {"obs": "my_methods:power"}}, "expected a new name, got obs, which exists"),
     ],
-    ids=["known", "dense", "hyphen", "function", "missing", "no module", "number", "known score"],
+    ids=["known", "dense", "hyphen", "function", "missing", "no module", "failing module", "number", "known score"],
 )
 def test_broken_entry_points_are_one_error(install, points, message):
     from rose_exp.cli.command import check_command
@@ -195,3 +197,31 @@ def test_broken_entry_points_have_no_traceback(tmp_path):
         assert "entry point mine of rose_exp.methods (my-methods 1.2): cannot load nothing:Mine" in done.stderr
         assert "Traceback" not in done.stderr
         assert done.returncode in (1, 2)
+
+
+def test_equal_names_of_two_packages_are_an_error(install, tmp_path):
+    from rose_exp.cli.command import check_command
+
+    install(POINTS)
+    other = tmp_path / "other_methods-3.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other-methods\nVersion: 3.0\n")
+    (other / "entry_points.txt").write_text("[rose_exp.scores]\npower = my_methods:power\n")
+    plugins.cache_clear()
+    install_plugins.cache_clear()
+    with pytest.raises(SettingsError, match=r"expected a name of its own, got that of (my|other)-methods"):
+        check_command(["method=wanda"])
+
+
+def test_modules_of_namespaces_have_a_fingerprint(install, tmp_path):
+    from rose_exp.cli.command import check_command
+
+    (tmp_path / "company/pruning").mkdir(parents=True)
+    (tmp_path / "company/pruning/__init__.py").write_text("")
+    (tmp_path / "company/pruning/scores.py").write_text(MODULE)
+    install({"rose_exp.scores": {"power": "company.pruning.scores:power"}})
+    command_line = ["method=rose", "reorder.score=power"]
+    before = check_command(command_line).jobs[0].run_id
+    (tmp_path / "company/pruning/__init__.py").write_text("# changed\n")
+    _package_sha256.cache_clear()
+    assert check_command(command_line).jobs[0].run_id != before
