@@ -55,7 +55,7 @@ def test_other_commands_name_existing_programs(command):
     elif words[0] == "rose-exp-runs":
         runs_parser().parse_args(words[1:])
     else:
-        assert words[0] in ("rose-exp-report", "rose-exp-clean")
+        assert words[0] in ("rose-exp-report", "rose-exp-clean", "lm_eval")
 
 
 LINKS = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
