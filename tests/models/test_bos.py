@@ -75,12 +75,12 @@ def overrides(family, folder, **tokenizer):
 
 @pytest.mark.parametrize(("family", "bos"), [("gemma3", "windows"), ("llama", "tokenizer")])
 def test_bos_mode_is_recorded_and_changes_the_run_id(family, bos, tmp_path, monkeypatch):
-    from rose_exp.runs import language as experiment
+    from rose_exp.runs import pruning
 
     seen = []
-    prune_model = experiment.prune_model
+    prune_model = pruning.prune_model
     monkeypatch.setattr(
-        experiment, "prune_model", lambda model, tokens, *a, **k: seen.append(tokens) or prune_model(model, tokens, *a, **k)
+        pruning, "prune_model", lambda model, tokens, *a, **k: seen.append(tokens) or prune_model(model, tokens, *a, **k)
     )
     zero_shot = ["evaluation=[local,zero_shot]", "evaluation.zero_shot.tasks=[own]", "evaluation.zero_shot.limit=2"]
     zero_shot += [f"evaluation.zero_shot.include_path={own_task(tmp_path)}"]

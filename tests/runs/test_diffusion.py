@@ -14,6 +14,7 @@ from rose_exp.cli.command import check_command
 from rose_exp.engine.weighting import StepWeighting
 from rose_exp.report.files import write_report
 from rose_exp.runs import diffusion as experiment
+from rose_exp.runs import pipelines
 from rose_exp.runtime.errors import RoseExpError, SettingsError
 from rose_exp.tracking import read_record
 
@@ -76,13 +77,13 @@ def test_sparsity_accounts_for_the_stored_low_rank_part(tmp_path, pattern):
 
 @pytest.mark.parametrize("model", ["sd3", "flux"])
 def test_structured_sparsity_equals_the_fraction_of_zeros(model, tmp_path, monkeypatch):
-    counted, real = [], experiment.saved_and_total
+    counted, real = [], pipelines.saved_and_total
 
     def count(layers, reports):
         counted.append((sum(int((layer.weight == 0).sum()) for layer in layers), sum(layer.weight.numel() for layer in layers)))
         return real(layers, reports)
 
-    monkeypatch.setattr(experiment, "saved_and_total", count)
+    monkeypatch.setattr(pipelines, "saved_and_total", count)
     own = [f"model=small-{model}", "method=sparsegpt", "sparsity=structured", "sparsity.ratio=0.4"]
     record = rose_exp.run([*FAST, *own], tmp_path)
     assert record["metrics"]["sparsity"] == counted[0][0] / counted[0][1] > 0.3
@@ -99,7 +100,7 @@ def test_step_weighting_and_packages_change_the_result_and_the_run_id(tmp_path):
 
 def test_seed_changes_the_calibration_noise_and_not_the_evaluation_noise(tmp_path, monkeypatch):
     measured, calibrated = [], []
-    real_render, real_pruner = experiment.render, experiment.PackagePruner
+    real_render, real_pruner = experiment.render, pipelines.PackagePruner
 
     def render(of, prompts, seeds, *others):
         measured.append(list(seeds))
@@ -110,7 +111,7 @@ def test_seed_changes_the_calibration_noise_and_not_the_evaluation_noise(tmp_pat
         return real_pruner(of, layers, parts, plan, prompts, seeds, *others)
 
     monkeypatch.setattr(experiment, "render", render)
-    monkeypatch.setattr(experiment, "PackagePruner", prune)
+    monkeypatch.setattr(pipelines, "PackagePruner", prune)
     first, second = run(tmp_path), run(tmp_path, "seed=1")
     assert len(measured) == 4  # dense and pruned model of each run
     assert all(seeds == measured[0] for seeds in measured)

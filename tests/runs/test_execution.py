@@ -17,7 +17,7 @@ import rose_exp
 from rose_exp.cli import app
 from rose_exp.cli.command import check_command
 from rose_exp.pruning import RunState
-from rose_exp.runs import language as experiment
+from rose_exp.runs import pruning
 from rose_exp.runs.folder import RunFolder
 from rose_exp.runs.reuse import lacking
 from rose_exp.runtime import signals as interruption
@@ -31,8 +31,8 @@ from ..conftest import small_overrides
 def counted(monkeypatch) -> list[str]:
     """Return a list that grows with every run that is actually executed."""
     done = []
-    real = experiment.prune_model
-    monkeypatch.setattr(experiment, "prune_model", lambda *a, **k: done.append("pruned") or real(*a, **k))
+    real = pruning.prune_model
+    monkeypatch.setattr(pruning, "prune_model", lambda *a, **k: done.append("pruned") or real(*a, **k))
     return done
 
 
@@ -127,7 +127,7 @@ def test_exception_in_one_job_does_not_stop_the_others(small, tmp_path, monkeypa
     def broken(_model, tokens, *_, **__):
         raise ZeroDivisionError("a bug") if tokens.shape[1] == 64 else torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(experiment, "prune_model", broken)
+    monkeypatch.setattr(pruning, "prune_model", broken)
     records = rose_exp.sweep([*small, "calibration.window=64,128"], tmp_path)
     first, second = [record["error"] for record in records]
     assert first == "ZeroDivisionError: a bug"

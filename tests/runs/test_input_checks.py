@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from rose_exp.cli import command
-from rose_exp.runs import language as runs
+from rose_exp.runs import pruning
 from rose_exp.runtime.errors import SettingsError
 
 from ..data.small_tokenizers import build_tokenizer
@@ -31,7 +31,7 @@ def error(monkeypatch, tmp_path):
     def fail(*_args, **_kwargs):
         raise AssertionError("the model was pruned")
 
-    monkeypatch.setattr(runs, "prune_model", fail)
+    monkeypatch.setattr(pruning, "prune_model", fail)
 
     def run(overrides: list[str]) -> str:
         outcome = execute(overrides, tmp_path / "out")
