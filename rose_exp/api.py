@@ -60,6 +60,7 @@ def prune_model(
         raise SettingsError(problems)
     given = [f"model={'diffusion-local' if pipeline else 'local'}", f"model.path={UNUSED}", "evaluation=none"]
     given += [f"method={method}", *_sparsity_overrides(sparsity), f"device='{model.device if pipeline else device}'"]
+    given += [f"diffusion.{name}=null" for name in ("guidance", "height", "width")] if pipeline else []  # its own defaults
     if isinstance(calibration, Tensor) and calibration.ndim == 2:
         given += [f"calibration.samples={len(calibration)}", f"calibration.window={calibration.shape[1]}"]
     settings = check_settings([*given, *overrides])

@@ -259,17 +259,12 @@ def test_pipelines_are_pruned_as_by_the_command(name, tmp_path):
     settings = check_settings([choice])
     pipeline, _ = rose_exp.diffusion.load_pipeline(settings.model, settings.diffusion.scheduler)
     sampling = [f"diffusion.{name}={value}" for name, value in vars(settings.diffusion).items() if value is not None]
-    report = rose_exp.prune(pipeline, None, method, sparsity, overrides=[*sampling, *ddpm_size(name), *overrides])
+    report = rose_exp.prune(pipeline, None, method, sparsity, overrides=[*sampling, *overrides])
     assert report.sparsity == run["metrics"]["sparsity"]
     part = "unet" if name == "ddpm" else "transformer"
     one, other = (getattr(each, part).state_dict() for each in (pipeline, expected))
     assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in other.items()}
     assert all(torch.equal(value, other[key]) for key, value in one.items())
-
-
-def ddpm_size(name: str) -> list[str]:
-    """An unconditional pipeline accepts neither guidance nor a size."""
-    return ["diffusion.guidance=null", "diffusion.height=null", "diffusion.width=null"] if name == "ddpm" else []
 
 
 @pytest.mark.parametrize(
