@@ -52,6 +52,7 @@ def test_results_equal_those_of_the_command(name, small, shared, tmp_path):
 def test_every_family_is_pruned_in_place(family):
     model = build(family).train()
     model.get_input_embeddings().weight.requires_grad_(False)
+    model.get_input_embeddings().eval()
     before = dict(model.named_parameters())
     flags = {name: parameter.requires_grad for name, parameter in before.items()}
     dense = {name: parameter.clone() for name, parameter in before.items()}
@@ -59,6 +60,7 @@ def test_every_family_is_pruned_in_place(family):
     report = rose_exp.prune(model, tokens(3), "wanda", 0.5)
     assert torch.equal(random, torch.random.get_rng_state())
     assert model.training
+    assert not model.get_input_embeddings().training
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert flags == {name: parameter.requires_grad for name, parameter in after.items()}

@@ -24,7 +24,7 @@ SETTINGS = (  # groups of settings that a card lists: those that can change the 
     *("method", "sparsity", "allocation", "reorder", "refine", "target", "reconstruction", "engine", "calibration", "seed"),
     *("diffusion", "pipeline"),
 )
-EMBEDDED_LICENCES = {"smollm2-135m": "apache-2.0"}
+EMBEDDED_LICENSES = {"smollm2-135m": "apache-2.0"}
 
 LANGUAGE_USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,7 +43,7 @@ NARROWED = "import rose_exp.diffusion  # lets diffusers load layers with removed
 
 
 def model_card(record: Mapping[str, Any], settings: Settings, multimodal: bool = False) -> str:
-    """Return the card of a saved model: its base model and licence, method, settings, results and how to load it.
+    """Return the card of a saved model: its base model and license, method, settings, results and how to load it.
 
     Args:
         record: the run record, with results.
@@ -53,7 +53,7 @@ def model_card(record: Mapping[str, Any], settings: Settings, multimodal: bool =
     diffusion = settings.model.kind == "diffusion"
     data = ModelCardData(
         base_model=_hub_id(settings.model),
-        license=licence_of(settings.model),
+        license=license_of(settings.model),
         library_name="diffusers" if diffusion else "transformers",
         pipeline_tag=None if diffusion or multimodal else "text-generation",
         tags=["pruning", "sparsity", "rose_exp"],
@@ -70,7 +70,7 @@ def model_card(record: Mapping[str, Any], settings: Settings, multimodal: bool =
     parts = [
         f"# {markdown(name)}{', pruned' if settings.pruned else ''}",
         f"{markdown(name)} {done} {markdown_code(record['run_id'])}).",
-        _licence_note(data.license),
+        _license_note(data.license),
         "## Results",
         _table(("metric", "value", "standard error"), _results(record)),
         "## Usage",
@@ -104,13 +104,13 @@ def _protocol(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return facts | (protocol.get("plugins") or {})
 
 
-def licence_of(settings: ModelSettings) -> str | None:
-    """Return the licence of a local or embedded model, as its own card states it; None if it is not known.
+def license_of(settings: ModelSettings) -> str | None:
+    """Return the license of a local or embedded model, as its own card states it; None if it is not known.
 
     A damaged card is logged.
     """
     if settings.path is None:
-        return EMBEDDED_LICENCES.get(settings.embedded or "")
+        return EMBEDDED_LICENSES.get(settings.embedded or "")
     card = Path(settings.path).expanduser() / CARD
     if not card.is_file():
         return None
@@ -118,7 +118,7 @@ def licence_of(settings: ModelSettings) -> str | None:
         with outside_errors(f"cannot read the model card {card}"):
             return ModelCard.load(card, ignore_metadata_errors=True).data.license
     except RoseExpError as error:  # a card is not needed for anything else
-        log.warning("the licence of the base model is not known: %s", error)
+        log.warning("the license of the base model is not known: %s", error)
         return None
 
 
@@ -128,8 +128,8 @@ def _hub_id(settings: ModelSettings) -> str | None:
     return None if local else settings.path
 
 
-def _licence_note(licence: str | None) -> str:
-    known = f"The licence of the base model applies: {licence}." if licence else "The licence of the base model applies."
+def _license_note(license: str | None) -> str:
+    known = f"The license of the base model applies: {license}." if license else "The license of the base model applies."
     return markdown(known)
 
 

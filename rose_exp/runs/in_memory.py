@@ -134,7 +134,8 @@ class _Job:
         _check_tokens(tokens, model)
         configurable = settings.removes and self._is_configurable(model, blocks)
         home = next(model.parameters()).device
-        self.stack.callback(model.train, model.training)
+        for module in model.modules():  # parts of a model can be in another mode than the model
+            self.stack.callback(setattr, module, "training", module.training)
         self.stack.callback(model.to, home)
         model.eval().to("cpu")  # each block moves to the device while it is pruned
         self.reports = prune_language_model(model, tokens, settings, self.context)

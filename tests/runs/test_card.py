@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import rose_exp
 from rose_exp.cli.command import check_settings
-from rose_exp.runs.card import licence_of
+from rose_exp.runs.card import license_of
 from rose_exp.runtime.files import written
 
 from ..models.families import build
@@ -75,19 +75,19 @@ def test_cards_of_pipelines(options, tmp_path):
     assert type(check_usage(card.text, folder)["pipeline"]).__name__ == "StableDiffusion3Pipeline"
 
 
-def test_licence_of_the_base_model(tmp_path):
+def test_license_of_the_base_model(tmp_path):
     build("llama").save_pretrained(tmp_path)
     local = check_settings(["model=local", f"model.path={tmp_path}"]).model
-    assert licence_of(local) is None
+    assert license_of(local) is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
-    assert licence_of(local) == "mit"
+    assert license_of(local) == "mit"
     for text in ("# A model without metadata\n", "---\nlicense: [mit\n---\n", "---\n- a\n---\n"):
         (tmp_path / "README.md").write_text(text)
-        assert licence_of(local) is None
+        assert license_of(local) is None
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
-    assert licence_of(local) is None
-    assert licence_of(check_settings(["model=smollm2-135m"]).model) == "apache-2.0"
-    assert licence_of(check_settings(["model=llama2-7b"]).model) is None
+    assert license_of(local) is None
+    assert license_of(check_settings(["model=smollm2-135m"]).model) == "apache-2.0"
+    assert license_of(check_settings(["model=llama2-7b"]).model) is None
 
 
 def test_text_in_a_card_is_escaped(small, shared, tmp_path):
