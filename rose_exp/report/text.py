@@ -162,7 +162,8 @@ def blocks(report: Report, table: Table) -> list[tuple[str, Callable[[Cell], str
     if any(cell.difference for cell in cells):
         several = any(cell.difference and cell.difference.low is not None for cell in cells)
         unit = "seed and replicate" if len(table.replicates) > 1 else "seed"
-        unit += " (one seed: its noise is that of rounding alone)" if len(table.replicates) > 1 and len(table.seeds) == 1 else ""
+        if len(table.replicates) > 1 and len(table.seeds) == 1:
+            unit += " (one seed: its noise is that of rounding alone)"
         heading = f"Difference to {report.baseline}, paired by {unit}" + (", with 95 % confidence interval" if several else "")
         shown.append((heading, lambda cell: difference(cell.difference) if cell.difference else NOTHING))
     if report.resolve is not None and any(cell.windows for cell in cells):
