@@ -19,5 +19,5 @@ for row in "${rows[@]}"; do
   [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
   "$folder/bin/pip" install --quiet "${wanted[@]}" -e ".[dev]"
   "$folder/bin/python" -c "import torch, transformers; print('$row: torch', torch.__version__, 'transformers', transformers.__version__)"
-  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$folder/bin/python" -m pytest -n 2 --dist loadfile "$@"
+  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$folder/bin/python" -m pytest -n 2 --dist worksteal "$@"
 done

@@ -20,6 +20,8 @@ UNIT = ("engine", "settings", "models", "data", "pruning", "diffusion", "report"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("exhaustive") is not None:
+            item.add_marker(pytest.mark.slow)
         if item.path.parent.name in UNIT and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.unit)
 

@@ -31,6 +31,10 @@ NAMES += [
 FEW = ("a,b.txt", "a=b.txt", "a[b.txt", "it's.txt", "${seed}.txt", "7")
 
 
+def marks(name: str, multirun: bool):
+    return () if name in FEW else pytest.mark.exhaustive if multirun else pytest.mark.slow
+
+
 def problems_of(arguments: list[str]) -> list[str]:
     try:
         check_command(arguments)
@@ -55,7 +59,7 @@ def test_quoted_values_have_exactly_the_text():
 
 @pytest.mark.parametrize(
     ("name", "multirun"),
-    [pytest.param(name, many, marks=[] if name in FEW else pytest.mark.slow) for name in NAMES for many in (False, True)],
+    [pytest.param(name, many, marks=marks(name, many)) for name in NAMES for many in (False, True)],
 )
 def test_suggested_quotes_give_the_path_of_an_existing_file(name, multirun, tmp_path, monkeypatch):
     """Hydra reads some of the names as they are; all others have an error with a suggestion that works."""

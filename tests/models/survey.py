@@ -25,7 +25,11 @@ SIZES: dict[str, Any] = {  # by field, for all configurations that know it
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "num_experts_per_tok", "indexer_kv_heads"), 2),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "ffn_hidden_size", "n_inner", "mlp_dim"), 48),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("dff", "dim_ff", "d_inner", "dense_intermediate_size", "shared_intermediate_size"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_experts_intermediate_size"), 24),
+    **dict.fromkeys(("dim_head", "swa_head_dim", "linear_head_dim"), 8),
+    **dict.fromkeys(("swa_num_attention_heads", "index_n_heads", "linear_num_heads"), 4),
+    **{"swa_num_key_value_heads": 2, "index_head_dim": 16, "o_lora_rank": 16, "moe_shared_expert_intermediate_size": 24},
     **dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts", "conv_kernel", "mamba_d_conv", "time_step_rank"), 4
     ),
@@ -75,6 +79,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # of configurations that reject the co
         **{"num_experts_per_tok": 2, "indexer_kv_heads": 1},
     },
     "ReformerConfig": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "XLNetConfig": {"d_inner": 512},  # relative positions, which stay dense, are then a small part
     "XmodConfig": {"default_language": "en_XX"},
     "Zamba2Config": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "ZambaConfig": {

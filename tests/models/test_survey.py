@@ -94,7 +94,7 @@ def random_weights(name: str) -> torch.nn.Module:
     model = survey.build(name)
     torch.manual_seed(1)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=0.25)
     return model
 
 

@@ -15,7 +15,7 @@ from .damaging import BYTES, JSON, ROWS, VALUES
 from .odd_inputs import diffusion, execute, language, write_inputs, zero_shot
 
 SEED = 27
-FAST, SLOW = 24, 176
+FAST, SLOW, EXHAUSTIVE = 24, 56, 120
 WRITTEN = {"run.json", ".lock", "rose-exp.log"}  # by a run that fails
 MODEL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 SHARDS = ("model.safetensors.index.json", "model-00001-of-00003.safetensors")
@@ -56,7 +56,8 @@ def cases():
                 yield name, left[name].pop()
 
 
-CASES = list(islice(cases(), FAST + SLOW))
+CASES = list(islice(cases(), FAST + SLOW + EXHAUSTIVE))
+MORE = [pytest.param(*case, marks=() if i < SLOW else pytest.mark.exhaustive) for i, case in enumerate(CASES[FAST:])]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_damaged_files_give_a_result_or_one_error(name, mutation, inputs, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "mutation"), CASES[FAST:])
+@pytest.mark.parametrize(("name", "mutation"), MORE)
 def test_more_damaged_files_give_a_result_or_one_error(name, mutation, inputs, tmp_path, monkeypatch):
     run(name, mutation, inputs, tmp_path, monkeypatch)
 

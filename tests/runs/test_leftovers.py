@@ -94,22 +94,18 @@ def test_killed_runs_finish_with_equal_results_and_leave_nothing_behind(single, 
     assert_equal_results(*killed(single, tmp_path, kills=2))
 
 
+KILLS = [3, pytest.param(12, marks=pytest.mark.exhaustive)]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", KILLS)
 @pytest.mark.parametrize(
-    ("options", "kills"),
+    "options",
     [
-        ([ONE, "method=rose", "save=true", "pipeline.weights=disk"], 6),
-        ([ONE, "method=rose_plus", "pipeline.activations=disk"], 6),
-        ([*SWEEP, "method=dense,wanda,rose", "save=true"], 6),
-        (
-            [
-                ONE,
-                "method=wanda",
-                "evaluation.zero_shot.tasks=[winogrande]",
-                "evaluation.limit=2",
-            ],
-            6,
-        ),
+        [ONE, "method=rose", "save=true", "pipeline.weights=disk"],
+        [ONE, "method=rose_plus", "pipeline.activations=disk"],
+        [*SWEEP, "method=dense,wanda,rose", "save=true"],
+        [ONE, "method=wanda", "evaluation.zero_shot.tasks=[winogrande]", "evaluation.limit=2"],
     ],
 )
 def test_killed_commands_finish_with_equal_results(options, kills, shared, tmp_path):
@@ -119,19 +115,21 @@ def test_killed_commands_finish_with_equal_results(options, kills, shared, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_searches_finish_and_leave_nothing_behind(shared, tmp_path):
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_searches_finish_and_leave_nothing_behind(kills, shared, tmp_path):
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.metric=perplexity.local"]
     search += ["hydra.sweeper.storage=sqlite:///FOLDER/study.db"]
     search += ["method=rose", "engine.block_size=choice(32,64)"]
-    whole, others = killed([*tiny(shared), *SWEEP, *search], tmp_path, kills=6, seed=2)
+    whole, others = killed([*tiny(shared), *SWEEP, *search], tmp_path, kills, seed=2)
     assert_equal_results(whole, others, every_run=False)  # a resumed search draws other trials
 
 
 @pytest.mark.slow
-def test_killed_diffusion_runs_finish_with_equal_results(tmp_path):
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_diffusion_runs_finish_with_equal_results(kills, tmp_path):
     options = ["model=small-ddpm", "method=sparsegpt", "save=true", "diffusion.steps=3", "calibration.samples=2"]
     options += ["evaluation.images.samples=2", "evaluation.images.sheet=2", "device=cpu", ONE]
-    assert_equal_results(*killed(options, tmp_path, kills=6, seed=3))
+    assert_equal_results(*killed(options, tmp_path, kills, seed=3))
 
 
 def leave_behind(folder: Path) -> None:

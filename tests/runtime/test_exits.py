@@ -55,7 +55,14 @@ def moments(count: int, seconds: float) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("number", "seconds"), [*moments(3, 1.0), *(pytest.param(*m, marks=pytest.mark.slow) for m in moments(30, 6.0))]
+    ("number", "seconds"),
+    [
+        *moments(3, 1.0),
+        *(
+            pytest.param(*m, marks=pytest.mark.slow if i < 10 else pytest.mark.exhaustive)
+            for i, m in enumerate(moments(30, 6.0))
+        ),
+    ],
 )
 @pytest.mark.parametrize("arguments", [[], pytest.param(["-m", "seed=0,1"], marks=pytest.mark.slow)])
 def test_signal_at_a_random_moment_ends_the_command(arguments, number, seconds, small, tmp_path):
