@@ -92,7 +92,7 @@ def test_every_command_is_valid(command, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in PRUNING if not re.search("llama|local|sd3-medium| -m ", c)])
 def test_offline_commands_run(command, tmp_path):
-    images = "model=small-" in command
+    images = "model=small-" in command or "model=digits" in command
     arguments = [*shlex.split(command)[1:], *(SMALL_IMAGES if images else SMALL)]
     done = subprocess.run(
         [sys.executable, "-m", "rose_exp", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -101,7 +101,9 @@ def test_offline_commands_run(command, tmp_path):
     assert ("images.psnr" if images else "perplexity.embedded") in done.stdout
 
 
-@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "reproduce.sh", "gpu_check.sh", "slurm_node.sh", "_venv.sh"])
+@pytest.mark.parametrize(
+    "script", ["demo.sh", "demo_diffusion.sh", "test.sh", "reproduce.sh", "gpu_check.sh", "slurm_node.sh", "_venv.sh"]
+)
 def test_scripts_parse_and_are_executable(script):
     path = REPOSITORY / "scripts" / script
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0

@@ -87,7 +87,7 @@ class _Clock:
 class Distances:
     """Distances between the images of a pruned and a dense model from the same noise, accumulated batch by batch.
 
-    Batches of the dense model are stored on disk until they are compared.
+    Batches of the dense model are stored on disk.
 
     Args:
         folder: an existing folder for the batches of the dense model.
@@ -104,9 +104,8 @@ class Distances:
         save_file({"images": images.contiguous(), "latents": latents.contiguous()}, self._file(number))
 
     def compare(self, number: int, images: Tensor, latents: Tensor) -> None:
-        """Compare a batch of the pruned model with the stored one of the same ``number``, and delete the latter."""
+        """Compare a batch of the pruned model with the stored one of the same ``number``."""
         dense = load_file(self._file(number))
-        self._file(number).unlink()
         image_distances, by_step = distances(dense["images"], images, dense["latents"], latents, self.vae)
         for name, values in image_distances.items():
             self.values.setdefault(name, []).append(values)

@@ -1,4 +1,4 @@
-"""Load diffusion pipelines from a folder, the hub or small built-in configurations, and save them."""
+"""Load diffusion pipelines: embedded, from a folder, from the hub, or built with random weights; and save them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..runtime.errors import RoseExpError, suggest
 from ..runtime.files import scratch_folder
 from ..runtime.fingerprint import folder_sha256
 from ..runtime.outside import outside_errors, read_json_object
+from ..settings.diffusion import embedded_folder
 from ..settings.schema import ModelSettings
 from .components import INDEX, read_components, read_index, with_tokenizer
 from .sampling import PARTS, denoiser_name
@@ -66,11 +67,13 @@ def load_pipeline(settings: ModelSettings, scheduler: str | None = None) -> tupl
 
 
 def _read(settings: ModelSettings) -> tuple[Any, dict[str, Any]]:
-    path = Path(os.path.expanduser(settings.path))
+    path = Path(os.path.expanduser(settings.path)) if settings.path is not None else embedded_folder(settings.embedded)
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)  # pipelines do not record their own
     options = {"use_safetensors": True, "dtype": dtype} | ({"variant": settings.variant} if settings.variant else {})
-    where = f"model.path: cannot load the pipeline {settings.path!r}"
-    if os.path.exists(path):
+    where = f"model.path: cannot load the pipeline {settings.path or settings.embedded!r}"
+    if settings.path is None:
+        folder, facts = path, {"source": f"{settings.embedded}, embedded", "sha256": folder_sha256(path)}
+    elif os.path.exists(path):
         folder, facts = path, {"source": str(path), "sha256": folder_sha256(path)}
     else:
         with outside_errors(f"{where} (no such local folder, and unavailable from the hub)"):

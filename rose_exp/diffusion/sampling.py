@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -95,16 +96,19 @@ class Sampler:
         kind = "np" if decode or not self.conditioned else "latent"
         return inputs | self.options | {"generator": generators, "output_type": kind}
 
-    def rehearse(self, decode: bool) -> None:
+    def rehearse(self, decode: bool) -> int:
         """Generate one image, to find parts that do not fit together before any long work starts.
 
+        Returns:
+            Number of values of the image, or of its latents without ``decode``.
         Raises:
             RoseExpError: the pipeline cannot generate an image.
         """
         arguments = self._arguments(["a photograph"], [0], decode)
         self.pipeline.set_progress_bar_config(disable=True)
         with outside_errors(f"model.path, diffusion: {type(self.pipeline).__name__} cannot generate an image"), torch.no_grad():
-            self.pipeline(**arguments)
+            images = self.pipeline(**arguments).images
+        return math.prod(images.shape[1:])
 
     def first_call(self, prompt: str) -> DenoiserCall:
         """Return the arguments of the denoiser in the first step for ``prompt``."""

@@ -1,4 +1,4 @@
-"""Image metrics that need other networks: CLIP score, ImageReward and FID."""
+"""Image metrics that use other networks: the embedded classifier of digits, CLIP, ImageReward and Inception."""
 
 from __future__ import annotations
 
@@ -12,27 +12,84 @@ from tqdm import tqdm
 
 from ..runtime.errors import RoseExpError
 from ..runtime.outside import outside_errors
-from ..settings.diffusion import ImagesSettings
+from ..settings.diffusion import DIGIT_METRICS, ImagesSettings
+from .digits import WORDS, classify, frechet_distance, load_classifier, real_statistics, requested_digit, statistics
 
 BATCH = 16
-Score = Callable[[Tensor, Sequence[str]], tuple[float, float | None]]  # (uint8 images, prompts) -> mean, standard error
+Score = Callable[[Tensor, Sequence[str], Tensor | None], tuple[float, float | None] | None]
+"""Scores uint8 images, given their prompts and the dense model's images, which are None for a dense model. Returns the mean and
+its standard error, if it has one, or None if the score is not defined."""
 
 
-def load_scores(settings: ImagesSettings, device: torch.device) -> dict[str, Score]:
+def load_scores(settings: ImagesSettings, prompts: Sequence[str], device: torch.device) -> dict[str, Score]:
     """Load the networks for the metrics in ``settings``, and return the scoring functions by name.
 
-    This runs before any image is generated, so that missing weights are reported early.
+    This runs before any image is generated, so that missing weights and unsuitable prompts are reported early.
 
     Raises:
-        RoseExpError: weights or packages are unavailable.
+        RoseExpError: weights or packages are unavailable, or a prompt names no digit although a metric needs one.
     """
-    makers = {"clip_score": _clip_score, "image_reward": _image_reward, "fid": _fid}
+    digits = [name for name in settings.metrics if name in DIGIT_METRICS]
+    if digits:
+        _check_digits(prompts, digits)
+    makers = {
+        "recognized": _recognized,
+        "digit_distance": _digit_distance,
+        "dense_distance": _dense_distance,
+        "clip_score": _clip_score,
+        "image_reward": _image_reward,
+        "fid": _fid,
+    }
     scores = {}
     for name in settings.metrics:
         if name not in makers:
             continue
         scores[name] = makers[name](settings, device)
     return scores
+
+
+def _check_digits(prompts: Sequence[str], metrics: Sequence[str]) -> None:
+    where, needing = "evaluation.images", ", ".join(metrics)
+    for prompt in prompts if "recognized" in metrics else ():
+        if requested_digit(prompt) is None:
+            expected = f"prompts that name one digit ({WORDS[0]} to {WORDS[-1]}) for {needing}"
+            raise RoseExpError(f"{where}.metrics: expected {expected}, got {prompt!r}")
+    if len(prompts) < 2 and metrics != ["recognized"]:
+        raise RoseExpError(f"{where}.samples: expected at least 2 for {needing}, got {len(prompts)}")
+
+
+def _recognized(_settings: ImagesSettings, _device: torch.device) -> Score:
+    """Return the fraction of images that the classifier recognizes as the digit in their prompt."""
+    classifier = load_classifier()
+
+    def score(images: Tensor, prompts: Sequence[str], _dense: Tensor | None) -> tuple[float, float | None]:
+        recognized, _ = classify(classifier, images)
+        wanted = torch.tensor([requested_digit(prompt) for prompt in prompts])
+        return _mean((recognized == wanted).double())
+
+    return score
+
+
+def _digit_distance(_settings: ImagesSettings, _device: torch.device) -> Score:
+    """Return the Fréchet distance to real digits in the classifier's features."""
+    classifier, real = load_classifier(), real_statistics()
+
+    def score(images: Tensor, _prompts: Sequence[str], _dense: Tensor | None) -> tuple[float, float | None]:
+        return frechet_distance(statistics(classify(classifier, images)[1]), real), None
+
+    return score
+
+
+def _dense_distance(_settings: ImagesSettings, _device: torch.device) -> Score:
+    """Return the Fréchet distance to the dense model's images in the classifier's features."""
+    classifier = load_classifier()
+
+    def score(images: Tensor, _prompts: Sequence[str], dense: Tensor | None) -> tuple[float, float | None] | None:
+        if dense is None:
+            return None
+        return frechet_distance(*(statistics(classify(classifier, of)[1]) for of in (images, dense))), None
+
+    return score
 
 
 def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
@@ -47,7 +104,7 @@ def _clip_score(settings: ImagesSettings, device: torch.device) -> Score:
     model.eval().to(device)
 
     @torch.no_grad()
-    def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
+    def score(images: Tensor, prompts: Sequence[str], _dense: Tensor | None) -> tuple[float, float | None]:
         similarities = []
         for start in tqdm(range(0, len(images), BATCH), "CLIP score", unit="batch", disable=None):
             batch = [image.permute(1, 2, 0).numpy() for image in images[start : start + BATCH]]
@@ -67,7 +124,7 @@ def _image_reward(_settings: ImagesSettings, device: torch.device) -> Score:
         model = ImageReward.load("ImageReward-v1.0", device=str(device))
 
     @torch.no_grad()
-    def score(images: Tensor, prompts: Sequence[str]) -> tuple[float, float | None]:
+    def score(images: Tensor, prompts: Sequence[str], _dense: Tensor | None) -> tuple[float, float | None]:
         from PIL import Image
 
         rewards = []
@@ -94,7 +151,7 @@ def _fid(settings: ImagesSettings, device: torch.device) -> Score:
         with outside_errors(f"evaluation.images.reference: cannot read {file}"), Image.open(file) as image:
             image.load()
 
-    def score(images: Tensor, _prompts: Sequence[str]) -> tuple[float, float | None]:
+    def score(images: Tensor, _prompts: Sequence[str], _dense: Tensor | None) -> tuple[float, float | None]:
         import numpy as np
 
         size = tuple(images.shape[2:])

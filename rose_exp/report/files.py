@@ -11,11 +11,13 @@ from ..runtime.errors import RoseExpError
 from ..runtime.escaping import terminal
 from ..runtime.exits import signals_blocked
 from ..runtime.files import write_text
+from ..runtime.outside import outside_errors
 from ..tracking.reading import values_of
 from ..tracking.record import FILE_NAME
 from .conditions import SPARSITY
 from .gather import BASELINE, gather
 from .page import sheets_of, studies_of, web_page
+from .sheets import draw_sheet, sheets_of_runs
 from .table import collect_records
 from .text import comma_separated, latex, markdown
 
@@ -49,12 +51,17 @@ def write_report(
     report = gather([record for _, record in runs], columns, baseline, allowed, resolve)
     output = output or folders[0] / "report"
     text, runs_and_folders = markdown(report), [(path.parent, record) for path, record in runs]
-    page = web_page(report, studies_of([folder for folder, _ in runs_and_folders]), sheets_of(runs_and_folders))
+    sheets = sheets_of_runs(runs_and_folders, columns)
+    with outside_errors(f"cannot write to {output}"):
+        paths = [draw_sheet(s.rows, s.prompts, output / f"contact_sheet_{i}.png") for i, s in enumerate(sheets, start=1)]
+    shown = sheets_of(runs_and_folders, list(zip(sheets, paths, strict=True)))
+    page = web_page(report, studies_of([folder for folder, _ in runs_and_folders]), shown)
     files = {"report.md": text, "report.csv": comma_separated(report), "report.tex": latex(report), "report.html": page}
     with signals_blocked():
         for name, content in files.items():
             write_text(output / name, content)
-    return f"{text}\nwritten to {output.resolve()}: {', '.join(files)}"
+    names = [*files, *(path.name for path in paths)]
+    return f"{text}\nwritten to {output.resolve()}: {', '.join(names)}"
 
 
 def _usable(path: Path, record: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ JUDGED = ("perplexity.", "kl_divergence.", "top1_agreement.", "zero_shot", "imag
 # metrics for which higher is better
 HIGHER = (
     *("zero_shot", "top1_agreement.", "images.psnr", "images.ssim"),
-    *("images.clip_score", "images.image_reward", "images.speedup"),
+    *("images.clip_score", "images.image_reward", "images.recognized", "images.speedup"),
 )
 BASELINE = "SparseGPT"
 

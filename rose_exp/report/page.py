@@ -17,6 +17,7 @@ from ..runtime.escaping import figure_label, visible
 from .conditions import SPARSITY, column_of
 from .figures import COLOURS, DPI, FOLDER, MARKERS, SHEET, STUDIES, read_studies
 from .gather import DESCRIPTIVE, Report, Table
+from .sheets import Sheet
 from .text import NOTHING, blocks, caption, notes
 
 
@@ -25,18 +26,28 @@ def studies_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [study for folder in folders for study in read_studies(folder)]
 
 
-def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, str]]:
-    """Read the contact sheets in the folders of runs, each with a title and the image as a data URL."""
-    sheets = []
+def sheets_of(runs: Sequence[tuple[Path, Mapping[str, Any]]], drawn: Sequence[tuple[Sheet, Path]] = ()) -> list[dict[str, str]]:
+    """Read contact sheets, each with a title and the image as a data URL.
+
+    Args:
+        drawn: sheets of several runs, with their files. The sheets of these runs alone are left out.
+    """
+    sheets = [{"title": sheet.title, "image": _data_url(path)} for sheet, path in drawn]
+    shown = {run for sheet, _ in drawn for run in sheet.runs}
     for folder, record in runs:
+        if record["run_id"] in shown:
+            continue
         path = folder / FOLDER / SHEET
         if path.is_file():
-            data = base64.b64encode(path.read_bytes()).decode()
             title = (
                 f"{record['protocol']['model']['name']}: {record['label']}, {column_of(record, SPARSITY)}, {record['run_id']}"
             )
-            sheets.append({"title": title, "image": f"data:image/png;base64,{data}"})
+            sheets.append({"title": title, "image": _data_url(path)})
     return sheets
+
+
+def _data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def web_page(report: Report, studies: Sequence[dict[str, Any]] = (), sheets: Sequence[dict[str, str]] = ()) -> str:

@@ -24,7 +24,7 @@ SETTINGS = (  # groups of settings that a card lists: those that can change the 
     *("method", "sparsity", "allocation", "reorder", "refine", "target", "reconstruction", "engine", "calibration", "seed"),
     *("diffusion", "pipeline"),
 )
-EMBEDDED_LICENSES = {"smollm2-135m": "apache-2.0"}
+EMBEDDED_LICENSES = {"smollm2-135m": "apache-2.0", "digits-sd3": "cc-by-sa-3.0"}
 
 LANGUAGE_USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

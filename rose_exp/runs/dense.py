@@ -1,4 +1,4 @@
-"""The dense model's predictions, which runs of the same model, texts and environment share through the cache."""
+"""Predictions and images of the dense model, which runs with the same inputs and environment share through the cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..runtime.cache import cached
 from ..runtime.fingerprint import code_sha256
+from ..settings.schema import Settings
+from .identity import identifying_dense
 
 FILE = "states.safetensors"
 NAME = "states"
@@ -52,3 +54,23 @@ def shared_states(key: Mapping[str, Any] | None, size: int, compute: Callable[[]
     if computed:
         return computed[0]
     return compute() if entry is None else load_file(entry / FILE)[NAME]
+
+
+def images_key(protocol: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
+    """Return everything that the images and latents of the dense pipeline depend on.
+
+    Returns:
+        None for a pipeline from the hub, whose files have no fingerprint.
+    """
+    model = {name: value for name, value in protocol["model"].items() if name not in ("name", "source")}
+    if "sha256" not in model and settings.model.built is None:
+        return None
+    environment = {name: protocol[name] for name in ("device", "threads", "versions")}
+    return {
+        "settings": identifying_dense(settings, "images.psnr"),
+        "model": model,
+        "noise": protocol["images"]["noise_seed"],
+        "latents": "distance" in settings.evaluation.images.metrics,
+        "code": code_sha256(),
+        **environment,
+    }

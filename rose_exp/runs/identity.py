@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from ..runtime.errors import RoseExpError
 from ..runtime.fingerprint import content_sha256, folder_sha256, model_sha256
 from ..runtime.wheels import WHEELS
+from ..settings.diffusion import PIPELINES, embedded_folder
 from ..settings.effective import Setting, settings_of
 from ..settings.plugins import used_plugins
+from ..settings.pruning import DENSE
 from ..settings.schema import Settings, read_settings
 from ..settings.texts import PROMPTS, prompts_file, text_format
 
@@ -39,9 +41,19 @@ def identifying(settings: Settings) -> dict[str, Any]:
     Raises:
         RoseExpError: a file is unreadable.
     """
-    values = {setting.name: _contents(setting) for setting in settings_of(settings.model_dump(mode="json"))}
+    values = _values(settings.model_dump(mode="json"))
     used = plugins_of(settings)
     return values | ({"plugins": used} if used else {})
+
+
+def identifying_dense(settings: Settings, metric: str) -> dict[str, Any]:
+    """Return the settings that can change a metric of the dense model, as :func:`identifying` does."""
+    config = settings.model_dump(mode="json")
+    return _values(config | {"method": config["method"] | {"name": DENSE}}, metric)
+
+
+def _values(config: dict[str, Any], metric: str | None = None) -> dict[str, Any]:
+    return {setting.name: _contents(setting) for setting in settings_of(config, metric)}
 
 
 def plugins_of(settings: Settings) -> dict[str, str]:
@@ -55,7 +67,7 @@ def _contents(setting: Setting) -> Any:
     if kind is None or value is None:
         return value
     if kind == "embedded":
-        return content_sha256(prompts_file(value)) if value in PROMPTS else WHEELS[value].sha256
+        return _embedded_sha256(value)
     place = Path(os.path.expanduser(value))
     fingerprint = model_sha256 if kind == "model" else folder_sha256
     try:
@@ -63,6 +75,12 @@ def _contents(setting: Setting) -> Any:
     except RoseExpError as error:
         raise RoseExpError(f"{setting.name}: {error}") from error
     return f"{content} {text_format(value)}" if kind == "text" else content  # the format decides how a file is read
+
+
+def _embedded_sha256(name: str) -> str:
+    if name in PROMPTS:
+        return content_sha256(prompts_file(name))
+    return folder_sha256(embedded_folder(name)) if name in PIPELINES else WHEELS[name].sha256
 
 
 def _resolved_run_id(*, _root_: DictConfig) -> str:

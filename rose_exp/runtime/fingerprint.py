@@ -12,7 +12,7 @@ from .wheels import cache_folder, file_sha256
 
 # the parts of this package that cannot change a result
 IRRELEVANT = ("tracking", "report", "cli", "__main__.py")
-CODE = (".py", ".txt")  # modules and embedded prompts
+CODE = (".py", ".txt", ".safetensors", ".json")  # modules, embedded prompts and embedded networks
 LARGE = 64 * 2**20  # bytes; fingerprints of files of at least this size are cached, because reading them takes seconds
 BESIDE_GGUF = (  # files that transformers reads from the folder of a GGUF file
     "added_tokens.json",

@@ -17,8 +17,15 @@ from ..runtime.errors import suggest
 from ..runtime.fingerprint import folder_sha256
 from .texts import PromptSettings
 
+PIPELINES = ("digits-sd3",)
+"""Embedded pipelines with trained weights, which are folders in the data of this package."""
+
+DIGIT_METRICS = ("recognized", "digit_distance", "dense_distance")
+"""Metrics by the embedded classifier of digits. Every prompt must name one digit as a word, such as "a handwritten three"."""
+
 LIBRARIES = {  # modules that each image metric imports
     "distance": ("torchmetrics",),
+    **dict.fromkeys(DIGIT_METRICS, ()),
     "clip_score": (),
     "image_reward": ("ImageReward",),
     "fid": ("torchmetrics", "torch_fidelity"),
@@ -54,7 +61,9 @@ class DiffusionSettings(StepWeighting):
 class ImagesSettings(PromptSettings):
     """Metrics of a diffusion model's images, and their prompts. All runs use the same noise."""
 
-    metrics: list[str] = Field(["distance"])  # distance (to the dense model, same noise), clip_score, image_reward, fid
+    # distance (to the dense model, same noise), recognized, digit_distance, dense_distance (by the embedded classifier of
+    # digits), clip_score, image_reward, fid
+    metrics: list[str] = Field(["distance"])
     clip: str = "openai/clip-vit-base-patch16"  # folder or hub ID of the CLIP model for clip_score
     reference: str | None = None  # folder of real images for fid
     sheet: Count = 6  # prompts on the contact sheet, which compares dense and pruned images
@@ -83,6 +92,11 @@ class ImagesSettings(PromptSettings):
         known = folder_sha256(Path(clip)) if os.path.isdir(clip) else self.clip
         real = folder_sha256(Path(self.reference).expanduser()) if "fid" in self.metrics and self.reference else None
         return {"clip": known if "clip_score" in self.metrics else None, "reference": real}
+
+
+def embedded_folder(name: str) -> Path:
+    """Return the folder of an embedded pipeline."""
+    return Path(__file__).parent.parent / "data" / name
 
 
 ModelKind = Literal["language", "diffusion"]

@@ -119,7 +119,10 @@ TIMED = _when(PATTERN, holds=lambda pattern: pattern == "2:4")  # the only patte
 SCORED_BY_CLIP = _when("evaluation.images.metrics", holds=lambda metrics: "clip_score" in metrics)
 COMPARED_TO_REAL = _when("evaluation.images.metrics", holds=lambda metrics: "fid" in metrics)
 MODEL_BY_PATH = _when("model.path", holds=lambda path: path is not None)
-MODEL_EMBEDDED = _when("model.path", holds=lambda path: path is None)
+MODEL_EMBEDDED = _when(
+    *("model.kind", "model.path", "model.built"),
+    holds=lambda kind, path, built: path is None and (kind == "language" or built is None),
+)
 MODEL_ON_HUB = _when("model.path", holds=_on_hub)
 
 COMPONENTS: dict[str, tuple[frozenset[Mode], When]] = {
@@ -160,7 +163,7 @@ SPARSITY_ALONE = ("sparsity",)  # of a dense model: the fraction of zeros in the
 
 EFFECTS: dict[str, Effect] = {
     "model.kind": Effect(EVERYTHING, moments=True),
-    "model.embedded": Effect(LANGUAGE, MODEL_EMBEDDED, place="embedded", recorded_as="protocol.model.sha256", moments=True),
+    "model.embedded": Effect(EVERYTHING, MODEL_EMBEDDED, place="embedded", recorded_as="protocol.model.sha256", moments=True),
     "model.built": Effect(DIFFUSION),
     "model.path": Effect(EVERYTHING, place="model", recorded_as="protocol.model.sha256", moments=True),
     "model.revision": Effect(EVERYTHING, MODEL_ON_HUB, moments=True),

@@ -16,9 +16,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ..engine import METHODS, Allocation, EngineOptions, Ordering, Refine, Target
 from ..engine.bounds import Count, Positive
-from ..runtime.errors import RoseExpError, SettingsError
+from ..runtime.errors import RoseExpError, SettingsError, suggest
 from .compatibility import STRUCTURED, kind_problems, structured_problems
-from .diffusion import Built, DiffusionSettings, ImagesSettings, ModelKind, Omissible
+from .diffusion import PIPELINES, Built, DiffusionSettings, ImagesSettings, ModelKind, Omissible
 from .messages import embedded_problem, explain, file_problem, looks_local
 from .plugins import install_plugins
 from .pruning import DENSE, MethodSettings, PipelineSettings, SparsitySettings
@@ -32,7 +32,7 @@ register_resolvers()  # everything that reads a configuration file imports this 
 
 
 class ModelSettings(Section):
-    """The model: ``path`` if it is set, else the embedded model or, for diffusion, a small pipeline with random weights."""
+    """The model: ``path`` if it is set, else, for diffusion, ``built`` if it is set, else ``embedded``."""
 
     kind: ModelKind = "language"
     embedded: str | None = None
@@ -69,8 +69,11 @@ class ModelSettings(Section):
         missing = [package for package in ("diffusers", "torchmetrics") if importlib.util.find_spec(package) is None]
         if missing:
             return [f"{where}.kind: expected an installed {missing[0]} for diffusion: pip install 'rose_exp[diffusion]'"]
-        if (self.path is None) == (self.built is None):
-            return [f"{where}: expected one of path and built, got {'none' if self.path is None else 'both'}"]
+        if self.path is not None and self.built is not None:
+            return [f"{where}: expected at most one of path and built, got both"]
+        if self.path is None and self.built is None and self.embedded not in PIPELINES:
+            expected = f"one of {', '.join(PIPELINES)}, or a value for path or built"
+            return [f"{where}.embedded: expected {expected}, got {self.embedded!r}{suggest(str(self.embedded), PIPELINES)}"]
         if self.variant is not None and (self.path is None or not re.fullmatch(r"\w[\w-]*", self.variant)):
             expected = "null with model.built" if self.path is None else "a name such as fp16"
             return [f"{where}.variant: expected {expected}, got {self.variant!r}"]

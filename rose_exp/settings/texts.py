@@ -12,7 +12,7 @@ from ..runtime.errors import suggest
 from .messages import embedded_problem, file_problem
 from .section import Section
 
-PROMPTS = ("calibration_prompts", "evaluation_prompts")  # embedded sets
+PROMPTS = ("calibration_prompts", "evaluation_prompts", "digit_prompts")  # embedded sets
 
 TextFormat = Literal["text", "json", "tsv"]
 

@@ -35,6 +35,7 @@ TO_BE_SET = {
     ("calibration", "gcc3m"): ["model=small-sd3", "calibration.path=README.md"],
     ("calibration", "prompts"): ["model=small-sd3"],
     ("evaluation", "images"): ["model=small-sd3"],
+    ("evaluation", "digits"): ["model=small-sd3"],
     ("evaluation", "images_paper"): [
         "model=small-sd3",
         "evaluation.images.path=README.md",

@@ -16,7 +16,7 @@ def load(**options):
 
 
 def test_embedded_prompt_sets_are_disjoint():
-    sets = [prompts_file(name).read_text(encoding="utf-8").splitlines() for name in PROMPTS]
+    sets = [prompts_file(name).read_text(encoding="utf-8").splitlines() for name in PROMPTS[:2]]
     assert [len(texts) for texts in sets] == [100, 32]
     assert len(set(sets[0]) | set(sets[1])) == 132
     assert load(embedded=PROMPTS[0], samples=100).texts == sets[0]

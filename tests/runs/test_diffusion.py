@@ -44,7 +44,7 @@ def test_every_pipeline_runs(name, tmp_path):
     assert record["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert {"images.latent_mse", "images.psnr", "images.ssim"} <= set(record["metrics"])
     assert "images.speedup" not in record["metrics"]  # stored zeros give no speedup
-    assert min(record["images"]["denoiser_ms"], record["images"]["dense_denoiser_ms"]) > 0
+    assert record["images"]["denoiser_ms"] > 0
     assert ("images.vae_distance" in record["metrics"]) == (name != "ddpm")
     assert len(record["images"]["latent_mse"]) == 3
     assert len(record["packages"]) == 4
@@ -112,12 +112,53 @@ def test_seed_changes_the_calibration_noise_and_not_the_evaluation_noise(tmp_pat
 
     monkeypatch.setattr(experiment, "render", render)
     monkeypatch.setattr(pipelines, "PackagePruner", prune)
+    monkeypatch.setenv("ROSE_EXP_CACHE", str(tmp_path / "cache"))
     first, second = run(tmp_path), run(tmp_path, "seed=1")
-    assert len(measured) == 4  # dense and pruned model of each run
+    assert len(measured) == 3  # the pruned model of each run, and the dense model once
     assert all(seeds == measured[0] for seeds in measured)
     assert len({*measured[0], *calibrated[0], *calibrated[1]}) == 2 + 3 + 3  # all distinct
     assert first["protocol"]["calibration"]["noise_sha256"] != second["protocol"]["calibration"]["noise_sha256"]
     assert first["protocol"]["images"] == second["protocol"]["images"]
+
+
+def test_images_of_the_dense_model_are_cached(tmp_path, monkeypatch):
+    rendered = []
+    real = experiment.render
+    monkeypatch.setattr(experiment, "render", lambda *arguments: rendered.append(arguments[3]) or real(*arguments))
+    monkeypatch.setenv("ROSE_EXP_CACHE", str(tmp_path / "cache"))
+    changes = [
+        "",
+        "diffusion.steps=4",
+        "diffusion.guidance=2",
+        "diffusion.text_length=8",
+        "diffusion.height=64 diffusion.width=64",
+    ]
+    changes += ["evaluation.images.samples=3", "evaluation.images.embedded=calibration_prompts", "model.omit=[text_encoder_3]"]
+    changes += [
+        "model.dtype=bfloat16",
+        "evaluation.images.metrics=[]",
+        "model=small-sd",
+        "diffusion.scheduler=FlowMatchHeunDiscreteScheduler",
+    ]
+    for change in changes:  # each renders the dense model once
+        rendered.clear()
+        records = [run(tmp_path / f"with {cached}", *change.split(), f"seed={cached}") for cached in (False, True)]
+        assert rendered == ["images of the dense model", *["images of the pruned model"] * 2], change
+    monkeypatch.setenv("ROSE_EXP_CACHE_GB", "0")
+    first, second = (run(tmp_path / f"{place}", "seed=1", "method=wanda") for place in ("without", "again"))
+    monkeypatch.delenv("ROSE_EXP_CACHE_GB")
+    third = run(tmp_path / "from the cache", "seed=1", "method=wanda")
+    assert first["metrics"] == second["metrics"] == third["metrics"]
+    assert first["images"]["latent_mse"] == third["images"]["latent_mse"]
+    assert records[0]["status"] == "finished"
+
+
+def test_speedup_is_measured_in_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROSE_EXP_CACHE", str(tmp_path / "cache"))
+    for seed in (0, 1):
+        record = run(tmp_path, "sparsity=structured", f"seed={seed}")
+        assert record["images"]["dense_denoiser_ms"] > 0
+    assert not (tmp_path / "cache" / "derived").exists()
 
 
 def test_saved_pipeline_has_the_recorded_parameters(tmp_path):
@@ -196,7 +237,8 @@ def test_report_of_several_runs(tmp_path):
     assert "calibrated on 3 prompts; 3 steps, guidance 5; steps weighted log_decrease, 4 packages" in text
     assert "seeds 0, 1" in text
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert page.count("images of the dense model above those of the pruned model") == 5
+    assert page.count("images of the dense model above those of pruned models") == 1  # of all runs
+    assert "contact_sheet_1.png" in text
 
 
 @pytest.mark.parametrize(

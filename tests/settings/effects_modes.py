@@ -17,6 +17,7 @@ OPTIONS = {
 }
 TEXTS = {"evaluation.perplexity": {"local": {"path": "a.jsonl", "window": 64}}}
 SCORES = {f"evaluation.images.{n}": v for n, v in {"metrics": ["clip_score", "fid"], "clip": "one", "reference": "two"}.items()}
+EMBEDDED_PIPELINE = {"model.built": None, "model.embedded": "digits-sd3"}
 IMAGES_OF_HUB = {"model.built": None, "model.path": "owner/name"}
 IMAGES_OF_HUB |= {f"{group}.{n}": v for group in ("calibration", "evaluation.images") for n, v in HUB_TEXT.items()}
 TASKS_OF_FOLDERS = {"evaluation.zero_shot.data_dir": "one", "evaluation.zero_shot.include_path": "two"}
@@ -54,6 +55,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 }
 DIFFUSION: dict[str, dict[str, Any]] = {
     "images": {},
+    "images embedded": EMBEDDED_PIPELINE,
     "images structured": {"sparsity.pattern": "structured"},
     "images structured wanda": {"sparsity.pattern": "structured", "method.name": "wanda"},
     "images ordered": {"reorder.columns": "descending"},
@@ -89,7 +91,7 @@ NOWHERE: set[str] = set()
 # The modes in which each leaf can change a result, listed independently of the table under test.
 MATTERS: dict[str, set[str]] = {
     "model.kind": set(MODES),
-    "model.embedded": {"embedded", "dense embedded"},
+    "model.embedded": {"embedded", "dense embedded", "images embedded", "dense images embedded"},
     "model.built": set(DIFFUSION),
     "model.path": set(MODES),
     "model.revision": {"hub", "dense hub", "images of hub", "dense images of hub"},
