@@ -248,7 +248,7 @@ def test_report_of_several_runs(tmp_path):
         (["evaluation=embedded"], "evaluation.perplexity: expected none for a diffusion model"),
         (["target=residual"], "target: expected none for a diffusion model"),
         (["allocation=owl"], "allocation: expected none for a diffusion model"),
-        (["model.path=./nowhere"], "model: expected one of path and built, got both"),
+        (["model.path=./nowhere"], "model: expected at most one of path and built, got both"),
         (["diffusion.alpha_min=2"], "diffusion.alpha_min: expected at most alpha_max, 1.2, got 2"),
         (["diffusion.height=null"], "diffusion.height: expected null exactly if width is null"),
         (["diffusion.weighting=log"], "diffusion.weighting: expected"),
