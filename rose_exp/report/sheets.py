@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from ..runtime.escaping import figure_label, visible
 from ..runtime.files import written
-from .conditions import column_of, conditions
+from .conditions import column_of, conditions, variant
 from .figures import FOLDER, SHEET
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def draw_sheet(rows: Mapping[str, Images], prompts: Sequence[str], path: Path) -
 
 
 def draw_run(pictures: Pictures, label: str, folder: Path) -> Path:
-    """Draw the contact sheet of a run in its folder, store its images for sheets of several runs; return its path."""
+    """Draw the contact sheet of a run in its folder, store its images for sheets of several runs, and return its path."""
     with written(folder / FOLDER / IMAGES) as place:
         images = {"dense": _reduced(pictures.dense), "pruned": _reduced(pictures.pruned)}
         save_file(images, place, metadata={"prompts": json.dumps(pictures.prompts)})
@@ -118,9 +118,10 @@ def sheets_of_runs(runs: Sequence[tuple[Path, Mapping[str, Any]]], columns: str)
     """Collect the images of runs that differ only in how the model is pruned.
 
     Each pair of model and column of the report with at least two pruned models has a sheet. Of runs with several seeds, the
-    smallest one is shown, and at most :data:`ROWS` rows.
+    smallest one is shown, and at most :data:`ROWS` rows. Rows with equal labels and different options contain the run ID.
     """
     groups: dict[str, Sheet] = {}
+    drawn: set[tuple[str, str]] = set()
     for folder, record in sorted(runs, key=lambda run: (run[1]["config"]["seed"], run[1]["started"])):
         pictures = read_pictures(folder)
         if pictures is None:
@@ -128,7 +129,11 @@ def sheets_of_runs(runs: Sequence[tuple[Path, Mapping[str, Any]]], columns: str)
         name, column = record["protocol"]["model"]["name"], column_of(record, columns)
         key = json.dumps([name, column, pictures.prompts, conditions(record, "images.psnr", columns)], default=str)
         sheet = groups.setdefault(key, Sheet(f"{name}, {column}", {"Dense": pictures.dense}, pictures.prompts, []))
-        sheet.runs.append(record["run_id"])
-        if record["label"] not in sheet.rows and len(sheet.rows) < ROWS:
-            sheet.rows[record["label"]] = pictures.pruned
+        row = (key, json.dumps(variant(record, columns), sort_keys=True, default=str))
+        if row not in drawn and len(sheet.rows) < ROWS:
+            label = record["label"]
+            sheet.rows[f"{label} ({record['run_id']})" if label in sheet.rows else label] = pictures.pruned
+            drawn.add(row)
+        if row in drawn:
+            sheet.runs.append(record["run_id"])
     return [sheet for sheet in groups.values() if len(sheet.rows) > 2]

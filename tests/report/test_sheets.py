@@ -77,6 +77,21 @@ def test_runs_of_a_column_share_a_sheet(tmp_path):
     assert (sheet.rows["Wanda"] == GREEN).all()
 
 
+def test_equal_labels_with_other_options_have_rows_of_their_own(tmp_path):
+    other = run_in(tmp_path / "b", "SparseGPT", GREEN, config__reorder__columns="descending")
+    runs = [run_in(tmp_path / "a", "SparseGPT", MAGENTA), other]
+    (sheet,) = sheets_of_runs(runs, "sparsity")
+    assert list(sheet.rows) == ["Dense", "SparseGPT", f"SparseGPT ({other[1]['run_id']})"]
+    assert (sheet.rows[f"SparseGPT ({other[1]['run_id']})"] == GREEN).all()
+
+
+def test_runs_beyond_the_last_row_keep_their_own_sheets(tmp_path, monkeypatch):
+    monkeypatch.setattr("rose_exp.report.sheets.ROWS", 3)
+    runs = [run_in(tmp_path / label, label, GREEN) for label in ("SparseGPT", "Wanda", "DSnoT")]
+    (sheet,) = sheets_of_runs(runs, "sparsity")
+    assert sheet.runs == [record["run_id"] for _, record in runs[:2]]
+
+
 def test_runs_with_other_conditions_do_not_share_a_sheet(tmp_path):
     runs = [
         run_in(tmp_path / "a", "SparseGPT", MAGENTA),
