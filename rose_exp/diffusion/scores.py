@@ -27,7 +27,7 @@ def load_scores(settings: ImagesSettings, prompts: Sequence[str], device: torch.
     This runs before any image is generated, so that missing weights and unsuitable prompts are reported early.
 
     Raises:
-        RoseExpError: weights or packages are unavailable, or a prompt names no digit although a metric needs one.
+        RoseExpError: weights or packages are unavailable, or the prompts do not suit a metric.
     """
     digits = [name for name in settings.metrics if name in DIGIT_METRICS]
     if digits:
@@ -49,13 +49,13 @@ def load_scores(settings: ImagesSettings, prompts: Sequence[str], device: torch.
 
 
 def _check_digits(prompts: Sequence[str], metrics: Sequence[str]) -> None:
-    where, needing = "evaluation.images", ", ".join(metrics)
+    where, distances = "evaluation.images", [name for name in metrics if name != "recognized"]
     for prompt in prompts if "recognized" in metrics else ():
         if requested_digit(prompt) is None:
-            expected = f"prompts that name one digit ({WORDS[0]} to {WORDS[-1]}) for {needing}"
+            expected = f"prompts that name one digit ({WORDS[0]} to {WORDS[-1]}) for recognized"
             raise RoseExpError(f"{where}.metrics: expected {expected}, got {prompt!r}")
-    if len(prompts) < 2 and metrics != ["recognized"]:
-        raise RoseExpError(f"{where}.samples: expected at least 2 for {needing}, got {len(prompts)}")
+    if len(prompts) < 2 and distances:
+        raise RoseExpError(f"{where}.samples: expected at least 2 for {', '.join(distances)}, got {len(prompts)}")
 
 
 def _recognized(_settings: ImagesSettings, _device: torch.device) -> Score:

@@ -21,7 +21,7 @@ PIPELINES = ("digits-sd3",)
 """Embedded pipelines with trained weights, which are folders in the data of this package."""
 
 DIGIT_METRICS = ("recognized", "digit_distance", "dense_distance")
-"""Metrics by the embedded classifier of digits. Every prompt must name one digit as a word, such as "a handwritten three"."""
+"""Metrics by the embedded classifier of digits. For the first, every prompt must name one digit as a word, such as "three"."""
 
 LIBRARIES = {  # modules that each image metric imports
     "distance": ("torchmetrics",),
