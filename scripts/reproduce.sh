@@ -4,11 +4,11 @@
 #   bash scripts/reproduce.sh STUDY [--models A,B] [--seeds 0,1,2] [--small] [SETTING=VALUE…]
 #
 # STUDY: table2 … table7, fig1, fig4, fig5_block_size, fig5_samples, fig5_window, threshold, plus, plus_nm, plus_parts, plus_order,
-#   plus_allocation, plus_permute (conf/experiment/rose_STUDY.yaml); obsdiff_table1 … obsdiff_table10, obsdiff_rose
+#   plus_allocation, plus_permute (conf/experiment/rose_STUDY.yaml); obsdiff_table1 … obsdiff_table13, obsdiff_fig3, obsdiff_rose
 #   (conf/experiment/STUDY.yaml).
 # --models: choices of conf/model to use instead of the paper's models.
 # --seeds: seeds of the calibration windows, the same for every method; the paper uses only 0.
-# --small: run the study on SmolLM2-135M with short texts, or, for diffusion models, on small pipelines with random weights. Two
+# --small: run the study on SmolLM2-135M with short texts, or, for diffusion models, on the embedded pipeline that draws digits. Two
 #   cores suffice, and no hub is needed. OATS takes most of the time; method=dense,sparsegpt,rose omits it.
 # Repeat the command to resume an interrupted study; finished runs are reused. The report is in outputs/STUDY/report, or with
 # --small in outputs/STUDY-small/report.
@@ -48,21 +48,27 @@ case "$study" in
   plus_order) columns=engine.block_size ;;
   obsdiff_table6) columns=diffusion.weighting ;;
   obsdiff_table7) columns=diffusion.packages ;;
+  obsdiff_table11) columns=diffusion.guidance ;;
+  obsdiff_table12) columns=diffusion.steps ;;
+  obsdiff_table13) columns=diffusion.scheduler ;;
+  obsdiff_fig3) columns=calibration.samples ;;
 esac
 
 if $small && [ "$extra" = diffusion ]; then
   folder="outputs/$study-small"
   export HF_HUB_OFFLINE=1
-  own=("model=small-sd3" "calibration.samples=16" "evaluation.images.samples=8")
-  ends='"transformer_blocks.0.*","transformer_blocks.3.*"'
+  own=("model=digits-sd3" "evaluation=digits" "calibration.samples=40" "diffusion.packages=2")
+  edges='"transformer_blocks.0.*","transformer_blocks.3.*"'
   case "$study" in
-    obsdiff_table1) own[0]="model=small-sd,small-sd3,small-flux" ;;
-    obsdiff_table2) own+=('pipeline.layers=["transformer_blocks.[1-3].*"]') ;;
-    obsdiff_table3) own[0]="model=small-sdxl" ;;
-    obsdiff_table4 | obsdiff_table9) own+=("pipeline.skip=[$ends]" "sparsity.ratio=0.15,0.25,0.5") ;; # 10 % of 4 heads rounds to none
-    obsdiff_table5) own+=("pipeline.skip=[$ends]" "diffusion.height=64" "diffusion.width=64") ;;
-    obsdiff_rose) own+=("engine.block_size=8") ;; # with the default, such a narrow model has no blocks to reorder
-    obsdiff_table10) own[0]="model=small-ddpm" ;;
+    obsdiff_table1) own+=("sparsity.ratio=0.3,0.4,0.5,0.6,0.7") ;;
+    obsdiff_table2) own+=('pipeline.layers=["*"]') ;;
+    obsdiff_table4 | obsdiff_table9) own+=("pipeline.skip=[$edges]" "sparsity.ratio=0.15,0.25,0.5") ;; # of 6 heads, 10 % and 15 % both remove one
+    obsdiff_table5) own+=("pipeline.skip=[$edges]") ;;
+    obsdiff_table7) own[3]="diffusion.packages=1,2,4,10" ;;
+    obsdiff_table10) own=("model=small-ddpm" "calibration.samples=16" "evaluation.images.samples=8") ;; # its weights are random
+    obsdiff_table11) own+=("diffusion.guidance=1.0,2.0,3.0") ;;
+    obsdiff_table12) own+=("diffusion.steps=10,25,50") ;;
+    obsdiff_fig3) own[2]="calibration.samples=5,10,20,40,80" ;;
   esac
   settings=("${own[@]}" "${settings[@]}")
 elif $small; then
