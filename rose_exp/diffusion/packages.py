@@ -18,6 +18,7 @@ from ..pruning.loop import Pruner, Unit
 from ..runtime.errors import RoseExpError
 from . import denoiser
 from .denoiser import tokens_of
+from .reconstruction import DenoiserReconstruction
 from .sampling import Sampler
 
 StepWeights = Callable[[int, int], float]
@@ -57,6 +58,7 @@ class PackagePruner(Pruner):
 
     Attributes:
         facts: time and memory of each package.
+        reconstruction: training of the pruned blocks, or None.
     """
 
     kind = "package"
@@ -75,7 +77,9 @@ class PackagePruner(Pruner):
         if plan.true_sequential:
             raise RoseExpError("pipeline.true_sequential: expected false for a diffusion model, got true")
         context = replace(context or PruneContext(), first_block=None)  # its key does not cover the options of sampling
-        super().__init__(plan, context, components_for(plan, context))
+        components = components_for(replace(plan, reconstruction=None), context)
+        self.reconstruction = DenoiserReconstruction(plan.reconstruction, context) if plan.reconstruction else None
+        super().__init__(plan, context, [*components, self.reconstruction] if self.reconstruction else components)
         self.sampler, self.layers, self.packages = sampler, layers, packages
         self.prompts, self.seeds, self.weights = prompts, seeds, weights
         self.facts: list[Package] = []
@@ -112,7 +116,9 @@ class PackagePruner(Pruner):
                 torch.cuda.max_memory_allocated() if cuda else None,
             )
         )
-        return reports
+        if self.reconstruction is None:
+            return reports
+        return [replace(report, reconstruction=self.reconstruction.ratio_of(report.name)) for report in reports]
 
     def calibrate(self, unit: Unit, calibration: Calibration) -> list[GroupInputs]:
         collected = self.collect_moments(calibration.groups, unit.name, calibration.clock)
@@ -162,5 +168,8 @@ class PackagePruner(Pruner):
     def _changed_modules(self, unit: Unit) -> nn.Module:
         """Return a module with all layers that pruning a package changes."""
         names = {layer.name for group in unit.groups for layer in group}
-        changed = sorted(names | self.changed_with(unit, names))
-        return nn.ModuleDict({name.replace(".", "/"): unit.module.get_submodule(name) for name in changed})
+        changed = names | self.changed_with(unit, names)
+        if self.reconstruction is not None:
+            blocks = self.reconstruction.completed(unit.index)
+            changed = {name for name in changed if not name.startswith(tuple(f"{block}." for block in blocks))} | set(blocks)
+        return nn.ModuleDict({name.replace(".", "/"): unit.module.get_submodule(name) for name in sorted(changed)})

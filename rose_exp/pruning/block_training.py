@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,30 @@ from ..settings.reconstruction import Reconstruction
 
 if TYPE_CHECKING:
     from .context import PruneContext
-    from .reconstruction import Stage
+    from .loop import Unit
 
 SEED = 0  # of the order of the windows
+
+
+class Pieces(Protocol):
+    """Calibration data in batches."""
+
+    pieces: Sequence[slice]
+
+
+class Stage(Protocol):
+    """A part of a block that is trained at once.
+
+    Attributes:
+        unit: the block.
+        inputs: batches of its inputs in the pruned model.
+    """
+
+    unit: Unit
+    inputs: Pieces
+
+    def error(self, batch: slice, /) -> Tensor:
+        """Return the sum of errors over a batch, with gradients for the parameters of the block."""
 
 
 class Training:

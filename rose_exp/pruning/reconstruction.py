@@ -7,7 +7,7 @@ and norms of the block are trained as well. Training attention and MLP separatel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,10 @@ class BlockReconstruction(Component):
                 for n in range(len(unit.stages))
             ]
             done: set[int] = set()
-            for training, layers in zip([*inner, whole], layers_of_stages(unit), strict=True):
+            names = {report.name for report in unit.reports if report.fallback != "dense"}  # starved experts stay dense
+            if unit.plan.structured:  # the layers that produce removed heads and neurons have no reports
+                names |= pruner.changed_with(unit, names)
+            for training, layers in zip([*inner, whole], layers_of_stages(unit, names), strict=True):
                 parameters = trainable(unit, layers, done) if layers else []
                 training.run(parameters)
                 done |= {id(parameter) for parameter, _ in parameters}
@@ -102,14 +105,14 @@ class BlockReconstruction(Component):
         return {"reconstruction": self.ratio}
 
 
-def layers_of_stages(unit: BlockUnit) -> list[list[LinearLayer]]:
+def layers_of_stages(unit: BlockUnit, pruned: Collection[str]) -> list[list[LinearLayer]]:
     """Return the pruned layers of each stage: those called up to its last layer, and after that of the stage before.
 
-    Starved experts that stay dense are not among them.
+    Args:
+        pruned: names of the layers that pruning has changed.
     """
     found: list[list[LinearLayer]] = [[]]
     ends = set(unit.stages)
-    pruned = {report.name for report in unit.reports if report.fallback != "dense"}
     for name in unit.called:
         if name in pruned:
             found[-1].append(unit.layers[name])

@@ -47,9 +47,10 @@ def kind_problems(sections: Mapping[str, Any]) -> list[str]:
                 problems.append(
                     f"{name}: expected none for a diffusion model, whose steps share all layers, got {values_of(section)}"
                 )
-        if options := sections.get("reconstruction"):
-            expected = "none for a diffusion model, which it does not support"
-            problems.append(f"reconstruction: expected {expected}, got {values_of(options)}")
+        options = sections.get("reconstruction")
+        if options and options.parts == "separate":
+            reason = "whose blocks are trained at once"
+            problems.append(f"reconstruction.parts: expected together for a diffusion model, {reason}, got separate")
         if sections.get("sparsity_config"):
             problems.append("sparsity_config: expected false for a diffusion model, got true")
         pipeline, figures = sections.get("pipeline"), sections.get("figures")
@@ -73,11 +74,11 @@ def structured_problems(sections: Mapping[str, Any]) -> list[str]:
     problems = []
     if method.name not in METHODS_OF_GROUPS:
         problems.append(f"method: expected one of {', '.join(METHODS_OF_GROUPS)} with structured sparsity, got {method.name}")
-    for name in ("reorder", "refine", "target", "allocation", "reconstruction"):
+    for name in ("reorder", "refine", "target", "allocation"):
         section = sections.get(name)
         if section:
-            reason = "it does not support" if name == "reconstruction" else "updates the weights itself"
-            problems.append(f"{name}: expected none with structured sparsity, which {reason}, got {values_of(section)}")
+            reason = "which updates the weights itself"
+            problems.append(f"{name}: expected none with structured sparsity, {reason}, got {values_of(section)}")
     pipeline, figures = sections.get("pipeline"), sections.get("figures")
     if pipeline is not None and pipeline.permute:
         problems.append("pipeline.permute: expected false with structured sparsity, got true")

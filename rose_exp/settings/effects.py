@@ -131,7 +131,7 @@ COMPONENTS: dict[str, tuple[frozenset[Mode], When]] = {
     "permutation": (PRUNED_LANGUAGE, PERMUTED),
     "target": (PRUNED_LANGUAGE, TARGETED),
     "refinement": (PRUNED, REFINED),
-    "reconstruction": (PRUNED_LANGUAGE, RECONSTRUCTED),
+    "reconstruction": (PRUNED, RECONSTRUCTED),
 }
 """Optional parts of a run: the runs that can have them, and the condition under which they have an effect."""
 
@@ -234,8 +234,8 @@ EFFECTS: dict[str, Effect] = {
     "target": Effect(PRUNED_LANGUAGE, TARGETED, role="row"),
     "target.strength": Effect(PRUNED_LANGUAGE, role="row"),
     "target.residual": Effect(PRUNED_LANGUAGE, role="row"),
-    "reconstruction": Effect(PRUNED_LANGUAGE, RECONSTRUCTED, role="row"),
-    "reconstruction.epochs": Effect(PRUNED_LANGUAGE, role="row"),
+    "reconstruction": Effect(PRUNED, RECONSTRUCTED, role="row"),
+    "reconstruction.epochs": Effect(PRUNED, role="row"),
     "pipeline.layers": Effect(EVERYTHING, of_dense=SPARSITY_ALONE, moments=True, unordered=True),
     "pipeline.skip": Effect(EVERYTHING, of_dense=SPARSITY_ALONE, moments=True, unordered=True),
     "pipeline.true_sequential": Effect(PRUNED_LANGUAGE, moments=True),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rose_exp.engine import Ordering, SemiStructured, SparseGPT, Target, Unstructured, Wanda
+from rose_exp.engine.groups import Structured
 from rose_exp.models import all_linear_layers, find_blocks, linear_layers
 from rose_exp.pruning import PruneContext, PruningPlan, RunState, prune_model
 from rose_exp.pruning.block_training import Training
@@ -90,7 +91,7 @@ def test_attention_is_trained_before_the_mlp(monkeypatch):
     original = BlockReconstruction.after_unit
 
     def after_unit(self, unit):
-        stages.append([[layer.name.split(".")[-1] for layer in layers] for layers in layers_of_stages(unit)])
+        stages.append([[layer.name.split(".")[-1] for layer in layers] for layers in layers_of_stages(unit, set(unit.layers))])
         original(self, unit)
 
     monkeypatch.setattr(BlockReconstruction, "after_unit", after_unit)
@@ -226,6 +227,25 @@ def test_it_combines_with_every_other_part_of_a_plan():
     alone, _ = pruned(dense, plan)
     model, _ = pruned(dense, replace(plan, reconstruction=OPTIONS))
     assert distance(model, dense) < distance(alone, dense)
+
+
+@pytest.mark.parametrize("parts", ["separate", "together"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_heads_and_neurons_stay_removed(family, parts):
+    """The layers that produce the kept heads and neurons are trained as well."""
+    dense = build(family)
+    plan = PruningPlan(SparseGPT(), Structured(0.5), reconstruction=replace(OPTIONS, parts=parts, rate=1e-4))
+    alone, _ = pruned(dense, replace(plan, reconstruction=None))
+    model, reports = pruned(dense, plan)
+    assert distance(model, dense) < distance(alone, dense)
+    assert all(0 < report.reconstruction < 1 for report in reports)
+    first, trained = (linear_layers(find_blocks(m).blocks[0], "") for m in (alone, model))
+    changed: dict[str, set[bool]] = {}
+    for before, after in zip(first, trained, strict=True):
+        assert torch.equal(before.weight == 0, after.weight == 0), before.name
+        changed.setdefault(before.name.split(".")[-2], set()).add(not torch.equal(before.weight, after.weight))
+    assert all(len(answers) == 1 for answers in changed.values())  # a stage that does not help is undone as a whole
+    assert {True} in changed.values()
 
 
 def test_dense_hidden_states_are_those_of_the_dense_model(monkeypatch):

@@ -56,6 +56,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 DIFFUSION: dict[str, dict[str, Any]] = {
     "images": {},
     "images embedded": EMBEDDED_PIPELINE,
+    "images reconstructed": {"reconstruction.epochs": 4, "reconstruction.parts": "together"},
     "images structured": {"sparsity.pattern": "structured"},
     "images structured wanda": {"sparsity.pattern": "structured", "method.name": "wanda"},
     "images ordered": {"reorder.columns": "descending"},
@@ -84,6 +85,7 @@ MEASURED = set(LANGUAGE) - {"nothing measured"}
 TASKS = MEASURED - {"no tasks"}
 SCORED = {"images scored", "dense images scored"}
 LAST = "images with options"
+RECONSTRUCTED = {"reconstructed", "images reconstructed", LAST}
 IMAGES = set(DIFFUSION) - {"no images", "dense no images"}
 SAMPLED = set(DIFFUSION) - {"dense no images"}
 NOWHERE: set[str] = set()
@@ -169,8 +171,8 @@ MATTERS: dict[str, set[str]] = {
     "refine.growth": {"masks", LAST},
     "refine.every": {"masks", LAST},
     "refine.relaxation": {"masks", LAST},
-    "reconstruction.epochs": PRUNED_LANGUAGE,
-    **{f"reconstruction.{n}": {"reconstructed"} for n in ("parts", "rate", "batch", "held_out", "patience")},
+    "reconstruction.epochs": PRUNED,
+    **{f"reconstruction.{name}": RECONSTRUCTED for name in ("parts", "rate", "batch", "held_out", "patience")},
     "target.strength": PRUNED_LANGUAGE,
     "target.residual": PRUNED_LANGUAGE,
     "target.damping": {"target", "residual"},

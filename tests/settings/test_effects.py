@@ -186,7 +186,7 @@ def test_options_in_effect_are_those_that_settings_build(bases, mode):
         "allocation": language and bool(settings.allocation),
         "target": language and bool(settings.target),
         "refinement": bool(settings.refine),
-        "reconstruction": language and bool(settings.reconstruction),
+        "reconstruction": bool(settings.reconstruction),
     }
     assert acting(bases[mode]) == {name for name, is_built in built.items() if is_built and pruned}
     permuted = changed(bases[mode], "pipeline.permute", True)
