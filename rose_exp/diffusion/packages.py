@@ -84,8 +84,7 @@ class PackagePruner(Pruner):
         self.prompts, self.seeds, self.weights = prompts, seeds, weights
         self.facts: list[Package] = []
         self.moments_bytes = 0
-        for component in self.components:
-            component.check(self)
+        self.check(layers[name] for package in packages for unit in package for name in unit.names)
 
     def modules(self) -> Iterator[tuple[nn.Module, str]]:
         yield self.sampler.denoiser, ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models import BlockList, find_blocks, linear_layers, shared_layers, unstacked_experts
+from ..models import BlockList, all_linear_layers, find_blocks, linear_layers, shared_layers, unstacked_experts
 from ..runtime.errors import RoseExpError
 from ..runtime.files import scratch_folder
 from .activations import Activations
@@ -111,8 +111,7 @@ class BlockPruner(Pruner):
         self.dense_calls: Calls = {}
         self.folder = Path()
         context.warn("left_dense", check_plan(self.blocks, plan), "not linear layers, but convolutions or recurrences")
-        for component in self.components:
-            component.check(self)
+        self.check(layer for layer in all_linear_layers(self.blocks) if plan.wants(layer.name))
 
     def modules(self) -> Iterator[tuple[nn.Module, str]]:
         for index, block in enumerate(self.blocks.blocks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from ..runtime.errors import RoseExpError
 from .collect import Calibration, Clock, GroupInputs
 from .component import Component, Group
 from .context import PruneContext, synchronized_now
-from .plan import PruningPlan
+from .plan import PruningPlan, concerns
 from .report import LayerReport, report_of, saved_numbers
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,19 @@ class Pruner(ABC):
     def stop_inside(self, unit: Unit, reports: Sequence[LayerReport]) -> None:
         """Handle a stop request between two groups: save the pruned layers and stop, or finish the unit first."""
         return
+
+    def check(self, layers: Iterable[LinearLayer]) -> None:
+        """Check that the model suits the plan, before any long work.
+
+        Args:
+            layers: the layers to prune.
+        Raises:
+            RoseExpError: the model does not support a capability.
+        """
+        for reason, names in concerns(self.plan, layers).items():
+            self.context.warn("unsuitable_method", names, reason)
+        for component in self.components:
+            component.check(self)
 
     @torch.no_grad()
     def run(self) -> list[LayerReport]:

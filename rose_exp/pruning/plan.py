@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -124,6 +124,16 @@ class PruningPlan(LayerOptions, SolverOptions):
 
     def method_for(self, name: str) -> Method:
         return next((method for pattern, method in self.methods.items() if fnmatchcase(name, pattern)), self.method)
+
+
+def concerns(plan: PruningPlan, layers: Iterable[LinearLayer]) -> dict[str, list[str]]:
+    """Return the names of the layers for which the plan's method is unlikely to work well, by the reason."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        reason = None if plan.structured else plan.method_for(layer.name).concern(layer.columns, plan.sparsity)
+        if reason is not None:
+            found.setdefault(reason, []).append(layer.name)
+    return found
 
 
 def check_plan(blocks: BlockList, plan: PruningPlan) -> list[str]:

@@ -65,8 +65,7 @@ class ModelPruner(Pruner):
         self.blocks: BlockList = context.weights.blocks if context.weights is not None else find_blocks(model, plan.blocks)
         self.weights = context.weights or InMemory(self.blocks)
         check_plan(self.blocks, plan)
-        for component in self.components:
-            component.check(self)
+        self.check(layer for layer in all_linear_layers(self.blocks) if plan.wants(layer.name))
         self.groups: list[list[list[str]]] = [[] for _ in self.blocks.blocks]  # layers by shared input, in call order
         with running_blocks(self.weights, context.device):
             check_decoder(model, tokens)

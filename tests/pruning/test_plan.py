@@ -10,6 +10,7 @@ import rose_exp
 from rose_exp.engine import (
     METHODS,
     Allocation,
+    DSnoT,
     InputMoments,
     Magnitude,
     Ordering,
@@ -23,8 +24,8 @@ from rose_exp.engine import (
     prune_layer,
     prune_layers,
 )
-from rose_exp.models import LinearLayer
-from rose_exp.pruning import LayerReport, PruningPlan, events, prune_model, saved_and_total
+from rose_exp.models import LinearLayer, all_linear_layers, find_blocks
+from rose_exp.pruning import LayerReport, PruneContext, PruningPlan, events, prune_model, saved_and_total
 from rose_exp.pruning.report import report_of, saved_numbers
 from rose_exp.runtime.errors import RoseExpError
 
@@ -231,3 +232,20 @@ def test_run_record_lists_layers_whose_sparsity_differs(small, tmp_path, pattern
     if pattern == "2:128":
         assert {event["layer"].rpartition(".")[2] for event in found} == {"down_proj"}
         assert {event["detail"] for event in found} == {"requested 0.01562, reached 0.01163"}
+
+
+@pytest.mark.parametrize("sparsity", [Unstructured(0.5), SemiStructured(2, 4), Unstructured(0.9)], ids=str)
+@pytest.mark.parametrize("cycles", [0, 1, 2, 50])
+def test_cycles_that_can_replace_much_of_the_mask_give_a_warning(sparsity, cycles):
+    """The warning names exactly the narrow layers, except those whose options leave the initial mask."""
+    model, warnings = build("llama"), []
+    plan = PruningPlan(DSnoT(max_cycles=cycles), sparsity, methods={"*.q_proj": DSnoT(max_cycles=0)})
+    prune_model(model, tokens(2), plan, PruneContext(on_warning=lambda *warning: warnings.append(warning)))
+    layers = [x for x in all_linear_layers(find_blocks(model)) if not x.name.endswith("q_proj")]
+    narrow = [x.name for x in layers if cycles > 0.25 * x.columns * (1 - float(sparsity.ratio))]
+    found = [detail for kind, detail in warnings if kind == "unsuitable_method"]
+    assert bool(found) == bool(narrow)
+    assert all(
+        narrow[0] in "".join(found) and f"{cycles} cycles can replace more than 25% of the" in detail for detail in found
+    )
+    assert "q_proj" not in "".join(found)

@@ -135,6 +135,10 @@ class Method(ABC):
         """
         return (Working(squares=2, kept=2.25, largest=11),)
 
+    def concern(self, columns: int, sparsity: Sparsity) -> str | None:
+        """Return why the method is unlikely to work well on a layer with ``columns`` inputs; None if there is no reason."""
+        return None
+
     @abstractmethod
     def prune(self, layer: Layer) -> Solution: ...
 

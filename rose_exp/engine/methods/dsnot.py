@@ -21,6 +21,7 @@ from ..hessian import Factor
 from ..patterns import SemiStructured, Sparsity
 from .base import Layer, Method, Solution, drop
 
+LARGEST_SHARE = 0.25  # of the kept weights of a row that cycles can replace without a concern
 SEQUENCE_LENGTH = 2048  # tokens over which the authors sum the error that update_threshold is compared with
 
 
@@ -42,6 +43,20 @@ class DSnoT(Method):
     update_threshold: Annotated[float, Ge(0)] = 0.1
     variance_power: Annotated[float, Ge(0)] = 1.0
     same_sign: bool | None = None
+
+    def concern(self, columns: int, sparsity: Sparsity) -> str | None:
+        """Return a concern about rows in which the cycles can replace a large part of the mask.
+
+        The authors' number of cycles is for layers of 4096 columns or more, in which it replaces a few percent. The cycles
+        reduce only the mean error. In narrow layers, they replace most of the initial mask, and the result is much worse.
+        """
+        kept = float(columns * (1 - sparsity.ratio))
+        if self.max_cycles <= LARGEST_SHARE * kept:
+            return None
+        return (
+            f"{self.max_cycles} cycles can replace more than {LARGEST_SHARE:.0%} of the {kept:.0f} kept weights of a row; "
+            "lower method.options.max_cycles"
+        )
 
     @property
     def retained(self) -> Working:
