@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
@@ -107,6 +108,12 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def legend_below(figure: Figure, axes: Axes, **options: Any) -> None:
+    """Add a legend of the axes below all axes, where it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=8, **options)
+
+
 def layers_figure(record: Mapping[str, Any]) -> Figure:
     """Plot relative error and relative range of the layers over the blocks, with one line per kind of layer."""
     figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
@@ -126,13 +133,13 @@ def layers_figure(record: Mapping[str, Any]) -> Figure:
     threshold = record["config"]["reorder"]["threshold"]
     if threshold is not None:
         right.axhline(threshold, color="black", lw=0.8, ls="--", label=f"threshold {threshold:g}")
-    right.set_ylim(0, 1)
-    left.set(xlabel="block", ylabel="relative error of the layer's output", title="reconstruction error")
-    right.set(xlabel="block", ylabel="relative range of block losses", title="columnar pattern")
+    right.set_ylim(-0.04, 1.04)
+    left.set(xlabel="transformer block", ylabel="relative error of the layer's output", title="error after pruning")
+    right.set(xlabel="transformer block", ylabel="relative range of the column blocks", title="columnar pattern")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    right.legend(fontsize=7, ncols=2)
+    legend_below(figure, right)
     title = f"{record['label']}, {record['protocol']['model']['name']}, {_pattern(record)}"
     figure.suptitle(figure_label(title), fontsize=10)
     return figure
@@ -144,7 +151,7 @@ def _pattern(record: Mapping[str, Any]) -> str:
 
 
 def orders_figure(study: Mapping[str, Any]) -> Figure:
-    """Plot the cumulative error over pruned blocks for several orders, and the total error by position of the costliest block.
+    """Plot the cumulative error over pruned column blocks for several orders, and the error by position of the costliest one.
 
     Corresponds to Fig. 1a and 1c of the ROSE paper.
     """
@@ -153,16 +160,17 @@ def orders_figure(study: Mapping[str, Any]) -> Figure:
     for i, (name, errors) in enumerate(study["cumulative"].items()):
         style = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 3, "lw": 1.2, "label": figure_label(name)}
         left.plot(range(1, len(errors) + 1), errors, **style)
-    left.set(xlabel="blocks pruned", ylabel="cumulative relative error (damped)", title="order of all blocks")
-    left.legend(fontsize=8)
+    left.set(xlabel="column blocks pruned", ylabel="cumulative relative error (damped)", title="order of all column blocks")
+    left.legend(fontsize=8, loc="upper left")
     right.plot(range(1, len(study["moved"]) + 1), study["moved"], color=COLOURS[0], marker="o", ms=3, lw=1.2)
     original = study["worst"] + 1
     right.axvline(original, color="black", lw=0.8, ls="--", label=f"original position {original}")
-    right.set(xlabel="position of the costliest block", ylabel="relative error", title="one block moved, others left to right")
-    right.legend(fontsize=8)
+    right.set(xlabel="position of the costliest column block", ylabel="relative error", title="one column block moved")
+    right.legend(fontsize=8, loc="lower right")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
+        axes.margins(y=0.1)
         axes.grid(alpha=0.3)
     figure.suptitle(figure_label(f"{study['layer']}, {study['sparsity']}"), fontsize=10)
     return figure
@@ -198,7 +206,7 @@ def reorderings_figure(study: Mapping[str, Any]) -> Figure:
         axes.set(xlabel="unstructured sparsity", title=figure_label(f"{direction} by expected loss"))
         axes.grid(alpha=0.3, axis="y")
     panels[0].set(ylabel="relative error of the layer's output")
-    panels[0].legend(title="reordered", fontsize=8)
+    legend_below(figure, panels[0], title="reordered")
     figure.suptitle(figure_label(study["layer"]), fontsize=10)
     return figure
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..runtime.escaping import figure_label, visible
 from .conditions import SPARSITY, column_of
-from .figures import COLOURS, DPI, FOLDER, MARKERS, SHEET, STUDIES, read_studies
+from .figures import COLOURS, DPI, FOLDER, MARKERS, SHEET, STUDIES, legend_below, read_studies
 from .gather import DESCRIPTIVE, Report, Table
 from .sheets import Sheet
 from .text import NOTHING, blocks, caption, notes
@@ -111,8 +111,9 @@ def values_figure(table: Table) -> Figure:
         axes.set_yscale("log")
     axes.set_xticks(range(len(table.names)), list(map(figure_label, table.names)))
     axes.set(xlabel=figure_label(table.columns), ylabel=figure_label(table.metric))
+    axes.margins(x=0.08, y=0.08)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    legend_below(figure, axes)
     return figure
 
 
@@ -136,8 +137,9 @@ def differences_figure(report: Report, table: Table) -> Figure:
     axes.set_yscale("symlog", linthresh=10)
     axes.set_xticks(range(len(table.names)), list(map(figure_label, table.names)))
     axes.set(xlabel=figure_label(table.columns), ylabel=figure_label(f"% of {report.baseline}, 95 % interval"))
+    axes.margins(x=0.08, y=0.08)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    legend_below(figure, axes)
     return figure
 
 
