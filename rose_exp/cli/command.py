@@ -19,7 +19,7 @@ from .composer import COMPOSITION_ERRORS, RUN_ID, Composer, one_line
 from .hydra_files import stored_secrets
 from .overrides import SEVERAL, as_text, choices, choices_error, valid_overrides
 from .paths import config_folder
-from .plugins import add_methods
+from .plugins import add_choices
 from .quoting import value_hint
 
 __all__ = ["Command", "check_command", "config_folder"]
@@ -60,7 +60,7 @@ def check_command(arguments: Sequence[str]) -> Command:
     if parsed.experimental_rerun:
         raise SettingsError(["--experimental-rerun: not supported; give the settings of the run, and rerun=true"])
     if any((parsed.help, parsed.hydra_help, parsed.cfg, parsed.info, parsed.shell_completion)):
-        add_methods()  # Hydra composes the configuration itself
+        add_choices()  # Hydra composes the configuration itself
         return Command([], set(), None, False)
     composer = Composer(parsed)
     overrides, problems = valid_overrides(composer, parsed.overrides)

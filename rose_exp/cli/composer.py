@@ -36,7 +36,7 @@ from ..runs.identity import register_resolver
 from ..runtime.errors import SettingsError
 from ..settings.messages import UNQUOTED_PATTERN
 from .paths import config_folder
-from .plugins import add_methods, prefer_own_files
+from .plugins import add_choices, prefer_own_files
 
 register_resolver()  # configuration files use it
 
@@ -70,7 +70,7 @@ class Composer:
         version.setbase(VERSION_BASE)
         setup_globals()
         prefer_own_files()
-        add_methods()
+        add_choices()
         self.name = parsed.config_name or CONFIG_NAME
         self.parser = OverridesParser.create()
         try:

@@ -41,10 +41,10 @@ def _run() -> None:
         import hydra
 
         from .paths import config_folder
-        from .plugins import add_methods, prefer_own_files
+        from .plugins import add_choices, prefer_own_files
 
         prefer_own_files()
-        add_methods()
+        add_choices()
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_no_task)()
     else:
         from .app import main as run  # slow to import

@@ -24,11 +24,17 @@ GROUPS = {  # the groups of conf/ in the order of a run, with their descriptions
     "allocation": "sparsity allocation across layers",
     "target": "the layers' regression target",
     "reconstruction": "training of each pruned block",
-    "tracking": "the experiment tracker, in addition to the run record",
+    "tracking": "experiment trackers, in addition to the run record; [a,b] selects several",
     "experiment": "a complete study: choices of the groups above and the axes of its sweep",
     "debug": "a tiny version of any run, as a smoke test",
     "hydra/launcher": "where the jobs of a sweep run (default: one after the other in this process)",
     "hydra/sweeper": "how a sweep chooses its jobs (default: every combination)",
+}
+PLUGINS = {  # entry point groups whose names are choices
+    "method": "rose_exp.methods",
+    "calibration": "rose_exp.datasets",
+    "evaluation": "rose_exp.datasets",
+    "tracking": "rose_exp.trackers",
 }
 USAGE = """rose-exp: one-shot pruning of large language and diffusion models
 
@@ -57,11 +63,11 @@ def help_text(parsed: argparse.Namespace | None = None) -> str:
     for group, description in GROUPS.items():
         files = {path.stem: path for folder in reversed(folders) for path in (folder / group).glob("*.yaml")}
         choices = [path for name, path in sorted(files.items()) if not name.startswith("_")]
-        width = max(len(path.stem) for path in choices)
+        installed = declared(PLUGINS[group]) if group in PLUGINS else {}
+        width = max(map(len, [*files, *installed]))
         lines.append(f"{group}: {description}")
         lines += [f"  {path.stem.ljust(width)}  {_first_sentence(path)}" for path in choices]
-        if group == "method":
-            lines += [f"  {name.ljust(width)}  of {source}" for name, source in declared("rose_exp.methods").items()]
+        lines += [f"  {name.ljust(width)}  of {source}" for name, source in installed.items()]
         lines.append("")
     lines += ["Ungrouped settings with their defaults (--hydra-help lists Hydra's own options):", *_single_settings()]
     return "\n".join(lines)

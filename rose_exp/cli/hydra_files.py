@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from ..runtime.redaction import redact, redacted
 
+NAMES = ("project", "entity", "group", "name", "job_type")  # of runs in W&B
 WRITERS = (hydra.core.utils, hydra._internal.hydra, hydra._internal.core_plugins.basic_sweeper)
-LABELS = ("tags", "tracking.project", "tracking.entity", "tracking.group", "tracking.name", "tracking.job_type")
+LABELS = ("tags", *(f"tracking.wandb.{name}" for name in NAMES), "tracking.accelerate.project")
 """Settings that only name a run. No part of a run reads a secret in them."""
 
 

@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..runtime.errors import suggest
 from ..settings.messages import UNQUOTED_PATTERN, unquoted_pattern
+from ..settings.tracking import moved_setting
 from .composer import COMPOSITION_ERRORS, Composer
 from .quoting import quoted_path, syntax_hint, value_hint
 
 ADD_MULTIRUN = "add -m to run one job per value"
-SEVERAL = ("evaluation",)  # groups that allow several choices in one run
+SEVERAL = ("evaluation", "tracking")  # groups that allow several choices in one run
 
 
 def valid_overrides(composer: Composer, texts: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -85,7 +86,12 @@ def _group_problems(composer: Composer, override: Override) -> list[str]:
         if isinstance(choice, list) and group not in SEVERAL:
             problems.append(choices_error(group, [str(name) for name in choice]))
             continue
-        for name in choice if isinstance(choice, list) else [choice]:
+        names = choice if isinstance(choice, list) else [choice]
+        if len(set(map(str, names))) < len(names):
+            problems.append(f"{group}: expected each choice once, got [{', '.join(map(str, names))}]")
+        if group == "tracking" and len(names) > 1 and "none" in names:
+            problems.append(f"{group}: expected none alone or trackers, got [{', '.join(map(str, names))}]")
+        for name in names:
             if name is not None and str(name) not in options:
                 expected = f"one of {', '.join(options)}"
                 hint = f"; {UNQUOTED_PATTERN}" if unquoted_pattern(name) in options else suggest(name, options)
@@ -137,6 +143,12 @@ def _key_problems(composer: Composer, override: Override, config: DictConfig) ->
     names = _all_names({name: config._get_node(name) for name in config if name != "hydra"})
     if key in names or OmegaConf.select(config, key, throw_on_missing=False) is not None:
         return []
+    if moved := moved_setting(key):
+        return [moved]
+    group, _, part = key.partition(".")
+    choice = part.partition(".")[0]
+    if choice in composer.options(group) and f"{group}.{choice}" not in names and group in SEVERAL:
+        return [f"{key}: no such setting; it requires {group}={choice}, or {group}=[a,{choice}] in addition to others"]
     groups = composer.options("", ObjectType.GROUP)
     return [f"{key}: no such setting{suggest(key, [*names, *groups])}"]
 

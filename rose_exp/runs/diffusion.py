@@ -153,7 +153,7 @@ class DiffusionRun(Run):
         label = f"{self.settings.label}, {self.settings.sparsity.parsed}"
         dense, own = (_channels_last(images[:count]) for images in (self.dense, pruned.images))
         sheet = draw_run(Pictures(dense, own, self.evaluated.texts[:count]), label, self.folder.root)
-        self.tracker.log("figure", "contact_sheet", sheet)
+        self.trackers.log("figure", "contact_sheet", sheet)
 
     def save(self, place: Path) -> Path:
         return save_pipeline(self.pipeline, place, model_card(self.record.data, self.settings))

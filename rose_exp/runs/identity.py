@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..settings.effective import Setting, settings_of
 from ..settings.plugins import used_plugins
 from ..settings.pruning import DENSE
 from ..settings.schema import Settings, read_settings
-from ..settings.texts import PROMPTS, prompts_file, text_format
+from ..settings.texts import PROMPTS, TextSettings, prompts_file, text_format
 
 LENGTH = 12  # hexadecimal digits: the chance of a collision among a million runs is 1 in 500
 UNKNOWN = "unknown"
@@ -56,9 +57,19 @@ def _values(config: dict[str, Any], metric: str | None = None) -> dict[str, Any]
     return {setting.name: _contents(setting) for setting in settings_of(config, metric)}
 
 
-def plugins_of(settings: Settings) -> dict[str, str]:
+def plugins_of(settings: Settings) -> dict[str, Any]:
     """Return the sources and fingerprints of the parts of other packages that a run uses."""
-    return used_plugins(settings.method.name, settings.reorder.score if settings.reorder else "") if settings.pruned else {}
+    images = settings.evaluation.images if settings.model.kind == "diffusion" else None
+    texts: list[TextSettings] = [*settings.evaluation.perplexity.values(), *([images] if images is not None else [])]
+    if not settings.pruned:
+        return used_plugins("", "", _datasets(texts))
+    score = settings.reorder.score if settings.reorder else ""
+    return used_plugins(settings.method.name, score, _datasets([settings.calibration, *texts]))
+
+
+def _datasets(texts: Iterable[TextSettings]) -> set[str]:
+    """Return the data sets of other packages that supply texts."""
+    return {text.used_plugin for text in texts if text.used_plugin is not None}
 
 
 def _contents(setting: Setting) -> Any:

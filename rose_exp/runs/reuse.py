@@ -18,7 +18,7 @@ import torch
 from ..report.figures import FOLDER, SHEET, STUDIES, draw_figures
 from ..settings.effective import complete, effective, within
 from ..settings.schema import Settings
-from ..tracking import FailSafeTracker, Identity, is_tracked
+from ..tracking import Identity, Trackers, entries, read_record, untracked
 from ..tracking.record import write_record
 from .folder import RunFolder
 
@@ -47,32 +47,45 @@ def lacking(settings: Settings, record: Mapping[str, Any], folder: Path) -> list
 def supplement(
     record: dict[str, Any], settings: Settings, config: Mapping[str, Any], folder: Path, identity: Identity | None = None
 ) -> dict[str, Any]:
-    """Draw the figures of a finished run and log it to the tracker, if the settings request this and the run lacks it.
+    """Draw the figures of a finished run and log it to trackers, if the settings request this and the run lacks it.
 
     Args:
         config: the configuration of ``settings``.
-        identity: the name of the run for the tracker; if None, its method, model and pattern.
+        identity: the name of the run for trackers; if None, its method, model and pattern.
     Returns:
-        The run record, including the tracker of the run.
+        The run record, including the trackers of the run.
     """
     if settings.figures.draw and not _drawn(record, folder):
         draw_figures(record, folder)
-    if not settings.tracking.active or is_tracked(settings.tracking, record, folder):
+    names = untracked(settings.tracking, record, folder)
+    if not names:
         return record
-    log.info("logging the results of the finished run to %s, without pruning again", settings.tracking.kind)
+    log.info("logging the results of the finished run to %s, without pruning again", ", ".join(names))
     data = record | {"config": record["config"] | {"tracking": config["tracking"]}}
-    identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
-    tracker = FailSafeTracker(settings.tracking, SimpleNamespace(data=data, kept=True), identity, folder, settings.tags)
+    trackers = Trackers(settings, SimpleNamespace(data=data, kept=True), folder, identity, names)
     for step, layer in enumerate(record["layers"]):
-        tracker.log("layer", step, layer)
-    tracker.log("results", record["metrics"], record["layers"])
+        trackers.log("layer", step, layer)
+    trackers.log("results", record["metrics"], record["layers"])
     for path in sorted((folder / FOLDER).glob("*.png")):
-        tracker.log("figure", path.stem, path)
+        trackers.log("figure", path.stem, path)
     model = RunFolder(folder).model
-    tracker.log("keep", RunFolder(folder).record, model if settings.tracking.save_model and model.exists() else None)
-    tracker.finish(failed=False)
+    trackers.log("keep", RunFolder(folder).record, model if model.exists() else None)
+    trackers.finish(failed=False)
     write_record(RunFolder(folder).record, data)
     return data
+
+
+def interrupted_trackers(settings: Settings, folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of the trackers in the record of a run that was not finished, which the next process continues.
+
+    Returns:
+        An empty list if the folder has no such run, or if ``rerun`` discards it.
+    """
+    path = RunFolder(folder).record
+    if settings.rerun or not path.exists():
+        return []
+    record = read_record(path)
+    return entries(record) if record["status"] != "finished" else []
 
 
 def _studied(settings: Settings, record: Mapping[str, Any], folder: Path) -> bool:

@@ -21,13 +21,14 @@ from ..runtime.heap import return_freed_memory
 from ..runtime.ranks import Ranks
 from ..runtime.redaction import redact
 from ..settings.schema import Settings
-from ..tracking import FailSafeTracker, Identity, RunRecord, Stopwatch, environment
+from ..tracking import Identity, RunRecord, Stopwatch, Trackers, environment
 from .exhaustion import explained
 from .folder import RunFolder
 from .identity import identifying, plugins_of, run_id
 from .leftovers import clean
 from .preparation import find_device, resolved_backend
 from .pruning import layer_events
+from .reuse import interrupted_trackers
 
 log = logging.getLogger(__name__)
 
@@ -60,24 +61,25 @@ def run_experiment(
     ranks = Ranks()
     folder = ranks.gather(folder)[0]
     with interruption.handle_signals():
+        earlier = interrupted_trackers(settings, folder) if ranks.first else []
         record = RunRecord(folder, config, settings.label, run_id(settings), kept=ranks.first)
-        identity = identity or Identity(f"{settings.label} {settings.model.name} {settings.sparsity.parsed}")
-        tracker = FailSafeTracker(settings.tracking, record, identity, folder, settings.tags)
+        trackers = Trackers(settings, record, folder, identity, earlier=earlier)
+        record.write()  # a process that resumes after a kill continues the trackers' runs
         try:
             with explained(record.data):
-                run = _kind(settings)(settings, record, RunFolder(folder), ranks, tracker, first_block)
+                run = _kind(settings)(settings, record, RunFolder(folder), ranks, trackers, first_block)
                 _execute(run)
         except BaseException as error:
             interruption.leave()
             record.fail(error)
-            tracker.finish(failed=True)
+            trackers.finish(failed=True)
             record.write()
             raise
         interruption.leave()
         record.finish()
         model = run.folder.model
-        tracker.log("keep", record.path, model if settings.tracking.save_model and model.exists() else None)
-        tracker.finish(failed=False)
+        trackers.log("keep", record.path, model if model.exists() else None)
+        trackers.finish(failed=False)
         record.write()
         if ranks.first:
             clean(run.folder, finished=True)
@@ -127,10 +129,10 @@ class Run(ABC):
         record: RunRecord,
         folder: RunFolder,
         ranks: Ranks,
-        tracker: FailSafeTracker,
+        trackers: Trackers,
         first_block: FirstBlock | None = None,
     ):
-        self.settings, self.record, self.folder, self.ranks, self.tracker = settings, record, folder, ranks, tracker
+        self.settings, self.record, self.folder, self.ranks, self.trackers = settings, record, folder, ranks, trackers
         self.first_block = first_block
         self.watch = Stopwatch(record.data["seconds"])
         self.protocol = record.data["protocol"]
@@ -172,7 +174,7 @@ class Run(ABC):
             scratch=self.folder.root,
             state=self.state,
             on_warning=self.record.warn,
-            on_layer=lambda step, report: self.tracker.log("layer", step, report.as_dict()),
+            on_layer=lambda step, report: self.trackers.log("layer", step, report.as_dict()),
             on_study=lambda name, study: write_study(self.folder.root, name, study.as_dict()),
         )
         self.before_pruning()
@@ -196,10 +198,10 @@ class Run(ABC):
         self.after_saving()
         # activations on disk while a unit is processed are not included
         record.data["peak_disk_bytes"] = (self.state.peak_bytes if self.state is not None else 0) + self.folder.model_bytes()
-        self.tracker.log("results", record.data["metrics"], record.data["layers"])
+        self.trackers.log("results", record.data["metrics"], record.data["layers"])
         if settings.figures.draw and self.ranks.first:
             for name, path in draw_figures(record.data, self.folder.root).items():
-                self.tracker.log("figure", name, path)
+                self.trackers.log("figure", name, path)
         self.release()
         gc.collect()
 

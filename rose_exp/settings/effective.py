@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .effects import COMPONENTS, EVERYTHING, Effect, Mode, effect_of
+from .effects import COMPONENTS, EVERYTHING, NOTHING, Effect, Mode, effect_of, without_effect
 from .leaves import flat, leaves
 from .pruning import DENSE
 from .schema import Settings
 
 OF_ANOTHER_VERSION = Effect(EVERYTHING)  # a setting in a record that this version does not have
+WITHOUT_EFFECT = Effect(NOTHING)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def _read(config: Mapping[str, Any]) -> list[Setting]:
     settings: list[Setting] = []
     for leaf in leaves(Settings, {name: value for name, value in config.items() if name != "hydra"}):
         if leaf.known is None:
-            settings.append(Setting(leaf.name, _plain(leaf.value), OF_ANOTHER_VERSION))
+            harmless = _within_any(leaf.name, tuple(without_effect()))  # such as the options of another package's tracker
+            settings.append(Setting(leaf.name, _plain(leaf.value), WITHOUT_EFFECT if harmless else OF_ANOTHER_VERSION))
         else:
             settings += _settings_in(leaf.name, leaf.value, effect_of(leaf.known), leaf.chosen)
     return settings

@@ -78,9 +78,14 @@ def _on_hub(path: str | None) -> bool:
     return path is not None and not path.startswith((".", "/", "~")) and path.count("/") < 2 and not path.endswith(".gguf")
 
 
-def _has_rows(path: str | None, embedded: str | None) -> bool:
-    """Return whether a text has rows with fields. A plain text file and an embedded text are one document."""
+def _has_documents(path: str | None, embedded: str | None) -> bool:
+    """Return whether a text has several documents. A plain text file and an embedded text are one."""
     return embedded is None if path is None else text_format(path) != "text"
+
+
+def _has_fields(path: str | None, embedded: str | None, plugin: str | None) -> bool:
+    """Return whether the documents of a text are fields of rows."""
+    return _has_documents(path, embedded) and (path is not None or plugin is None)
 
 
 def _removes(pattern: str, kind: bool, method: str) -> bool:
@@ -137,20 +142,23 @@ COMPONENTS: dict[str, tuple[frozenset[Mode], When]] = {
 
 
 def _source(group: str, modes: frozenset[Mode], recorded_as: str, **common: Any) -> dict[str, Effect]:
-    """Return the effects of the settings of a text source: a file, else an embedded text, else a dataset.
+    """Return the effects of the settings of a text source: a file, an embedded text, another package's or the hub's data set.
 
     Language models read texts, diffusion models read prompts.
     """
     place, kind = (f"{group}.path", f"{group}.embedded"), "model.kind"
+    sources = (*place, f"{group}.plugin")
     unset = _when(place[0], holds=lambda path: path is None)
-    from_hub = _when(*place, holds=lambda path, embedded: path is None and embedded is None)
+    from_plugin = _when(*sources, holds=lambda path, embedded, plugin: path is None and embedded is None and plugin is not None)
+    from_hub = _when(*sources, holds=lambda *names: set(names) == {None})
     separator = {f"{group}.separator": Effect(modes, _when(kind, holds=lambda kind: kind == "language"), **common)}
     common |= {"recorded_as": recorded_as}
     effects = {
         "path": Effect(modes, place="text", **common),
         "embedded": Effect(modes, unset, place="embedded", **common),
-        "field": Effect(modes, _when(*place, holds=_has_rows), **common),
-        "rows": Effect(modes, _when(kind, *place, holds=lambda kind, *p: kind == "diffusion" or _has_rows(*p)), **common),
+        "plugin": Effect(modes, from_plugin, **common),
+        "field": Effect(modes, _when(*sources, holds=_has_fields), **common),
+        "rows": Effect(modes, _when(kind, *place, holds=lambda kind, *p: kind == "diffusion" or _has_documents(*p)), **common),
     }
     effects |= {name: Effect(modes, from_hub, **common) for name in ("dataset", "subset", "data_files", "revision", "split")}
     return separator | {f"{group}.{name}": effect for name, effect in effects.items()}

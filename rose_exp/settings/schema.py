@@ -146,7 +146,7 @@ class Settings(Section):
     reconstruction: Reconstruction = Reconstruction()
     pipeline: PipelineSettings
     diffusion: DiffusionSettings = DiffusionSettings()
-    tracking: TrackingSettings
+    tracking: TrackingSettings = TrackingSettings()
     figures: FiguresSettings
     seed: Count
     device: str | list[str]  # a list: any device in it that no other job of a sweep uses
@@ -277,8 +277,8 @@ def _cross_problems(sections: Mapping[str, Any]) -> list[str]:
         problems.append("sparsity_config: expected false unless save=true and sparsity is N:M, got true")
     if tracking is not None and isinstance(sections["tags"], list):
         problems += tracking.tag_problems([tag for tag in sections["tags"] if isinstance(tag, str)])
-    if tracking is not None and tracking.save_model and not sections["save"]:
-        problems.append("tracking.save_model: expected false without save=true, got true")
+    if tracking is not None and tracking.wandb is not None and tracking.wandb.save_model and not sections["save"]:
+        problems.append("tracking.wandb.save_model: expected false without save=true, got true")
     return problems
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from ..engine.bounds import Count, Positive
 from ..runtime.errors import suggest
 from .messages import embedded_problem, file_problem
+from .plugins import DATASETS_GROUP, install_plugins
 from .section import Section
 
 PROMPTS = ("calibration_prompts", "evaluation_prompts", "digit_prompts")  # embedded sets
@@ -55,13 +56,14 @@ def prompts_file(name: str) -> Path:
 
 
 class TextSettings(Section):
-    """The source of a text: a local file, an embedded text or a dataset on the hub. The first one that is set counts."""
+    """The source of a text. The first of ``path``, ``embedded``, ``plugin`` and ``dataset`` that is set counts."""
 
     formats: ClassVar[tuple[TextFormat, ...]] = ("text", "json")  # of local files
 
     path: str | None = None  # a plain text file, or a file of JSON rows with the text in ``field``
     embedded: str | None = None
-    dataset: str | None = None
+    plugin: str | None = None  # a data set of another package
+    dataset: str | None = None  # a data set on the hub
     subset: str | None = None
     data_files: str | None = None
     revision: str | None = None
@@ -75,9 +77,16 @@ class TextSettings(Section):
             return file_problem(f"{where}.path", self.path, folder=False) or self._format_problem(f"{where}.path")
         if self.embedded is not None:
             return embedded_problem(f"{where}.embedded", self.embedded, "text")
+        if self.plugin is not None:
+            return _plugin_problem(f"{where}.plugin", self.plugin)
         if self.dataset is None:
-            return [f"{where}: expected one of path, embedded or dataset, got none of them"]
+            return [f"{where}: expected one of path, embedded, plugin or dataset, got none of them"]
         return [] if self.split else [f"{where}.split: expected a split of {self.dataset}, got null"]
+
+    @property
+    def used_plugin(self) -> str | None:
+        """The data set of another package that supplies the text; None if another source does."""
+        return self.plugin if self.path is None and self.embedded is None else None
 
     def _format_problem(self, where: str) -> list[str]:
         if text_format(self.path) in self.formats:
@@ -85,6 +94,15 @@ class TextSettings(Section):
         descriptions = {"text": "plain text (.txt)", "json": f"JSON rows ({', '.join(JSON_SUFFIXES)})", "tsv": "a table (.tsv)"}
         expected = ", ".join(descriptions[name] for name in self.formats)
         return [f"{where}: expected a supported format, which is {expected}, got {self.path!r}"]
+
+
+def _plugin_problem(where: str, name: str) -> list[str]:
+    """Return the error of a data set that no installed package provides, or an empty list."""
+    known = install_plugins()[DATASETS_GROUP]
+    if name in known:
+        return []
+    expected = f"one of {', '.join(known)}" if known else f"an entry point of {DATASETS_GROUP} of an installed package"
+    return [f"{where}: expected {expected}, got {name!r}{suggest(name, known)}"]
 
 
 class PromptSettings(TextSettings):

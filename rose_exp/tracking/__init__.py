@@ -1,7 +1,19 @@
 """Run records and experiment trackers."""
 
+from .fail_safe import Trackers, entries, untracked
 from .reading import read_record
 from .record import RunRecord, Stopwatch, environment
-from .trackers import FailSafeTracker, Identity, is_tracked
+from .tracker import Identity, TrackedRun, Tracker
 
-__all__ = ["FailSafeTracker", "Identity", "RunRecord", "Stopwatch", "environment", "is_tracked", "read_record"]
+__all__ = [
+    "Identity",
+    "RunRecord",
+    "Stopwatch",
+    "TrackedRun",
+    "Tracker",
+    "Trackers",
+    "entries",
+    "environment",
+    "read_record",
+    "untracked",
+]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ..runtime.errors import RoseExpError
 from ..runtime.escaping import visible
@@ -40,6 +40,7 @@ class _Named(_Lenient):
 class _Tracking(_Lenient):
     kind: str
     failure: str | None = None
+    id: str | None = None
 
 
 class _Record(_Lenient):
@@ -57,8 +58,14 @@ class _Record(_Lenient):
     protocol: dict[str, Any]
     layers: list[_Layer] = []
     events: list[_Event] = []
-    tracking: _Tracking | None = None
+    tracking: list[_Tracking] = []
     tracked: list[_Tracking] = []
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _several(cls, tracking: Any) -> Any:
+        """Read the tracker in a record of an earlier version, which had at most one, as a list."""
+        return [tracking] if isinstance(tracking, dict) else tracking or []
 
 
 class _Calibration(_Lenient):

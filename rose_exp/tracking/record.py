@@ -34,8 +34,8 @@ class RunRecord:
 
     Fields: ``status`` (running, finished, failed, interrupted), ``run_id``, ``label``, ``config``, ``metrics``,
     ``standard_errors``, ``windows`` (values of each evaluation window), ``layers``, ``events``, ``protocol``, ``seconds`` by
-    stage, ``estimate`` and ``peak_memory_bytes``, ``error``, ``started`` and ``ended``; with a tracker, ``tracking`` (the last
-    one and its failure) and ``tracked`` (all that have the results of the finished run).
+    stage, ``estimate`` and ``peak_memory_bytes``, ``error``, ``started`` and ``ended``; with trackers, ``tracking`` (all
+    that were used, with their failures) and ``tracked`` (those that have the results of the finished run).
 
     Args:
         kept: whether to write the file; if several processes share a run, only the first one does.

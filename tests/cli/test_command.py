@@ -377,5 +377,5 @@ def test_job_that_differs_from_the_validated_one_is_rejected(multirun, small, tm
 
 
 def test_hydra_resolver_can_be_used_in_overrides():
-    (job,) = check_command(["tracking=wandb", "tracking.name=${hydra:job.name}"]).jobs
-    assert job.settings.tracking.name == "rose-exp"
+    (job,) = check_command(["tracking=wandb", "tracking.wandb.name=${hydra:job.name}"]).jobs
+    assert job.settings.tracking.wandb.name == "rose-exp"

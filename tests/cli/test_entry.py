@@ -76,7 +76,7 @@ def test_smoke_settings_shrink_any_run():
     assert (settings.calibration.samples, settings.calibration.window) == (2, 64)
     assert settings.evaluation.limit == 2
     assert settings.pipeline.layers == ["*.0.*"]
-    assert settings.tracking.kind == "none"
+    assert not settings.tracking.names
     assert not settings.figures.draw
 
 

@@ -68,9 +68,11 @@ def planted() -> list[str]:
     return [f"tags=[{tags}]", *variables]
 
 
-NAMES = [f"tracking.{name}={SECRETS[kind]}" for name, kind in {"name": "openai", "group": "aws", "entity": "github"}.items()]
+NAMES = [
+    f"tracking.wandb.{name}={SECRETS[kind]}" for name, kind in {"name": "openai", "group": "aws", "entity": "github"}.items()
+]
 COMMANDS = {
-    "wandb": ["method=wanda", "tracking=wandb", *NAMES, f"tracking.project=a-{SECRETS['hugging_face']}"],
+    "wandb": ["method=wanda", "tracking=wandb", *NAMES, f"tracking.wandb.project=a-{SECRETS['hugging_face']}"],
     "sweep": ["-m", "method=wanda", "tracking=csv,tensorboard", "hydra.sweep.dir=sweep"],
     "verbose": ["method=magnitude", "hydra.verbose=true"],
     "failing": ["method=wanda", "calibration.window=4000"],
@@ -135,12 +137,12 @@ def test_only_names_and_tags_are_redacted_in_the_command_line():
     arguments = [
         "-m",
         f"tags=[a,'{key}']",
-        f"+tracking.name={key}",
+        f"+tracking.wandb.name={key}",
         f"model.path=https://me:{key}@hub/x",
         "method=rose",
         f"tags=[{key}",
     ]
-    expected = ["-m", "tags=[a,'***']", "+tracking.name=***", *arguments[3:]]
+    expected = ["-m", "tags=[a,'***']", "+tracking.wandb.name=***", *arguments[3:]]
     assert without_secrets(arguments) == expected
 
 

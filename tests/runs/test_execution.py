@@ -17,6 +17,7 @@ import rose_exp
 from rose_exp.cli import app
 from rose_exp.cli.command import check_command
 from rose_exp.pruning import RunState
+from rose_exp.report.conditions import conditions
 from rose_exp.runs import pruning
 from rose_exp.runs.folder import RunFolder
 from rose_exp.runs.reuse import lacking
@@ -316,7 +317,7 @@ def test_finished_run_is_reported_to_a_tracker_once(small, tmp_path, monkeypatch
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [layer["name"] for layer in first["layers"]]
     assert f"perplexity.local,{first['metrics']['perplexity.local']}" in (folder / "metrics.csv").read_text().splitlines()
-    assert record["tracking"] == {"kind": "csv", "failure": None}
+    assert record["tracking"] == [{"kind": "csv", "failure": None}]
     assert json.loads((folder / "run.json").read_text()) == record
     assert record["metrics"] == first["metrics"]
     (folder / "metrics.csv").write_text("mine")
@@ -331,12 +332,30 @@ def test_finished_run_is_reported_to_a_tracker_once(small, tmp_path, monkeypatch
 def test_finished_run_is_reported_once_to_each_of_several_trackers(small, tmp_path, monkeypatch, caplog):
     done = counted(monkeypatch)
     caplog.set_level(logging.INFO)
-    for tracking in ("csv", "tensorboard", "wandb", "csv", "none", "tensorboard", "wandb"):
+    for tracking in ("csv", "tensorboard", "[csv,wandb]", "csv", "none", "[tensorboard,csv,wandb]"):
         record = rose_exp.run([*small, f"tracking={tracking}"], tmp_path)
     assert [place["kind"] for place in record["tracked"]] == ["csv", "tensorboard", "wandb"]
     assert caplog.text.count("logging the results of the finished run to") == 2
-    rose_exp.run([*small, "tracking=wandb", "tracking.project=other"], tmp_path)
+    assert "finished run to wandb, without" in caplog.text  # csv has them
+    assert [entry["kind"] for entry in record["tracking"]] == ["csv", "tensorboard", "wandb"]
+    rose_exp.run([*small, "tracking=wandb", "tracking.wandb.project=other"], tmp_path)
     assert len(list((tmp_path / record["run_id"] / "wandb").glob("offline-run-*"))) == 2
+    assert len(done) == 1
+
+
+def test_records_of_earlier_versions_are_reused(small, tmp_path, monkeypatch):
+    """They have one tracker, and its settings directly in ``tracking``."""
+    done = counted(monkeypatch)
+    record = rose_exp.run([*small, "tracking=csv"], tmp_path)
+    path = tmp_path / record["run_id"] / "run.json"
+    earlier = {"tracking": {"kind": "csv", "failure": None}, "tracked": [{"kind": "csv"}]}
+    old = record | earlier | {"config": record["config"] | {"tracking": {"kind": "csv"}}}
+    path.write_text(json.dumps(old))
+    assert rose_exp.run([*small, "tracking=csv"], tmp_path)["tracking"] == earlier["tracking"]
+    both = rose_exp.run([*small, "tracking=[csv,tensorboard]"], tmp_path)
+    assert both["tracking"] == [{"kind": kind, "failure": None} for kind in ("csv", "tensorboard")]
+    assert both["tracked"] == [{"kind": "csv"}, {"kind": "tensorboard"}]
+    assert conditions(old, "perplexity.local", "sparsity") == conditions(both, "perplexity.local", "sparsity")
     assert len(done) == 1
 
 

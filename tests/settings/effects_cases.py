@@ -135,6 +135,8 @@ def text_of(source: dict[str, Any], prompts: bool) -> str:
         facts: Any = (content(source["path"]), ("", source["rows"] if prompts else None) if plain else rows)
     elif source["embedded"] is not None:
         facts = (source["embedded"], source["rows"] if prompts else None)
+    elif source["plugin"] is not None:
+        facts = (source["plugin"], source["rows"])
     else:
         facts = ([source[name] for name in ("dataset", "subset", "data_files", "revision", "split")], rows)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 SPEED = {"windows": 1, "window": 64, "repeats": 3}
+LOCAL = "evaluation.perplexity.local"
 HUB_TEXT = {"path": None, "embedded": None, "dataset": "a/b", "subset": "s", "data_files": "f", "revision": "r", "split": "t"}
+PLUGIN_TEXT = HUB_TEXT | {"plugin": "mine"}
 HUB = {"model.path": "owner/name"} | {f"evaluation.perplexity.local.{name}": value for name, value in HUB_TEXT.items()}
 
 # Modes of a run, as changes to a pruned local language model with JSON texts or to a pruned diffusion model.
@@ -20,6 +22,7 @@ SCORES = {f"evaluation.images.{n}": v for n, v in {"metrics": ["clip_score", "fi
 EMBEDDED_PIPELINE = {"model.built": None, "model.embedded": "digits-sd3"}
 IMAGES_OF_HUB = {"model.built": None, "model.path": "owner/name"}
 IMAGES_OF_HUB |= {f"{group}.{n}": v for group in ("calibration", "evaluation.images") for n, v in HUB_TEXT.items()}
+IMAGES_OF_PLUGIN = {f"{group}.{n}": v for group in ("calibration", "evaluation.images") for n, v in PLUGIN_TEXT.items()}
 TASKS_OF_FOLDERS = {"evaluation.zero_shot.data_dir": "one", "evaluation.zero_shot.include_path": "two"}
 PROMPTS = {"embedded": "evaluation_prompts", "samples": 32, "metrics": ["clip_score", "fid"]}
 LANGUAGE: dict[str, dict[str, Any]] = {
@@ -43,6 +46,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "compared": {"evaluation.divergence": True},
     "embedded": EMBEDDED_MODEL | EMBEDDED_TEXT | {"calibration.path": None, "calibration.embedded": "c4"},
     "hub": HUB | {f"calibration.{name}": value for name, value in HUB_TEXT.items()},
+    "plugin": {f"{group}.{n}": v for group in ("calibration", LOCAL) for n, v in PLUGIN_TEXT.items()},
     "plain texts": {"calibration.path": "a.txt", "evaluation.perplexity.local.path": "a.txt"},
     "tasks from a folder": TASKS_OF_FOLDERS,
     "dense tasks from a folder": {"method.name": "dense"} | TASKS_OF_FOLDERS,
@@ -66,6 +70,7 @@ DIFFUSION: dict[str, dict[str, Any]] = {
     "images of prompts": {"calibration.path": "a.txt", "evaluation.images.path": "a.txt"},
     "images of rows": {"calibration.path": "a.jsonl", "evaluation.images.path": "a.jsonl"},
     "images of hub": IMAGES_OF_HUB,
+    "images of plugin": IMAGES_OF_PLUGIN,
     "no images": {"evaluation.images": None},
     "dense images": {"method.name": "dense"},
     "dense images scored": {"method.name": "dense"} | SCORES,
@@ -80,7 +85,8 @@ PRUNED = set(MODES) - DENSE
 PRUNED_LANGUAGE, PRUNED_DIFFUSION = PRUNED & set(LANGUAGE), PRUNED & set(DIFFUSION)
 GROUPS_OF_WEIGHTS = {"n:m", "4:8", "1:4", "images with options"}
 STRUCTURED = {"structured", "heads", "neurons", "structured wanda", "images structured", "images structured wanda"}
-JSON_TEXTS = set(LANGUAGE) - {"embedded", "dense embedded", "plain texts"}
+TEXTS_OF_ROWS = set(LANGUAGE) - {"embedded", "dense embedded", "plain texts"}
+JSON_TEXTS = TEXTS_OF_ROWS - {"plugin"}
 MEASURED = set(LANGUAGE) - {"nothing measured"}
 TASKS = MEASURED - {"no tasks"}
 SCORED = {"images scored", "dense images scored"}
@@ -120,18 +126,18 @@ MATTERS: dict[str, set[str]] = {
     "reorder.threshold": {"ordered", "images ordered", LAST},
     "reorder.score": {"ordered", "images ordered", LAST},
     "calibration.path": PRUNED,
-    "calibration.embedded": {"embedded", "hub", *PRUNED_DIFFUSION} - {"images of prompts", "images of rows"},
+    "calibration.embedded": {"embedded", "hub", "plugin", *PRUNED_DIFFUSION} - {"images of prompts", "images of rows"},
     "calibration.field": (PRUNED & JSON_TEXTS) | {"images of rows", "images of hub"},
-    "calibration.rows": (PRUNED & JSON_TEXTS) | PRUNED_DIFFUSION,
+    "calibration.rows": (PRUNED & TEXTS_OF_ROWS) | PRUNED_DIFFUSION,
     "calibration.separator": PRUNED_LANGUAGE,
     "calibration.samples": PRUNED,
     "calibration.window": PRUNED_LANGUAGE,
     "calibration.draw": PRUNED,
     "calibration.replicate": PRUNED_LANGUAGE,
     "evaluation.perplexity.*.path": MEASURED,
-    "evaluation.perplexity.*.embedded": {"embedded", "dense embedded", "hub", "dense hub"},
+    "evaluation.perplexity.*.embedded": {"embedded", "dense embedded", "hub", "dense hub", "plugin"},
     "evaluation.perplexity.*.field": MEASURED & JSON_TEXTS,
-    "evaluation.perplexity.*.rows": MEASURED & JSON_TEXTS,
+    "evaluation.perplexity.*.rows": MEASURED & TEXTS_OF_ROWS,
     "evaluation.perplexity.*.separator": MEASURED,
     "evaluation.perplexity.*.window": MEASURED,
     "evaluation.perplexity.*.windows": MEASURED,
@@ -192,6 +198,9 @@ MATTERS: dict[str, set[str]] = {
 for _name in ("dataset", "subset", "data_files", "revision", "split"):
     MATTERS |= {f"calibration.{_name}": {"hub", "images of hub"}, f"evaluation.perplexity.*.{_name}": {"hub", "dense hub"}}
     MATTERS |= {f"evaluation.images.{_name}": {"images of hub", "dense images of hub"}}
+MATTERS["calibration.plugin"] = {"hub", "plugin", "images of hub", "images of plugin"}
+MATTERS["evaluation.perplexity.*.plugin"] = {"hub", "dense hub", "plugin"}
+MATTERS["evaluation.images.plugin"] = {"images of hub", "dense images of hub", "images of plugin"}
 for _name in ("steps", "guidance", "height", "width", "text_length", "batch", "scheduler"):
     MATTERS[f"diffusion.{_name}"] = SAMPLED
 NEVER = ("tracking", "figures", "device", "save", "sparsity_config", "preflight", "tags", "plan", "rerun")
@@ -231,16 +240,16 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
 }
 for _group in ("calibration", "evaluation.perplexity.*", "evaluation.images"):
     ALTERNATIVES[f"{_group}.path"] = ("b.jsonl",)
-    for _name in ("dataset", "subset", "data_files", "revision", "split", "field", "separator"):
+    for _name in ("plugin", "dataset", "subset", "data_files", "revision", "split", "field", "separator"):
         ALTERNATIVES[f"{_group}.{_name}"] = ("other",)
 for _name in ("project", "entity", "group", "name", "job_type"):
-    ALTERNATIVES[f"tracking.{_name}"] = ("other",)
+    ALTERNATIVES[f"tracking.wandb.{_name}"] = ("other",)
 
 ROWS = (
     *("method", "reorder", "refine", "target", "allocation", "reconstruction"),
     *("pipeline.permute", "sparsity.saliency", "sparsity.at_once"),
 )
-PLACES = ("path", "embedded", "dataset", "subset", "data_files", "revision", "split", "field", "rows")  # of texts
+PLACES = ("path", "embedded", "plugin", "dataset", "subset", "data_files", "revision", "split", "field", "rows")  # of texts
 
 
 def concerns(leaf: str, metric: str, dense: bool) -> bool:

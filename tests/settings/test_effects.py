@@ -115,6 +115,7 @@ def test_sparsity_in_the_columns_is_not_a_condition(bases, mode):
 
 def test_setting_without_an_entry_raises_an_error(bases, monkeypatch):
     whole = changed(bases["n:m"], "evaluation.images", bases["images"]["evaluation"]["images"])
+    whole = changed(whole, "tracking.wandb", {})
     effective(whole)
     for name in [name for name in EFFECTS if not any(within(name, group) for group in OPTION_CLASSES)]:
         with monkeypatch.context() as patch:

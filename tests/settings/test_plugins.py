@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +11,9 @@ import pytest
 from rose_exp.engine import METHODS
 from rose_exp.engine.scores import SCORES
 from rose_exp.runtime.errors import SettingsError
-from rose_exp.runtime.plugins import _package_sha256, plugins
-from rose_exp.settings.plugins import install_plugins
+from rose_exp.runtime.plugins import _package_sha256
+
+from .packages import Points, command, forget, installing, write_package
 
 MODULE = '''
 from dataclasses import dataclass
@@ -52,48 +49,20 @@ NUMBER = 3
 POINTS = {"rose_exp.methods": {"random": "my_methods:Random"}, "rose_exp.scores": {"power": "my_methods:power"}}
 
 
-def write_package(folder: Path, points: dict[str, dict[str, str]], module: str = MODULE) -> None:
-    (folder / "my_methods.py").write_text(module)
+def write_methods(folder: Path, points: Points, module: str = MODULE) -> None:
     (folder / "broken.py").write_text("undefined\n")
-    metadata = folder / "my_methods-1.2.dist-info"
-    metadata.mkdir(exist_ok=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-methods\nVersion: 1.2\n")
-    text = "\n".join(f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in of.items()) for group, of in points.items())
-    (metadata / "entry_points.txt").write_text(text + "\n")
+    write_package(folder, "my_methods", "1.2", module, points)
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Install a package with entry points in this process."""
-    known = [(group, dict(group)) for group in (METHODS, SCORES)]
-
-    def forget() -> None:
-        importlib.invalidate_caches()
-        for cached in (plugins, install_plugins, _package_sha256):
-            cached.cache_clear()
-
-    def install_package(points: dict[str, dict[str, str]], module: str = MODULE) -> None:
-        write_package(tmp_path, points, module)
-        monkeypatch.syspath_prepend(str(tmp_path))
-        forget()
-
-    yield install_package
-    for group, before in known:
-        group.clear()
-        group.update(before)
-    sys.modules.pop("my_methods", None)
-    forget()
-
-
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
-    return subprocess.run(
-        [sys.executable, "-m", "rose_exp", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    with installing(write_methods, tmp_path, "my_methods", monkeypatch) as installed:
+        yield installed
 
 
 def test_a_run_with_a_method_and_a_score_of_a_package(small, tmp_path):
-    write_package(tmp_path, POINTS)
+    write_methods(tmp_path, POINTS)
     run = [*small, "figures.draw=false"]
     done = command(tmp_path, "-m", *run, "method=random", "method.options.seed=1,2")
     assert done.returncode == 0, done.stderr
@@ -110,7 +79,7 @@ def test_a_run_with_a_method_and_a_score_of_a_package(small, tmp_path):
 
 
 def test_methods_of_packages_are_listed_in_the_help(tmp_path):
-    write_package(tmp_path, POINTS)
+    write_methods(tmp_path, POINTS)
     done = command(tmp_path, "--help")
     assert re.search("^  random +of my-methods 1.2$", done.stdout, re.MULTILINE)
     assert "name: random" in command(tmp_path, "--cfg", "job", "method=random").stdout
@@ -191,7 +160,7 @@ def test_broken_entry_points_are_one_error(install, points, message):
 
 
 def test_broken_entry_points_have_no_traceback(tmp_path):
-    write_package(tmp_path, {"rose_exp.methods": {"mine": "nothing:Mine"}})
+    write_methods(tmp_path, {"rose_exp.methods": {"mine": "nothing:Mine"}})
     for arguments in (["method=wanda"], ["-m", "method=wanda,rose"]):
         done = command(tmp_path, *arguments)
         assert "entry point mine of rose_exp.methods (my-methods 1.2): cannot load nothing:Mine" in done.stderr
@@ -207,8 +176,7 @@ def test_equal_names_of_two_packages_are_an_error(install, tmp_path):
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other-methods\nVersion: 3.0\n")
     (other / "entry_points.txt").write_text("[rose_exp.scores]\npower = my_methods:power\n")
-    plugins.cache_clear()
-    install_plugins.cache_clear()
+    forget()
     with pytest.raises(SettingsError, match=r"expected a name of its own, got that of (my|other)-methods"):
         check_command(["method=wanda"])
 
