@@ -257,7 +257,8 @@ def copy_config(run: Run, path: Path, hydra: Mapping[str, Any]) -> None:
     if path.exists():
         raise RoseExpError(f"FILE: expected a new file, got {path}, which exists")
     settings = {name: value for name, value in run.record["config"].items() if name != "hydra"}
-    settings["tracking"] = current(settings.get("tracking"))
+    if settings.get("tracking"):
+        settings["tracking"] = current(settings["tracking"])
     head = [
         f"# The settings of run {run.id}: {run.label}, {run.model}, sparsity {run.sparsity}.",
         "#   command: rose-exp --config-dir FOLDER --config-name NAME seed=1",

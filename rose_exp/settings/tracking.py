@@ -176,10 +176,10 @@ def moved_setting(name: str) -> str | None:
     return f"{name}: no such setting; use {new}"
 
 
-def current(tracking: Mapping[str, Any] | None) -> dict[str, Any]:
+def current(tracking: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section ``tracking`` of a record, which can be of an earlier version, in the current form."""
-    if tracking is None or "kind" not in tracking:
-        return dict(tracking or {})
+    if "kind" not in tracking:
+        return dict(tracking)
     kind, options = tracking["kind"], {name: value for name, value in tracking.items() if name != "kind"}
     return {} if kind == "none" else {kind: options if kind == "wandb" else {}}
 

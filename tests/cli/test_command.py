@@ -16,6 +16,7 @@ from rose_exp.cli.command import check_command, config_folder
 from rose_exp.engine import Ordering, SemiStructured, Unstructured
 from rose_exp.runtime.errors import SettingsError
 from rose_exp.settings.schema import Settings, read_settings
+from rose_exp.settings.tracking import AccelerateSettings
 from rose_exp.tracking import read_record
 
 from ..conftest import REPOSITORY
@@ -28,6 +29,7 @@ CHOICES = [
 ]  # fmt: skip
 METHOD_CHOICES = "alps, dense, dsnot, dsnot_sparsegpt, magnitude, oats, rose, rose_plus, sparsegpt, wanda"
 TO_BE_SET = {
+    ("tracking", "accelerate"): ["tracking.accelerate.tracker=mlflow"],
     ("model", "local"): ["model.path=."],
     ("calibration", "local"): ["calibration.path=README.md"],
     ("evaluation", "local"): ["evaluation.perplexity.local.path=README.md"],
@@ -61,6 +63,7 @@ def problems_of(*arguments: str) -> list[str]:
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_config_file_composes(group, choice, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(AccelerateSettings, "package", None)  # no tracker of accelerate is installed
     overrides = [f"{group}={choice}", *TO_BE_SET.get((group, choice), [])]
     settings_of(*overrides)
     text = (config_folder() / group / f"{choice}.yaml").read_text()
@@ -129,7 +132,7 @@ def test_all_errors_are_reported_together():
         ("method=dsnot method.options.max_cycles=-3", "method.options.max_cycles: expected at least 0, got -3"),
         ("method=wanda reorder=rose", "reorder: expected none, because method wanda does not prune columns sequentially"),
         ("sparsity=2:4 sparsity.ratio=0.7", "sparsity.ratio: expected null or 0.5, the ratio of pattern 2:4, got 0.7"),
-        ("calibration=local", "calibration: expected one of path, embedded or dataset, got none of them"),
+        ("calibration=local", "calibration: expected one of path, embedded, plugin or dataset, got none of them"),
         ("model=local", "model.path: expected a value, got none"),
         ("engine.damping=nan", "engine.damping: expected"),
         ("device=3", "device: expected text or a list of texts, got 3"),

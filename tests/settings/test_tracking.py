@@ -102,7 +102,6 @@ def test_settings_of_wandb_have_equal_defaults_in_files():
         ({"kind": "csv"}, {"csv": {}}),
         ({"kind": "wandb", "mode": "offline", "project": "x"}, {"wandb": {"mode": "offline", "project": "x"}}),
         ({"csv": {}, "wandb": {"project": "x"}}, {"csv": {}, "wandb": {"project": "x"}}),
-        (None, {}),
     ],
 )
 def test_trackers_in_records_of_earlier_versions(earlier, expected):
