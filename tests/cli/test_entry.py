@@ -87,7 +87,7 @@ def test_reproduce_script_reports_invalid_arguments(study):
     assert done.returncode != 0
     expected = {
         "": "usage",
-        "table9": "expected one of obsdiff_rose obsdiff_table1",
+        "table9": "expected one of obsdiff_fig3 obsdiff_rose obsdiff_table1",
         "table2 --model x": "expected --models, --seeds",
     }[study]
     assert expected in done.stderr
