@@ -99,3 +99,9 @@ def test_kernels_compute_the_same_expected_losses_as_torch(width, count):
     scores = (torch.randn(50, 30).abs() * 8).round() / 8  # with ties
     for lost in (lost_by_threshold, lost_by_rank):
         torch.testing.assert_close(lost(scores, width, count).double(), lost(scores.double(), width, count))
+
+
+def test_expected_losses_of_scores_that_are_not_contiguous():
+    scores = torch.rand(30, 50).T
+    for lost in (lost_by_threshold, lost_by_rank):
+        assert torch.equal(lost(scores, 8, lambda n: n // 3), lost(scores.contiguous(), 8, lambda n: n // 3))

@@ -74,7 +74,7 @@ def lost_by_threshold(scores: Tensor, width: int, count: Callable[[int], int]) -
     counts = np.array([count(rows * min(width, columns - start)) for start in range(0, columns, width)])
     lost = torch.empty(columns)
     _as_many_threads_as_torch()
-    _lost_by_threshold(scores.numpy(), width, counts, lost.numpy())
+    _lost_by_threshold(scores.contiguous().numpy(), width, counts, lost.numpy())
     return lost
 
 
@@ -82,7 +82,7 @@ def lost_by_rank(scores: Tensor, width: int, count: Callable[[int], int]) -> Ten
     """:func:`rose_exp.engine.selection.lost_by_rank` of float32 scores."""
     lost = torch.empty(len(scores))
     _as_many_threads_as_torch()
-    _lost_by_rank(scores.numpy(), width, count(width), count(len(scores) % width), lost.numpy())
+    _lost_by_rank(scores.contiguous().numpy(), width, count(width), count(len(scores) % width), lost.numpy())
     return lost
 
 
