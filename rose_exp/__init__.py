@@ -34,8 +34,10 @@ def run(overrides: Sequence[str] = (), folder: str | Path = "outputs") -> dict[s
     Args:
         overrides: overrides as on the command line, such as ``["method=rose", "sparsity.ratio=0.7"]``.
         folder: parent of the run's folder.
+
     Returns:
         The run record, as in ``run.json``. If the run is already finished, its existing record.
+
     Raises:
         SettingsError: the overrides have errors, or specify several runs. The message lists all errors.
         RoseExpError: an error outside the code. The record has status ``failed`` and the error.
@@ -53,8 +55,10 @@ def sweep(overrides: Sequence[str], folder: str | Path = "outputs") -> list[dict
     Args:
         overrides: overrides as on the command line, such as ``["method=rose,wanda"]``.
         folder: parent of the runs' folders.
+
     Returns:
         The run record of each job. Those of failed jobs have status ``failed`` and the error.
+
     Raises:
         SettingsError: the overrides have errors. The message lists all of them.
     """
@@ -76,9 +80,6 @@ def prune(
 ) -> PruneReport:
     """Prune a model in memory, in place, with the methods and checks of the command ``rose-exp``.
 
-    >>> report = rose_exp.prune(model, tokenizer, method="rose", sparsity=0.7)
-    >>> report = rose_exp.prune(model, tokens, method="wanda", sparsity="2:4", overrides=["refine=cg"])
-
     Args:
         model: a causal language model of transformers, or a pipeline of diffusers. A language model stays on its device and in
             its mode (training or evaluation).
@@ -92,12 +93,18 @@ def prune(
         overrides: further settings of pruning as on the command line, such as ``["refine=cg", "pipeline.skip=['*.0.*']"]``.
         device: where the blocks of a language model are pruned: ``auto``, ``cpu`` or a CUDA device such as ``cuda:1``. A
             pipeline is pruned on its own device.
+
     Returns:
         The report of each layer, warnings, the sparsity and the time.
+
     Raises:
         SettingsError: the arguments have errors. The message lists all of them, and the model is unchanged.
         RoseExpError: the model or the calibration data is not supported, or a layer cannot be pruned; in the last case, the
             layers before it are already pruned.
+
+    Examples:
+        >>> report = rose_exp.prune(model, tokenizer, method="rose", sparsity=0.7)
+        >>> report = rose_exp.prune(model, tokens, method="wanda", sparsity="2:4", overrides=["refine=cg"])
     """
     from .api import prune_model
 

@@ -30,7 +30,8 @@ class GroupOptions:
     """Which groups structured pruning removes, and how it selects them.
 
     Args:
-        heads, neurons: whether to remove attention heads and FFN neurons.
+        heads: whether to remove attention heads.
+        neurons: whether to remove FFN neurons.
         saliency: OBS estimate of the loss of a group: ``diagonal`` sums the losses of its columns taken separately, as in
             OBS-Diff (Eq. 6, 7); ``exact`` considers the group as a whole.
         at_once: number of neurons removed between updates of the inverse Hessian; heads are removed one at a time.

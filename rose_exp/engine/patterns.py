@@ -111,6 +111,7 @@ class SemiStructured:
 
 
 Sparsity = Unstructured | SemiStructured
+"""A sparsity pattern that masks weights."""
 
 
 def as_sparsity(value: Sparsity | float | str) -> Sparsity:

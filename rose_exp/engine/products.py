@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Precision = Literal["float32", "tf32", "bf16x2"]
+"""Precision of the products that accumulate moments, see :class:`rose_exp.engine.InputMoments`."""
+
 HALF = (torch.float16, torch.bfloat16)
 
 LEAF = {"cpu": 192, "cuda": 1024}  # columns of the diagonal blocks, which are computed whole

@@ -38,7 +38,8 @@ class LayerReport:
         target: the regression target: ``dense`` for the dense layer, ``asymmetric`` for the dense model's output, or
             ``residual`` for that output plus the residual of the hidden states.
         permuted: whether the order of the input channels differs from the dense model.
-        removed, groups: number of removed heads or neurons, and their number before pruning.
+        removed: number of removed heads or neurons.
+        groups: number of heads or neurons before pruning.
         requested: sparsity that the plan requests for the layer; None if it leaves the layer dense.
         reconstruction: error of the block's output on held-out windows after its reconstruction, relative to that before; None
             without reconstruction. The other errors are those before it.

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from .alps import ALPS
-from .base import Layer, Method, Solution, resolve_orders
+from .base import Layer, Method, Solution, drop, resolve_orders
 from .dsnot import DSnoT
 from .magnitude import Magnitude
 from .oats import OATS
@@ -30,6 +30,7 @@ def _is_method_of(candidate: object, module: str) -> bool:
 
 
 METHODS: dict[str, type[Method]] = _discover()
+"""Methods by name, with those of installed packages once the settings are read."""
 
 __all__ = [
     "ALPS",
@@ -42,5 +43,6 @@ __all__ = [
     "Solution",
     "SparseGPT",
     "Wanda",
+    "drop",
     "resolve_orders",
 ]
