@@ -24,10 +24,10 @@ FILES = dict(re.findall(r"`(\S+)`:\n\n```(?:python|yaml|toml)\n(.*?)```", TEXT, 
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 LABELS = {
     "rose-exp method=tempered method.options.power=0.25": ["Tempered"],
-    "rose-exp -m method=tempered,wanda refine=cg": ["Tempered + refine", "Wanda + refine"],
+    "rose-exp -m method=tempered,wanda refine=cg": ["Tempered + CG", "Wanda + CG"],
     "rose-exp method=sparsegpt reorder=rose reorder.score=spread": ["SparseGPT reordered"],
     "rose-exp method=sparsegpt reorder=spread": ["SparseGPT reordered"],
-    "rose-exp -m experiment=tempered": ["Tempered"] * 4,
+    "rose-exp experiment=tempered": ["Tempered"],
 }
 
 
