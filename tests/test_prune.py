@@ -256,7 +256,7 @@ def test_pipelines_are_pruned_as_by_the_command(name, tmp_path):
     plain = {"structured": "sparsity=structured", "2:4": "sparsity=2:4"}.get(sparsity, f"sparsity.ratio={sparsity}")
     overrides = [*overrides, "calibration.samples=2"]
     run = rose_exp.run([choice, f"method={method}", plain, *overrides, "evaluation=none", "save=true"], tmp_path)
-    expected = diffusers.DiffusionPipeline.from_pretrained(tmp_path / run["run_id"] / "model")
+    expected = diffusers.DiffusionPipeline.from_pretrained(tmp_path / run["run_id"] / "model", trust_remote_code=True)
 
     settings = check_settings([choice])
     pipeline, _ = rose_exp.diffusion.load_pipeline(settings.model, settings.diffusion.scheduler)

@@ -14,9 +14,10 @@ from torch import nn
 from ..models import own_weights
 from ..runtime.errors import RoseExpError
 from ..runtime.outside import outside_errors, read_json_object
+from . import modeling_narrowed
 
 INDEX = "model_index.json"
-LIBRARIES = ("diffusers", "transformers", __name__.partition(".")[0])  # whose classes pipelines may use
+LIBRARIES = ("diffusers", "transformers", modeling_narrowed.MODULE)  # whose classes pipelines may use
 NULLABLE = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "safety_checker")  # components that may be null
 
 
@@ -84,7 +85,9 @@ def _class_of(folder: Path, name: str, entry: tuple[str, str]) -> type:
         expected = f"one of {', '.join(LIBRARIES)}"
         raise RoseExpError(f"model.path: expected {expected} as the library of {name} in {folder}, got {library!r}")
     with outside_errors(f"model.path: {folder} uses {library}.{kind} as its {name}, which is not installed"):
-        module = getattr(pipelines, library, None) or importlib.import_module(library)
+        # of narrowed models, the class of this package, and not the code in their folder
+        own = modeling_narrowed if library == modeling_narrowed.MODULE else None
+        module = own or getattr(pipelines, library, None) or importlib.import_module(library)
         found = getattr(module, kind)
     if not isinstance(found, type):
         raise RoseExpError(f"model.path: expected a class for the {name} of {folder}, got {library}.{kind}")

@@ -21,6 +21,7 @@ from ..runtime.fingerprint import folder_sha256
 from ..runtime.outside import outside_errors, read_json_object
 from ..settings.diffusion import embedded_folder
 from ..settings.schema import ModelSettings
+from . import modeling_narrowed
 from .components import INDEX, read_components, read_index, with_tokenizer
 from .sampling import PARTS, denoiser_name
 from .small import small_pipeline
@@ -91,18 +92,24 @@ def _read(settings: ModelSettings) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[Path]:
-    """Yield a folder that diffusers can read: the given one, or links to its files and an index without plain nulls."""
+    """Yield a folder that diffusers can read: the given one, or links to its files and an index with known classes."""
     index = read_json_object(folder / INDEX, "model.path")
-    absent = [name for name, entry in read_index(folder).items() if entry is None and index[name] is None]
-    if not absent:
+    replaced: dict[str, Any] = {}
+    for name, entry in read_index(folder).items():
+        if entry is None and index[name] is None:
+            replaced[name] = [None, None]
+        elif (
+            entry is not None and entry[0] == modeling_narrowed.MODULE
+        ):  # diffusers compares with the class of the loaded model
+            replaced[name] = ["diffusers", entry[1].removeprefix(modeling_narrowed.PREFIX)]
+    if not replaced:
         yield folder
         return
     with scratch_folder() as scratch:
         for path in folder.iterdir():
             if path.name != INDEX:
                 (scratch / path.name).symlink_to(path.resolve())
-        text = json.dumps(index | {name: [None, None] for name in absent})
-        (scratch / INDEX).write_text(text, encoding="utf-8")
+        (scratch / INDEX).write_text(json.dumps(index | replaced), encoding="utf-8")
         yield scratch
 
 

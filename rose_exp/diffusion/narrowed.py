@@ -1,25 +1,28 @@
-"""Denoisers with fewer attention heads and neurons than diffusers' configurations can express.
+"""Removal of masked attention heads and neurons from denoisers.
 
-``NarrowedX`` is the diffusers class X with layers shrunk to the sizes in its configuration's entry ``narrowed``. diffusers can
-load a saved pipeline with such a class once this module has been imported; ``import rose_exp.diffusion`` does that.
+If the configuration of the denoiser's class can express the new sizes, the denoiser keeps its class. Otherwise, it becomes an
+instance of a class of :mod:`rose_exp.diffusion.modeling_narrowed`, whose code is saved with the weights.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping
-from functools import cache
+from fractions import Fraction
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin  # noqa: F401  diffusers looks for loadable base classes here
 from torch import nn
 
 from ..models import Structure, find_structures
+from .modeling_narrowed import PREFIX, narrowed_class
 from .sampling import denoiser_name
 
-PREFIX = "Narrowed"
+NEURONS = ("ffn_dim", "mlp_ratio", "intermediate_size")
+"""Configuration entries that set the number of neurons of all FFNs, and nothing else."""
+
+Layout = dict[str, dict[str, int]]
+"""The integer attributes of each module, by name: sizes of layers, numbers of heads."""
 
 
 def widths(denoiser: nn.Module, kinds: Collection[str] = ("heads", "neurons")) -> dict[str, int]:
@@ -27,26 +30,8 @@ def widths(denoiser: nn.Module, kinds: Collection[str] = ("heads", "neurons")) -
     return {key_of(structure): structure.groups for structure in find_structures(denoiser, kinds=kinds)}
 
 
-def narrow(denoiser: nn.Module, kept_counts: Mapping[str, int]) -> None:
-    """Shrink structures to the numbers of heads or neurons in ``kept_counts``, by name and kind; weights do not matter.
-
-    Raises:
-        ValueError: a structure does not exist, or is smaller than its number in ``kept_counts``.
-    """
-    kinds = {key.rpartition("/")[2] for key in kept_counts}
-    known = widths(denoiser, kinds)
-    for key, count in kept_counts.items():
-        if not 1 <= count <= known.get(key, 0):
-            raise ValueError(f"narrowed.{key}: expected 1 to {known.get(key, 0)}, got {count}")
-    for key in kept_counts:  # searched again each time, because structures may share a layer
-        structure = _structure(denoiser, key)
-        structure.keep(torch.arange(structure.groups) < kept_counts[key])
-
-
 def remove_masked(pipeline: Any, counts: Mapping[str, int]) -> None:
-    """Remove masked heads and neurons from the denoiser, which becomes an instance of a ``Narrowed`` class.
-
-    The outputs of the denoiser do not change.
+    """Remove masked heads and neurons from the denoiser, whose outputs do not change.
 
     Args:
         counts: how many to remove from each structure, by name and kind.
@@ -55,42 +40,82 @@ def remove_masked(pipeline: Any, counts: Mapping[str, int]) -> None:
     """
     part = denoiser_name(pipeline)
     denoiser = getattr(pipeline, part)
-    for key, count in counts.items():
-        _structure(denoiser, key).remove_masked(count)  # searched again, because structures may share a layer
-    if not type(denoiser).__name__.startswith(PREFIX):
-        denoiser.__class__ = narrowed_class(type(denoiser).__name__)
-    before = dict(denoiser.config.get("narrowed") or {})
-    denoiser.register_to_config(narrowed=before | {key: _structure(denoiser, key).groups for key in counts})
+    shrink(denoiser, counts)
     pipeline.register_modules(**{part: denoiser})  # updates the class that the pipeline saves
 
 
-@cache
-def narrowed_class(original: str) -> type:
-    """Return the ``Narrowed`` class for the diffusers class named ``original``."""
-    base = getattr(diffusers, original)
+def shrink(denoiser: Any, counts: Mapping[str, int]) -> None:
+    """Remove masked heads and neurons, and adapt the configuration of the denoiser. See :func:`remove_masked`."""
+    for key, count in counts.items():
+        _structure(denoiser, key).remove_masked(count)  # searched again, because structures may share a layer
+    name = type(denoiser).__name__.removeprefix(PREFIX)
+    config = {key: value for key, value in denoiser.config.items() if key != "narrowed" and not key.startswith("_")}
+    original = _layout_of(name, config)
+    entries = None if is_narrowed(denoiser) else _expressed(_layout(denoiser), original, name, config)
+    if entries is None:
+        denoiser.__class__ = narrowed_class(name)
+        entries = {"narrowed": _sizes(denoiser, original)}
+    denoiser.register_to_config(**entries)
 
-    def __init__(self, narrowed: dict[str, int] | None = None, **options: Any):  # noqa: N807
-        base.__init__(self, **options)
-        narrow(self, narrowed or {})
-        self.register_to_config(narrowed=narrowed)
 
-    parameters = list(inspect.signature(base.__init__).parameters.values())
-    parameter = inspect.Parameter("narrowed", inspect.Parameter.KEYWORD_ONLY, default=None)
-    # diffusers derives the valid configuration entries from the signature
-    __init__.__signature__ = inspect.Signature([*parameters, parameter])
-    return type(f"{PREFIX}{original}", (base,), {"__init__": __init__, "__module__": __name__})
+def is_narrowed(denoiser: nn.Module) -> bool:
+    """Return whether diffusers needs the code that is saved with a denoiser to load it."""
+    return type(denoiser).__name__.startswith(PREFIX)
 
 
 def key_of(structure: Structure) -> str:
     return f"{structure.name}/{structure.kind}"
 
 
+def _expressed(layout: Layout, original: Layout, name: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration entries with which the diffusers class ``name`` has a layout; None if there are none."""
+    if layout == original:
+        return {}
+    changes = {
+        Fraction(layout[module][key], value)
+        for module, values in original.items()
+        for key, value in values.items()
+        if layout[module][key] != value
+    }
+    if len(changes) > 1:
+        return None
+    (ratio,) = changes
+    for entry in NEURONS:
+        value = config.get(entry)
+        if not isinstance(value, (int, float)):
+            continue
+        exact = Fraction(value) * ratio
+        changed = {entry: int(exact) if exact.denominator == 1 and isinstance(value, int) else float(exact)}
+        if _layout_of(name, config | changed) == layout:
+            return changed
+    return None
+
+
+def _layout_of(name: str, config: Mapping[str, Any]) -> Layout:
+    """Return the layout of a diffusers class with a configuration; no weights are allocated."""
+    with torch.device("meta"):
+        return _layout(getattr(diffusers, name).from_config(dict(config)))
+
+
+def _layout(model: nn.Module) -> Layout:
+    return {
+        name: {key: value for key, value in vars(module).items() if type(value) is int}
+        for name, module in model.named_modules()
+    }
+
+
+def _sizes(denoiser: nn.Module, original: Layout) -> dict[str, Any]:
+    """Return the sizes that differ, as :func:`rose_exp.diffusion.modeling_narrowed.narrow` takes them."""
+    layers, attributes = {}, {}
+    for name, values in _layout(denoiser).items():
+        changed = {key: value for key, value in values.items() if value != original[name][key]}
+        if changed and isinstance(denoiser.get_submodule(name), nn.Linear):
+            layers[name] = (values["out_features"], values["in_features"])
+        elif changed:
+            attributes[name] = changed
+    return {"layers": layers, "attributes": attributes}
+
+
 def _structure(denoiser: nn.Module, key: str) -> Structure:
     structures = find_structures(denoiser, kinds=(key.rpartition("/")[2],))
     return next(structure for structure in structures if key_of(structure) == key)
-
-
-def __getattr__(name: str) -> type:
-    if name.startswith(PREFIX) and hasattr(diffusers, name.removeprefix(PREFIX)):
-        return narrowed_class(name.removeprefix(PREFIX))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,15 +39,21 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("FOLDER")
 """
 EVALUATION = "```bash\nlm_eval --model hf --model_args pretrained=FOLDER --tasks piqa,winogrande\n```"
-NARROWED = "import rose_exp.diffusion  # lets diffusers load layers with removed heads and neurons\n"
+NARROWED_USAGE = """\
+from diffusers import DiffusionPipeline
+
+# executes modeling_narrowed.py in the folder of the denoiser, which removes heads and neurons
+pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
+"""
 
 
-def model_card(record: Mapping[str, Any], settings: Settings, multimodal: bool = False) -> str:
+def model_card(record: Mapping[str, Any], settings: Settings, multimodal: bool = False, narrowed: bool = False) -> str:
     """Return the card of a saved model: its base model and license, method, settings, results and how to load it.
 
     Args:
         record: the run record, with results.
         multimodal: whether transformers loads the model with its class for text and images.
+        narrowed: whether diffusers needs the code that is saved with the model to load it.
     """
     record = redact(record)
     diffusion = settings.model.kind == "diffusion"
@@ -60,7 +66,7 @@ def model_card(record: Mapping[str, Any], settings: Settings, multimodal: bool =
     )
     name, sparsity = record["protocol"]["model"]["name"], settings.sparsity.parsed
     usage = PIPELINE_USAGE if diffusion else MULTIMODAL_USAGE if multimodal else LANGUAGE_USAGE
-    usage = NARROWED + usage if diffusion and settings.removes else usage
+    usage = NARROWED_USAGE if narrowed else usage
     values = [(key, value) for key, value in effective(record["config"]).items() if key.split(".")[0] in SETTINGS]
     chosen = [(markdown_code(key), markdown_code(_shown(key, value))) for key, value in values if value is not None]
     facts = [(markdown(key), markdown(str(value))) for key, value in _protocol(record["protocol"]).items() if value is not None]

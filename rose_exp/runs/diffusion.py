@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data import Prompts, load_prompts
 from ..diffusion.images import Distances, OnBatch, Rendering, render
 from ..diffusion.loading import load_pipeline, save_pipeline
+from ..diffusion.narrowed import is_narrowed
 from ..diffusion.sampling import noise_seeds
 from ..diffusion.scores import load_scores
 from ..pruning import LayerReport, PruneContext
@@ -156,7 +157,8 @@ class DiffusionRun(Run):
         self.trackers.log("figure", "contact_sheet", sheet)
 
     def save(self, place: Path) -> Path:
-        return save_pipeline(self.pipeline, place, model_card(self.record.data, self.settings))
+        card = model_card(self.record.data, self.settings, narrowed=is_narrowed(self.sampler.denoiser))
+        return save_pipeline(self.pipeline, place, card)
 
     def release(self) -> None:
         self.distances, self.dense = None, None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, HunyuanDiT2DModel, WanTransformer3DModel
 
 from rose_exp.diffusion import Sampler
 from rose_exp.diffusion.loading import save_pipeline
-from rose_exp.diffusion.narrowed import NarrowedSD3Transformer2DModel, key_of, remove_masked, widths
+from rose_exp.diffusion.modeling_narrowed import NarrowedSD3Transformer2DModel
+from rose_exp.diffusion.narrowed import key_of, remove_masked, shrink, widths
 from rose_exp.engine import Magnitude, SparseGPT, Structured
 from rose_exp.models import find_structures
 from rose_exp.pruning.structured import wanted_structures
@@ -54,7 +59,7 @@ def test_removing_masked_structures_preserves_images_after_reloading(name, tmp_p
     assert sum(parameter.numel() for parameter in of.denoiser.parameters()) < size
     folder = save_pipeline(of.pipeline, tmp_path / "model")
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pkl", ".pt", ".ckpt")]
-    loaded = DiffusionPipeline.from_pretrained(folder)
+    loaded = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     torch.testing.assert_close(images(again(loaded, of)), masked, rtol=1e-4, atol=1e-4)
     assert widths(again(loaded, of).denoiser) == widths(of.denoiser)
 
@@ -69,7 +74,7 @@ def test_narrowing_can_be_repeated(tmp_path):
         remove_masked(of.pipeline, counts)
     assert type(of.denoiser) is NarrowedSD3Transformer2DModel
     expected = images(of)
-    loaded = DiffusionPipeline.from_pretrained(save_pipeline(of.pipeline, tmp_path / "model"))
+    loaded = DiffusionPipeline.from_pretrained(save_pipeline(of.pipeline, tmp_path / "model"), trust_remote_code=True)
     torch.testing.assert_close(images(again(loaded, of)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -78,8 +83,94 @@ def test_removing_more_than_is_masked_raises_an_error():
     (first, *_) = find_structures(of.denoiser)
     with pytest.raises(ValueError, match="expected at least 2 masked heads, got 0"):
         remove_masked(of.pipeline, {key_of(first): 2})
-    with pytest.raises(ValueError, match=r"narrowed\.transformer_blocks.*expected 1 to 4, got 9"):
-        NarrowedSD3Transformer2DModel(narrowed={key_of(first): 9}, num_attention_heads=4, num_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "message"),
+    [
+        (
+            {"layers": {"proj_out": [9, 9999]}, "attributes": {}},
+            r"layers\.proj_out: expected a linear layer with at least 9 rows",
+        ),
+        ({"layers": {"pos_embed": [1, 1]}, "attributes": {}}, r"narrowed\.layers\.pos_embed: expected a linear layer"),
+        (
+            {"layers": {}, "attributes": {"proj_out": {"heads": 2}}},
+            r"attributes\.proj_out\.heads: expected an existing",
+        ),
+        ({"layers": {}, "attributes": {"pos_embed": {"height": "2"}}}, r"attributes\.pos_embed\.height: expected an existing"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model_are_rejected(narrowed, message):
+    with pytest.raises(ValueError, match=message):
+        NarrowedSD3Transformer2DModel(narrowed=narrowed, num_attention_heads=4, num_layers=1)
+
+
+def test_classes_whose_configuration_has_the_number_of_neurons_are_kept(tmp_path):
+    models = {
+        "ffn_dim": WanTransformer3DModel(num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=8),
+        "mlp_ratio": HunyuanDiT2DModel(
+            num_layers=2, num_attention_heads=2, attention_head_dim=8, hidden_size=16, in_channels=4, patch_size=2
+        ),
+    }
+    for entry, model in models.items():
+        kind, original = type(model), model.config[entry]
+        counts = {}
+        for structure in find_structures(model, kinds=("neurons",)):
+            structure.mask(torch.arange(structure.groups) % 4 == 0)
+            counts[key_of(structure)] = structure.groups // 4
+        shrink(model, counts)
+        assert type(model) is kind
+        assert model.config[entry] == 0.75 * original
+        model.save_pretrained(tmp_path / entry)
+        loaded = kind.from_pretrained(tmp_path / entry).state_dict()
+        assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+        (first, *_) = find_structures(model, kinds=("neurons",))
+        first.mask(torch.arange(first.groups) == 0)
+        shrink(model, {key_of(first): 1})  # now the blocks differ
+        assert type(model).__name__ == f"Narrowed{kind.__name__}"
+        model.save_pretrained(tmp_path / f"{entry} twice")
+        loaded = type(model).from_pretrained(tmp_path / f"{entry} twice").state_dict()
+        assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+ALONE = """
+import sys
+sys.modules["rose_exp"] = None  # any import of it fails
+import diffusers, torch
+
+root, names = sys.argv[1], sys.argv[2:]
+for name in names:
+    arguments, images, weights = torch.load(f"{root}/{name}.pt", weights_only=True)
+    for place in (f"{root}/{name}", f"{root}/{name} again"):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+        found = getattr(pipeline, "unet", None) or pipeline.transformer
+        assert all(torch.equal(value, weights.pop(key)) for key, value in found.state_dict().items()) and not weights
+        weights = found.state_dict()
+        generator = [torch.Generator().manual_seed(3)]
+        difference = torch.from_numpy(pipeline(**arguments, generator=generator).images) - images
+        assert difference.abs().max() < 1e-4, difference  # rounding depends on the alignment of the weights
+        pipeline.save_pretrained(f"{root}/{name} again")
+"""
+
+
+def test_saved_pipelines_load_without_this_package(tmp_path):
+    names = ("sd3", "flux", "sd", "ddpm")
+    for name in names:
+        of = sampler(name)
+        counts = {}
+        for structure in find_structures(of.denoiser):
+            counts[key_of(structure)] = count = Structured(0.4).count(structure.groups)
+            structure.mask(torch.randperm(structure.groups) < count)
+        remove_masked(of.pipeline, counts)
+        save_pipeline(of.pipeline, tmp_path / name)
+        arguments = of._arguments(["a red fox"], [3], decode=True)
+        images = torch.from_numpy(of.pipeline(**arguments).images)
+        del arguments["generator"]
+        torch.save((arguments, images, of.denoiser.state_dict()), tmp_path / f"{name}.pt")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", ALONE, str(tmp_path), *names]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)

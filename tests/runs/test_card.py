@@ -70,7 +70,7 @@ def test_cards_of_pipelines(options, tmp_path):
     folder = tmp_path / record["run_id"] / "model"
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "diffusers"
-    assert ("import rose_exp.diffusion" in card.text) == bool(options)
+    assert ("trust_remote_code=True" in card.text) == bool(options)
     assert "lm_eval" not in card.text
     assert type(check_usage(card.text, folder)["pipeline"]).__name__ == "StableDiffusion3Pipeline"
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from diffusers import DiffusionPipeline
 
 import rose_exp
-import rose_exp.diffusion
 from rose_exp.cli.command import check_command
 from rose_exp.engine.weighting import StepWeighting
 from rose_exp.report.files import write_report
@@ -168,40 +164,16 @@ def test_saved_pipeline_has_the_recorded_parameters(tmp_path):
     own = record["images"]
     assert record["metrics"]["images.speedup"] == pytest.approx(own["dense_denoiser_ms"] / own["denoiser_ms"])
     folder = tmp_path / record["run_id"] / "model"
-    loaded = DiffusionPipeline.from_pretrained(folder)
+    loaded = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     assert sum(p.numel() for p in loaded.transformer.parameters()) == record["parameters"]["pruned"]
     assert loaded.transformer.transformer_blocks[0].attn.heads == 4  # skipped
     assert loaded.transformer.transformer_blocks[1].attn.heads == 2
+    (folder / "transformer" / "modeling_narrowed.py").write_text("raise RuntimeError", encoding="utf-8")  # not executed here
     own = ["model=diffusion-local", f"model.path={folder}", "diffusion.height=32", "diffusion.width=32"]
     dense = rose_exp.run([*own, "method=dense", "evaluation.images.samples=2", "diffusion.text_length=16"], tmp_path)
     assert dense["parameters"]["dense"] == record["parameters"]["pruned"]
     again = run(tmp_path, *own, "diffusion.text_length=16", "sparsity.ratio=0.25")
     assert again["metrics"]["sparsity"] == pytest.approx(0.25, abs=0.01)
-
-
-def test_saved_custom_class_loads_with_diffusers_in_a_new_process(tmp_path):
-    record = run(tmp_path, "sparsity=structured", "sparsity.ratio=0.4", "save=true")
-    folder = tmp_path / record["run_id"] / "model"
-    program = (
-        "import rose_exp.diffusion, diffusers; "
-        f"print(type(diffusers.DiffusionPipeline.from_pretrained({str(folder)!r}).transformer).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().splitlines()[-1] == "NarrowedSD3Transformer2DModel"
-
-
-@pytest.mark.slow
-def test_report_has_separate_columns_for_heads_and_neurons(tmp_path):
-    for overrides in (
-        [],
-        ["sparsity.heads=false"],
-        ["sparsity.saliency=exact"],
-        ["method=magnitude", "sparsity.neurons=false"],
-    ):
-        run(tmp_path, "sparsity=structured", "sparsity.ratio=0.4", *overrides)
-    table = write_report([tmp_path], baseline="OBS-Diff (saliency=diagonal)").partition("images.psnr")[2].partition("##")[0]
-    assert "|  | structured 0.4 | structured heads 0.4 | structured neurons 0.4 |" in table
-    assert "| OBS-Diff (saliency=exact) |" in table
 
 
 def test_pipelines_with_nothing_to_remove_are_rejected(tmp_path):
