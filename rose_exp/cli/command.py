@@ -137,7 +137,8 @@ def _params(
     """Return the overrides in ``hydra.sweeper.params`` that the command line does not replace, and their errors."""
     params = (hydra_config.sweeper.get("params") or {}) if hydra_config is not None else {}
     given = {override.key_or_group for override in overrides}
-    return valid_overrides(composer, [f"{name}={values}" for name, values in params.items() if name not in given])
+    texts = [f"{name}={values}" for name, values in params.items() if name not in given]
+    return valid_overrides(composer, texts, overrides)
 
 
 def _separated(overrides: Sequence[Override]) -> tuple[list[str], list[Override]]:

@@ -20,14 +20,21 @@ ADD_MULTIRUN = "add -m to run one job per value"
 SEVERAL = ("evaluation", "tracking")  # groups that allow several choices in one run
 
 
-def valid_overrides(composer: Composer, texts: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Separate the overrides that can be composed from the errors of the others."""
+def valid_overrides(
+    composer: Composer, texts: Sequence[str], others: Sequence[Override] = ()
+) -> tuple[list[Override], list[str]]:
+    """Separate the overrides that can be composed from the errors of the others.
+
+    Args:
+        others: valid overrides of the same command. The choices of groups in them decide which settings exist.
+    """
     if not texts:
         return [], []
     parsed, problems = _parsed(composer, texts)
     groups = {override.key_or_group for override in parsed if composer.options(override.key_or_group)}
     in_groups = [o for o in parsed if o.key_or_group in groups and not _group_problems(composer, o)]
-    config = _settings_of(composer, in_groups)
+    other_groups = [o for o in others if composer.options(o.key_or_group)]
+    config = _settings_of(composer, [*other_groups, *in_groups])
     valid: list[Override] = []
     for override in parsed:
         in_group = override.key_or_group in groups
