@@ -66,7 +66,10 @@ def format_plan(jobs: Sequence[Job], sweep: Path | None) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     to_run = sum(row[2] == "to run" for row in rows)
-    lines = [*table, "", f"{to_run} of {len(jobs)} jobs to run, {_time(total)} one after the other on {device_name(device)}"]
+    unknown = sum(row[2] == "to run" and row[3] == "unknown" for row in rows)
+    together = "for an unknown time" if unknown and unknown == to_run else f"{_time(total)} one after the other"
+    without = f", without {unknown} jobs whose time is unknown" if 0 < unknown < to_run else ""
+    lines = [*table, "", f"{to_run} of {len(jobs)} jobs to run, {together} on {device_name(device)}{without}"]
     if rough:
         lines.append(
             "~ rough estimate from the rate of a float32 matrix product, because no finished run here has rates for all stages"

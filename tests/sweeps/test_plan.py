@@ -34,6 +34,15 @@ def test_names_and_times_of_jobs_are_readable(small, tmp_path):
     assert "~0 s" not in text
 
 
+def test_unknown_times_are_not_added(small, tmp_path):
+    diffusion = check_command(["-m", "model=small-sd3", "method=magnitude,wanda"]).jobs
+    text = format_plan(diffusion, tmp_path)
+    assert "2 of 2 jobs to run, for an unknown time on" in text
+    text = format_plan([*diffusion, *check_command([*small]).jobs], tmp_path)
+    assert "s one after the other on" in text
+    assert ", without 2 jobs whose time is unknown" in text
+
+
 def test_finished_runs_are_skipped_and_calibrate_the_estimate(small, tmp_path):
     rose_exp.sweep([*small, "seed=0,1"], tmp_path)
     jobs = check_command(["-m", *small, "seed=0,1,2"]).jobs
