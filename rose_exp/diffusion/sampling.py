@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..runtime import signals as interruption
 from ..runtime.batches import batch_size
+from ..runtime.errors import RoseExpError
 from ..runtime.outside import outside_errors
 from .denoiser import DenoiserCall
 
@@ -73,6 +74,8 @@ class Sampler:
         Yields:
             Indices of the images, and the images (batch, channels, height, width), 0 to 1, or latents without ``decode``;
             float32 on the CPU.
+        Raises:
+            RoseExpError: values are not finite.
         """
         size = batch_size(self.batch, next(self.denoiser.parameters()).device)
         starts = range(0, len(prompts), size)
@@ -84,10 +87,43 @@ class Sampler:
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], decode: bool) -> Tensor:
         arguments = self._arguments(prompts, seeds, decode)
-        images = self.pipeline(**arguments).images
+        images = self._generate(arguments)
         if arguments["output_type"] == "np":
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return images.float().cpu()
+        return self._finite(images.float().cpu())
+
+    def _generate(self, arguments: dict[str, Any]) -> Any:
+        """Return the images of the pipeline."""
+        with ExitStack() as stack:
+            if not self.conditioned and self.denoiser.dtype == torch.bfloat16:
+                stack.enter_context(self._float32_images())
+            return self.pipeline(**arguments).images
+
+    @contextmanager
+    def _float32_images(self) -> Iterator[None]:
+        """Convert the output of the last step: unconditional pipelines return it as numpy, which has no bfloat16."""
+        scheduler, steps = self.pipeline.scheduler, itertools.count(1)
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def converted(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            if next(steps) == len(scheduler.timesteps):
+                result.prev_sample = result.prev_sample.float()
+            return result
+
+        with _replaced(scheduler, "step", converted):
+            yield
+
+    def _finite(self, images: Tensor) -> Tensor:
+        """Return images or latents, or raise RoseExpError if they are not finite."""
+        if not torch.isfinite(images).all():
+            name, limit = str(self.denoiser.dtype).removeprefix("torch."), torch.finfo(self.denoiser.dtype).max
+            raise RoseExpError(
+                f"{type(self.pipeline).__name__}: expected finite images, got NaN or infinity in {name}, whose maximum is "
+                f"{limit:.3g}; set model.dtype to float32 or bfloat16, which have a larger range"
+            )
+        return images
 
     def _arguments(self, prompts: Sequence[str], seeds: Sequence[int], decode: bool) -> dict[str, Any]:
         """Return the arguments of the pipeline."""
@@ -102,12 +138,13 @@ class Sampler:
         Returns:
             Number of values of the image, or of its latents without ``decode``.
         Raises:
-            RoseExpError: the pipeline cannot generate an image.
+            RoseExpError: the pipeline cannot generate an image, or its values are not finite.
         """
         arguments = self._arguments(["a photograph"], [0], decode)
         self.pipeline.set_progress_bar_config(disable=True)
         with outside_errors(f"model.path, diffusion: {type(self.pipeline).__name__} cannot generate an image"), torch.no_grad():
-            images = self.pipeline(**arguments).images
+            images = self._generate(arguments)
+        self._finite(torch.as_tensor(images))
         return math.prod(images.shape[1:])
 
     def first_call(self, prompt: str) -> DenoiserCall:
@@ -162,10 +199,21 @@ class Sampler:
             on_latents(result[0] if isinstance(result, tuple) else result.prev_sample)
             return result
 
-        with ExitStack() as stack:
-            scheduler.step = watched
-            stack.callback(vars(scheduler).pop, "step")
+        with _replaced(scheduler, "step", watched):
             yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object, and restore what was there before."""
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if before is not None:
+            setattr(owner, name, before)
 
 
 class _StopPipeline(Exception):

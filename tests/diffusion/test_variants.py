@@ -119,7 +119,10 @@ def test_settings_are_checked(options, problem):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"vae": ["os", "system"]}, "expected one of diffusers, transformers, rose_exp as the library of vae in .*, got 'os'"),
+        (
+            {"vae": ["os", "system"]},
+            "expected one of diffusers, transformers, modeling_narrowed as the library of vae in .*, got 'os'",
+        ),
         (
             {"vae": ["diffusers", "NoSuchModel"]},
             "uses diffusers.NoSuchModel as its vae, which is not installed: AttributeError",
