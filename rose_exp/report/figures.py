@@ -111,7 +111,9 @@ def _save(figure: Figure, path: Path) -> Path:
 def legend_below(figure: Figure, axes: Axes, **options: Any) -> None:
     """Add a legend of the axes below all axes, where it covers no data."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=8, **options)
+    entry = 0.5 + 0.07 * max(map(len, labels), default=0)  # inches of the longest one, at font size 8
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / entry)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, **options)
 
 
 def layers_figure(record: Mapping[str, Any]) -> Figure:

@@ -7,13 +7,22 @@ import json
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from rose_exp.engine import Ordering, SemiStructured, SparseGPT, Unstructured, prune_layer
 from rose_exp.engine.study import RATIOS, study_layer
 from rose_exp.pruning import PruneContext, PruningPlan, prune_model
-from rose_exp.report.figures import draw_figures, layers_figure, orders_figure, reorderings_figure, write_study
+from rose_exp.report.figures import (
+    draw_figures,
+    layers_figure,
+    legend_below,
+    orders_figure,
+    reorderings_figure,
+    write_study,
+)
 from rose_exp.report.terminal import show_config
 
 from ..engine.cases import layer, moments_of
@@ -98,7 +107,7 @@ def test_layers_figure_groups_layers_by_block_and_kind():
     assert list(errors.lines[3].get_ydata()) == [r.error for r in reports if r.name.endswith("o_proj")]
     assert list(ranges.lines[0].get_ydata()) == [r.relative_range for r in reports if r.name.endswith("q_proj")]
     assert list(errors.lines[0].get_xdata()) == [0, 1, 2]
-    assert errors.get_xlabel() == "block"
+    assert errors.get_xlabel() == "transformer block"
 
 
 def test_figures_are_drawn_for_layers_and_studies(tmp_path):
@@ -126,3 +135,20 @@ def test_config_is_shown_as_a_tree():
         "├── layers: ['*[0]']",
         "└── skip: none",
     ]
+
+
+@pytest.mark.parametrize(
+    "labels", [["a"], ["a", "b"] * 4, ["a label of some thirty characters"] * 7, ["x" * 80] * 2, []], ids=len
+)
+@pytest.mark.parametrize("width", [6.4, 9])
+def test_legends_below_the_axes_fit_the_figure(labels, width):
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    axes = figure.subplots()
+    for label in labels:
+        axes.plot([0, 1], [0, 1], label=label)
+    legend_below(figure, axes)
+    FigureCanvasAgg(figure).draw()
+    box, below = figure.legends[0].get_window_extent(), axes.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= below.y0
