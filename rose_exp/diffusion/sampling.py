@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,21 +87,18 @@ class Sampler:
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], decode: bool) -> Tensor:
         arguments = self._arguments(prompts, seeds, decode)
-        images = self._generate(arguments)
+        with self._float32_images():
+            images = self.pipeline(**arguments).images
         if arguments["output_type"] == "np":
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
         return self._finite(images.float().cpu())
 
-    def _generate(self, arguments: dict[str, Any]) -> Any:
-        """Return the images of the pipeline."""
-        with ExitStack() as stack:
-            if not self.conditioned and self.denoiser.dtype == torch.bfloat16:
-                stack.enter_context(self._float32_images())
-            return self.pipeline(**arguments).images
-
     @contextmanager
     def _float32_images(self) -> Iterator[None]:
         """Convert the output of the last step: unconditional pipelines return it as numpy, which has no bfloat16."""
+        if self.conditioned or self.denoiser.dtype != torch.bfloat16:
+            yield
+            return
         scheduler, steps = self.pipeline.scheduler, itertools.count(1)
         step = scheduler.step
 
@@ -142,8 +139,9 @@ class Sampler:
         """
         arguments = self._arguments(["a photograph"], [0], decode)
         self.pipeline.set_progress_bar_config(disable=True)
-        with outside_errors(f"model.path, diffusion: {type(self.pipeline).__name__} cannot generate an image"), torch.no_grad():
-            images = self._generate(arguments)
+        failed = f"model.path, diffusion: {type(self.pipeline).__name__} cannot generate an image"
+        with self._float32_images(), torch.no_grad(), outside_errors(failed):
+            images = self.pipeline(**arguments).images
         self._finite(torch.as_tensor(images))
         return math.prod(images.shape[1:])
 
