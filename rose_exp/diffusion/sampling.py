@@ -113,14 +113,20 @@ class Sampler:
             yield
 
     def _finite(self, images: Tensor) -> Tensor:
-        """Return images or latents, or raise RoseExpError if they are not finite."""
-        if not torch.isfinite(images).all():
-            name, limit = str(self.denoiser.dtype).removeprefix("torch."), torch.finfo(self.denoiser.dtype).max
-            raise RoseExpError(
-                f"{type(self.pipeline).__name__}: expected finite images, got NaN or infinity in {name}, whose maximum is "
-                f"{limit:.3g}; set model.dtype to float32 or bfloat16, which have a larger range"
-            )
-        return images
+        """Return images or latents, or raise RoseExpError with the cause if they are not finite."""
+        if torch.isfinite(images).all():
+            return images
+        models = {part: model for part, model in self.pipeline.components.items() if isinstance(model, nn.Module)}
+        for part, model in models.items():
+            for name, parameter in model.named_parameters():
+                if not torch.isfinite(parameter).all():
+                    raise RoseExpError(f"{part}.{name}: expected finite weights, got NaN or infinity")
+        dtype = self.denoiser.dtype
+        larger = "; set model.dtype to float32 or bfloat16, which have a larger range" if dtype == torch.float16 else ""
+        raise RoseExpError(
+            f"{type(self.pipeline).__name__}: expected finite images, got NaN or infinity in "
+            f"{str(dtype).removeprefix('torch.')}, whose maximum is {torch.finfo(dtype).max:.3g}{larger}"
+        )
 
     def _arguments(self, prompts: Sequence[str], seeds: Sequence[int], decode: bool) -> dict[str, Any]:
         """Return the arguments of the pipeline."""

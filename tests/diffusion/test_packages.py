@@ -162,9 +162,20 @@ def test_resuming_an_interrupted_run_gives_identical_weights(tmp_path, monkeypat
         torch.testing.assert_close(layer.weight, whole.layers[name].weight, rtol=0, atol=0)
 
 
-def test_layer_with_non_finite_weights_is_named():
-    of = pruner_of("sd3")
-    name = units_of("sd3")[0].names[0]
-    of.layers[name].module.weight.data[0, 0] = float("nan")
-    with pytest.raises(RoseExpError, match=name):
+@pytest.mark.parametrize("name", ["sd3", "sd", "ddpm"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_layer_with_non_finite_weights_is_named(name, value):
+    of = pruner_of(name)
+    layer = units_of(name)[0].names[0]
+    of.layers[layer].module.weight.data[0, 0] = float(value)
+    with pytest.raises(RoseExpError, match=rf"{layer}.*: expected finite weights, got NaN or infinity"):
         of.run()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder_2"])
+def test_part_with_non_finite_weights_is_named(part):
+    of = sampler("sd3")
+    name, parameter = list(getattr(of.pipeline, part).named_parameters())[-1]
+    parameter.data.fill_(float("nan"))
+    with pytest.raises(RoseExpError, match=rf"{part}\.{name}: expected finite weights, got NaN or infinity"):
+        images(of)
