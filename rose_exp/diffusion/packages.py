@@ -14,7 +14,8 @@ from ..models import LinearLayer
 from ..pruning import LayerReport, PruneContext, PruningPlan
 from ..pruning.collect import Calibration, Clock, GroupInputs
 from ..pruning.components import components_for
-from ..pruning.loop import Pruner, Unit
+from ..pruning.loop import Pruner
+from ..pruning.unit import Unit
 from ..runtime.errors import RoseExpError
 from . import denoiser
 from .denoiser import tokens_of

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from ..models import LinearLayer
 from ..pruning.block_training import Training, at_least_float32
+from ..pruning.calls import to_device
 from ..pruning.capture import StopForward
 from ..pruning.component import Component
 from ..pruning.context import PruneContext
-from ..pruning.loop import Unit
 from ..pruning.reconstruction import trainable
+from ..pruning.unit import Unit
 from ..runtime.errors import RoseExpError
 from ..settings.reconstruction import Reconstruction
 from .denoiser import DenoiserCall
@@ -155,7 +156,9 @@ class DenoiserReconstruction(Component):
         def copied(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return copies.setdefault(id(value), (value, value.detach().to("cpu", copy=True)))[1]
+            if id(value) not in copies:
+                copies[id(value)] = value, _on_host(value)
+            return copies[id(value)][1]
 
         def on_step(step: int, steps: int) -> None:
             nonlocal step_of, batch
@@ -282,7 +285,4 @@ def _on_host(value: Any) -> Any:
 
 
 def _moved(call: DenoiserCall, device: torch.device | str) -> DenoiserCall:
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return DenoiserCall(*tree_map(moved, (call.args, call.kwargs)))
+    return DenoiserCall(*to_device((call.args, call.kwargs), device, {}))

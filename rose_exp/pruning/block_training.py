@@ -14,7 +14,7 @@ from ..settings.reconstruction import Reconstruction
 
 if TYPE_CHECKING:
     from .context import PruneContext
-    from .loop import Unit
+    from .unit import Unit
 
 SEED = 0  # of the order of the windows
 

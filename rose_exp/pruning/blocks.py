@@ -23,11 +23,12 @@ from .component import Group
 from .components import components_for
 from .context import PruneContext
 from .enter import Calls, enter, second_stream
-from .loop import Pruner, Unit, save_part
+from .loop import Pruner, save_part
 from .permutation import Channels
 from .perturbation import perturbed
 from .plan import SUBSTANTIAL, PruningPlan, check_plan
 from .report import LayerReport
+from .unit import Unit
 from .waves import limited_waves
 from .weights import InMemory, fill
 from .whole import ModelPruner

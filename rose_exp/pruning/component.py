@@ -10,9 +10,10 @@ from ..models import LinearLayer
 if TYPE_CHECKING:
     from .collect import Calibration, GroupInputs
     from .context import PruneContext
-    from .loop import Pruner, Unit
+    from .loop import Pruner
     from .plan import PruningPlan
     from .report import LayerReport
+    from .unit import Unit
 
 Group = Sequence[LinearLayer]
 

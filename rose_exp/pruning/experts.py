@@ -6,9 +6,10 @@ from ..runtime.errors import RoseExpError
 from .collect import GroupInputs
 from .component import Component, Group
 from .context import PruneContext
-from .loop import Unit, names_of, solve_by_plan
+from .loop import names_of, solve_by_plan
 from .plan import PruningPlan
 from .report import LayerReport
+from .unit import Unit
 
 
 class StarvedExperts(Component):

@@ -12,8 +12,8 @@ from .component import Component
 
 if TYPE_CHECKING:
     from .context import PruneContext
-    from .loop import Unit
     from .plan import PruningPlan
+    from .unit import Unit
 
 
 class FirstBlock:

@@ -10,11 +10,11 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..models import LinearLayer
@@ -25,34 +25,9 @@ from .component import Component, Group
 from .context import PruneContext, synchronized_now
 from .plan import PruningPlan, concerns
 from .report import LayerReport, report_of, saved_numbers
+from .unit import Unit
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Unit:
-    """Layers that are calibrated together.
-
-    Attributes:
-        index: position among the units of the model.
-        name: name for progress bars and messages.
-        module: module that contains the layers.
-        module_name: full name of the module in the model; empty for the model itself.
-        layers: all linear layers of the unit by name.
-        groups: the layers to prune in call order, grouped by shared input.
-        part: reports and weights of layers that an earlier process has pruned, by full name.
-        reports: reports of all pruned layers, once they are pruned.
-    """
-
-    index: int
-    name: str
-    module: nn.Module
-    module_name: str
-    plan: PruningPlan
-    layers: Mapping[str, LinearLayer]
-    groups: list[list[LinearLayer]]
-    part: tuple[list[LayerReport], dict[str, Tensor]] = field(default_factory=lambda: ([], {}))
-    reports: list[LayerReport] = field(default_factory=list, kw_only=True)
 
 
 class Pruner(ABC):

@@ -20,7 +20,8 @@ from .report import LayerReport
 if TYPE_CHECKING:
     from .collect import GroupInputs
     from .context import PruneContext
-    from .loop import Pruner, Unit
+    from .loop import Pruner
+    from .unit import Unit
 
 
 def wanted_structures(module: nn.Module, name: str, plan: PruningPlan) -> list[Structure]:

@@ -11,8 +11,8 @@ from ..runtime.errors import RoseExpError
 from .collect import GroupInputs
 from .component import Component, Group
 from .context import PruneContext
-from .loop import Unit
 from .plan import PruningPlan
+from .unit import Unit
 
 log = logging.getLogger(__name__)
 

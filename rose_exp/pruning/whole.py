@@ -18,10 +18,11 @@ from .capture import LayerInputs, add_unreached_experts, check_decoder, home_of,
 from .collect import Calibration, GroupInputs, empty_moments, update_moments
 from .components import components_for
 from .context import PruneContext
-from .loop import Pruner, Unit, save_part
+from .loop import Pruner, save_part
 from .perturbation import perturbed
 from .plan import PruningPlan, check_plan
 from .report import LayerReport
+from .unit import Unit
 from .weights import BlockWeights, InMemory, fill
 
 

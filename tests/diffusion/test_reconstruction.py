@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from rose_exp.diffusion import noise_seeds
-from rose_exp.diffusion.reconstruction import CALLS, blocks_of, kept_steps
+from rose_exp.diffusion.reconstruction import CALLS, DenoiserReconstruction, blocks_of, kept_steps
 from rose_exp.engine import Ordering, SemiStructured, SparseGPT, Unstructured, Wanda
 from rose_exp.engine.groups import Structured
 from rose_exp.pruning import RunState
@@ -17,7 +18,7 @@ from rose_exp.runtime.errors import RoseExpError
 from rose_exp.runtime.signals import Interrupted
 from rose_exp.settings.reconstruction import Reconstruction
 
-from .pipelines import NAMES, PROMPTS, pruner_of, sampler, units_of
+from .pipelines import NAMES, PROMPTS, STEPS, pruner_of, sampler, units_of
 
 OPTIONS = Reconstruction(4, "together", rate=1e-3, batch=1)
 SLOW = ("sd", "sdxl")
@@ -68,6 +69,58 @@ def test_latents_are_closer_to_those_of_the_dense_denoiser(name, sparsity, rate)
     assert distance(trained, dense) < distance(alone, dense)
     zeros = [sum(int((layer.weight == 0).sum()) for layer in pruner.layers.values()) for pruner in (alone, trained)]
     assert zeros[0] == zeros[1]
+
+
+def test_blocks_are_trained_on_inputs_of_the_pruned_and_targets_of_the_dense_denoiser(monkeypatch):
+    """The weights of the calls are those of their steps, and later blocks see inputs that differ from the dense ones."""
+    dense = sampler("sd3").denoiser
+    differs = {}
+    original = DenoiserReconstruction._inputs_and_targets
+
+    def checked(self, name):
+        inputs, targets = original(self, name)
+        differs[name] = False
+        for place, call in enumerate(self.calls.calls):
+            arguments, _ = seen(self.denoiser, name, call)
+            dense_arguments, outputs = seen(dense, name, call)
+            assert_equal(arguments, tensors((inputs.calls[place].args, inputs.calls[place].kwargs)))
+            assert_equal(outputs, targets[place])
+            differs[name] |= any(not torch.equal(a, b) for a, b in zip(arguments, dense_arguments, strict=True))
+        batches = len(inputs.pieces)
+        steps = [step for batch in range(batches) for step in kept_steps(batch, STEPS)]
+        assert inputs.weights == [self.pruner.weights(step, STEPS) for step in steps]
+        assert batches == len(PROMPTS)
+        assert [place for piece in inputs.pieces for place in range(piece.start, piece.stop)] == list(range(len(inputs.calls)))
+        return inputs, targets
+
+    monkeypatch.setattr(DenoiserReconstruction, "_inputs_and_targets", checked)
+    pruner = pruner_of("sd3", reconstruction=OPTIONS)
+    pruner.run()
+    assert list(differs) == list(pruner.reconstruction.blocks)
+    assert list(differs.values()) == [False] + [True] * (len(differs) - 1)
+
+
+def tensors(value) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def seen(denoiser, name: str, call) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the arguments and outputs of a block while the denoiser runs ``call``."""
+    found = []
+
+    def hook(_module, args, kwargs, output):
+        found.extend([tensors((args, kwargs)), tensors(output)])
+
+    handle = denoiser.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        denoiser(*call.args, **call.kwargs)
+    handle.remove()
+    return found[0], found[1]
+
+
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_blocks_that_are_not_pruned_are_not_trained():
