@@ -100,7 +100,7 @@ def _readable(folder: Path) -> Iterator[Path]:
             replaced[name] = [None, None]
         elif (
             entry is not None and entry[0] == modeling_narrowed.MODULE
-        ):  # diffusers compares with the class of the loaded model
+        ):  # diffusers looks for the class that it is derived from
             replaced[name] = ["diffusers", entry[1].removeprefix(modeling_narrowed.PREFIX)]
     if not replaced:
         yield folder

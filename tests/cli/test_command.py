@@ -328,27 +328,6 @@ def test_multiple_choices_of_a_group_are_rejected_everywhere(arguments, tmp_path
     assert "-m method=wanda,rose runs one job per choice" in problems[0]
 
 
-@pytest.mark.parametrize("where", ["experiment", "command"])
-@pytest.mark.parametrize(
-    ("group", "choice", "swept", "values"),
-    [
-        ("method", "dsnot", "method.options.max_cycles", "1,2"),
-        ("tracking", "wandb", "tracking.wandb.mode", "offline,disabled"),
-        ("evaluation", "c4", "evaluation.perplexity.c4.windows", "1,2"),
-    ],
-)
-def test_experiments_sweep_over_settings_of_their_choices(group, choice, swept, values, where, tmp_path):
-    """A setting that only a choice defines is known in ``hydra.sweeper.params``."""
-    folder = tmp_path / "experiment"
-    folder.mkdir()
-    defaults = f"defaults:\n  - override /{group}: {choice}\n" if where == "experiment" else ""
-    text = f"# @package _global_\n{defaults}hydra:\n  sweeper:\n    params:\n      {swept}: {values}\n"
-    (folder / "own.yaml").write_text(text)
-    chosen = [f"{group}={choice}"] if where == "command" else []
-    command = check_command(["-m", "experiment=own", *chosen, "--config-dir", str(tmp_path)])
-    assert [job.name for job in command.jobs] == [f"{swept}={value}" for value in values.split(",")]
-
-
 def test_list_with_a_single_choice_is_rejected():
     assert problems_of("method=[wanda]") == ["method: expected one choice, got the list [wanda]; give method=wanda"]
 

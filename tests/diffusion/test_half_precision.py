@@ -40,9 +40,10 @@ def test_mean_error_is_close_to_that_of_float32(name, dtype, monkeypatch):
     assert torch.isfinite(images(of)).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "sd3" else pytest.mark.exhaustive) for name in NAMES]
+)
 @pytest.mark.parametrize(
     ("method", "sparsity", "options"),
     [
