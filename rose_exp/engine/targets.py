@@ -22,13 +22,15 @@ from .products import add_product
 
 
 class CrossMoments:
-    """Accumulates ``δ xᵀ`` and ``ε xᵀ`` over calibration tokens.
+    """Accumulates ``δ xᵀ``, or ``W δ xᵀ`` of a single layer, and ``ε xᵀ`` over calibration tokens.
 
     As in :class:`rose_exp.engine.InputMoments`, the sums on a CPU are bitwise independent of the split into updates.
 
     Args:
         columns: width of the layer's input.
         width: width of the hidden states that the layer's output is added to; None if there are none.
+        weight: W of the only layer with these inputs, (rows, columns). The sums are then those of ``W δ xᵀ``, which is cheaper
+            if 2 · rows < columns.
         device: device of the sums; inputs are moved there.
         dtype: dtype of the products, float32 or float64.
     """
@@ -38,21 +40,26 @@ class CrossMoments:
         columns: int,
         width: int | None = None,
         *,
+        weight: Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         if columns < 1:
             raise ValueError(f"columns: expected at least 1, got {columns}")
+        if weight is not None and (weight.ndim != 2 or weight.shape[1] != columns):
+            raise ValueError(f"weight: expected shape (rows, {columns}), got {tuple(weight.shape)}")
         self.columns, self.width, self.dtype = columns, width, dtype
         kept = sums_dtype(device, dtype)
-        self._gram = torch.zeros(columns, columns, device=device, dtype=kept)  # Σ δ xᵀ
+        self._weight = None if weight is None else weight.detach().to(device, dtype)
+        rows = columns if weight is None else len(weight)
+        self._gram = torch.zeros(rows, columns, device=device, dtype=kept)  # Σ δ xᵀ or Σ W δ xᵀ
         self._residual = None if width is None else torch.zeros(width, columns, device=device, dtype=kept)  # Σ ε xᵀ
         self._pieces = TokenPieces(dtype)
         self.tokens = 0
 
     @property
     def gram(self) -> Tensor:
-        """Σ δ xᵀ, (columns, columns)."""
+        """Σ δ xᵀ, (columns, columns), or Σ W δ xᵀ, (rows, columns), if a weight is given."""
         self._finish_piece()
         return self._gram
 
@@ -93,7 +100,7 @@ class CrossMoments:
         self.tokens += len(x)
 
     def _add(self, x: Tensor, change: Tensor, residual: Tensor | None = None) -> None:
-        add_product(self._gram, change.T, x)
+        add_product(self._gram, (change if self._weight is None else change @ self._weight.T).T, x)
         if residual is not None:
             add_product(self._residual, residual.T, x)
 
@@ -108,15 +115,32 @@ class CrossMoments:
         self._gram = self._gram.to(self.dtype)
         self._residual = None if self._residual is None else self._residual.to(self.dtype)
 
+    def images(self, weights: Sequence[Tensor], scale: float = 1.0) -> list[Tensor]:
+        """Return scale · Σ W δ xᵀ, (rows, columns), of each weight W, in the dtype of the weights.
+
+        Raises:
+            ValueError: if the sums are those of another weight.
+        """
+        if self._weight is None:
+            return [weight @ (scale * self.gram.to(weight)) for weight in weights]
+        if len(weights) != 1 or weights[0].shape != self.gram.shape:
+            got = [tuple(weight.shape) for weight in weights]
+            raise ValueError(f"cross_moments: expected a single weight of shape {tuple(self.gram.shape)}, got {got}")
+        return [scale * self.gram.to(weights[0])]
+
     @torch.no_grad()
     def subtract_own_output(self, weight: Tensor) -> None:
         """Subtract W δ from the sums of ε, if the hidden states passed to :meth:`update` included the layer's own output."""
-        self.residual.addmm_(weight.to(self.gram), self.gram, alpha=-1)
+        if self._weight is None:
+            self.residual.addmm_(weight.to(self.gram), self.gram, alpha=-1)
+        else:
+            self.residual.sub_(self.gram)
 
     def permuted(self, order: Tensor) -> CrossMoments:
         """Return the cross moments of the same inputs with their columns in the given order, (columns,) int64."""
         other = CrossMoments(self.columns, device="meta", dtype=self.dtype)
-        other._gram = self.gram[order][:, order]
+        other._gram = self.gram[order][:, order] if self._weight is None else self.gram[:, order]
+        other._weight = None if self._weight is None else self._weight[:, order]
         other._residual, other.width = None if self.residual is None else self.residual[:, order], self.width
         other.tokens = self.tokens
         return other
@@ -153,7 +177,8 @@ class Target:
         A target is NaN where the damped E[x xᵀ] is not positive definite.
 
         Raises:
-            ValueError: if the cross moments include hidden states and there is more than one weight.
+            ValueError: if the cross moments are those of other weights, or if they include hidden states and there is more
+                than one weight.
         """
         if cross_moments.residual is not None and len(weights) != 1:
             raise ValueError(f"cross_moments: expected a single layer if they include hidden states, got {len(weights)}")
@@ -163,7 +188,7 @@ class Target:
         lower, failed = torch.linalg.cholesky_ex(shifted, check_errors=False)
         lower.masked_fill_(failed > 0, torch.nan)  # a failed factor is finite: NaN makes prune_layers reject the target
         share = 2 / max(cross_moments.tokens, 1)
-        products = [weight @ (self.strength * share * cross_moments.gram.to(weight)) for weight in weights]
+        products = cross_moments.images(weights, self.strength * share)
         if cross_moments.residual is not None:
             products[0] += self.residual * share * cross_moments.residual.to(products[0])
         moves = torch.cholesky_solve(torch.cat(products).T, lower).T.split([len(weight) for weight in weights])

@@ -181,7 +181,9 @@ class Collector:
         if group[0].of_expert or group[0].name in self.roles.repeated:  # the two models route different tokens to an expert
             return GroupInputs(moments)
         width = len(group[0].weight) if len(group) == 1 and group[0].name in self.roles.adding else None
-        cross_moments = CrossMoments(group[0].columns, width, device=self.device, dtype=moments.dtype)
+        columns, rows = group[0].columns, len(group[0].weight)
+        weight = group[0].weight if len(group) == 1 and narrow(rows, columns) else None
+        cross_moments = CrossMoments(columns, width, weight=weight, device=self.device, dtype=moments.dtype)
         kind = "asymmetric" if self.plan.target.strength else "dense"
         return GroupInputs(moments, cross_moments, kind if width is None else "residual")
 
@@ -222,6 +224,11 @@ class _Recorded:
                 raise StopForward
 
         return hook
+
+
+def narrow(rows: int, columns: int) -> bool:
+    """Return whether the weight of a single layer more than halves the cost of its cross moments, see :class:`CrossMoments`."""
+    return 4 * rows < columns
 
 
 def empty_moments(group: Sequence[LinearLayer], device: torch.device | str, precision: Precision) -> InputMoments:

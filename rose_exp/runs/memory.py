@@ -14,6 +14,7 @@ from ..engine.footprint import Problem, groups_peak
 from ..engine.moments import sums_dtype
 from ..engine.pieces import PIECE
 from ..models import BlockShape, LayerShape, ModelShape
+from ..pruning.collect import narrow
 from ..pruning.plan import chosen
 from ..pruning.waves import successive_parts
 from ..runtime.batches import batch_size
@@ -217,7 +218,7 @@ class _Run:
         piece = PIECE * ITEM if not self.cuda and tokens % PIECE else 0
         size = item * columns**2 + piece * columns
         if self.settings.target:
-            size += item * columns**2 + 2 * piece * columns
+            size += item * columns * self._cross_rows(group) + 2 * piece * columns
             if self._adds(group):
                 size += (item * columns + piece) * hidden
         return size
@@ -227,10 +228,15 @@ class _Run:
         columns = group[0].columns
         size = columns**2
         if self.settings.target:
-            size += columns**2 + (columns * self.shape.hidden if self._adds(group) else 0)
+            size += columns * self._cross_rows(group) + (columns * self.shape.hidden if self._adds(group) else 0)
         if "permutation" in acting(self.settings.model_dump(mode="json")):
             size += 2 * columns**2  # in their original order and in that of the permutation
         return size * ITEM
+
+    def _cross_rows(self, group: list[LayerShape]) -> int:
+        """Return the rows of the cross moments of a group's inputs."""
+        rows, columns = group[0].rows, group[0].columns
+        return rows if len(group) == 1 and narrow(rows, columns) else columns
 
     def _adds(self, group: list[LayerShape]) -> bool:
         """Return whether the output of a group is added to the hidden states."""

@@ -46,6 +46,56 @@ def test_target_shift_is_the_ridge_fit_of_the_missing_output(with_residual):
     torch.testing.assert_close(half, (weight + found) / 2)
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_sums_with_the_weight_give_the_same_target(with_residual):
+    """Also after a permutation of the columns, and after the layer's own output is subtracted."""
+    weight, inputs, delta, missing = drifted(3, 20, 300)
+    given = missing + delta @ weight.T if with_residual else None
+    order = torch.randperm(20)
+    moments = moments_of(inputs, torch.float64)
+    found = []
+    for own in (None, weight):
+        cross_moments = CrossMoments(20, 3 if with_residual else None, weight=own, dtype=torch.float64)
+        for part in torch.arange(len(inputs)).split(64):
+            extra = given[part] if with_residual else None
+            cross_moments.update(inputs[part], (inputs + delta)[part], extra)
+        if with_residual:
+            cross_moments.subtract_own_output(weight)
+        for layer_weight, own_moments, cross in (
+            (weight, moments, cross_moments),
+            (weight[:, order], moments.permuted(order), cross_moments.permuted(order)),
+        ):
+            curvature = Curvature(own_moments, 0.01, torch.float64)
+            found.append(Target(0.7, 0.4).of([layer_weight], curvature, cross)[0])
+    torch.testing.assert_close(found[2], found[0])
+    torch.testing.assert_close(found[3], found[1])
+
+
+def test_sums_with_the_weight_are_independent_of_the_split_into_updates():
+    weight, inputs, delta, _ = drifted(3, 20, 3000)
+    found = []
+    for length in (1, 700, 3000):
+        cross_moments = CrossMoments(20, weight=weight.float())
+        for part in torch.arange(len(inputs)).split(length):
+            cross_moments.update(inputs[part].float(), (inputs + delta)[part].float())
+        cross_moments.finish()
+        found.append(cross_moments.gram)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_sums_of_another_weight_raise_an_error():
+    weight, inputs, delta, _ = drifted()
+    cross_moments = CrossMoments(12, weight=weight[:5], dtype=torch.float64)
+    cross_moments.update(inputs, inputs + delta)
+    options = {"sparsity": Unstructured(0.5), "target": Target(0.5), "cross_moments": cross_moments}
+    message = r"cross_moments: expected a single weight of shape \(5, 12\), got \[\(8, 12\)\]"
+    with pytest.raises(ValueError, match=message):
+        prune_layer(weight, moments_of(inputs, torch.float64), **options)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(rows, 12\), got \(12, 8\)"):
+        CrossMoments(12, weight=weight.T)
+
+
 def test_subtract_own_output_corrects_the_residual():
     weight, inputs, delta, missing = drifted()
     expected = cross_moments_of(inputs, delta, missing)

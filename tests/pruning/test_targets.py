@@ -7,7 +7,7 @@ import torch
 
 from rose_exp.engine import CrossMoments, InputMoments, Ordering, Refine, SparseGPT, Target, Unstructured, prune_layer
 from rose_exp.models import all_linear_layers, find_blocks, unstacked_experts
-from rose_exp.pruning import PruningPlan, events, prune_model
+from rose_exp.pruning import PruningPlan, collect, events, prune_model
 from rose_exp.pruning.capture import probe
 
 from ..models.families import build, tokens
@@ -60,8 +60,14 @@ def watched(model, windows):
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma2", "mixtral"])
-def test_loop_with_two_models_equals_running_both_for_each_block(family, sequential):
-    """For a mixture of experts, only attention is pruned because other layers add to the hidden states after it."""
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_loop_with_two_models_equals_running_both_for_each_block(family, sequential, with_weight, monkeypatch):
+    """For a mixture of experts, only attention is pruned because other layers add to the hidden states after it.
+
+    ``with_weight``: the sums of single layers include their weights, as for layers with far fewer rows than columns.
+    """
+    if with_weight:
+        monkeypatch.setattr(collect, "narrow", lambda *_: True)
     pruned, slow, dense = (build(family).double() for _ in range(3))
     windows = tokens()
     options = {"target": TARGET, "true_sequential": sequential, "skip": ["*.experts.*"] if family == "mixtral" else []}
