@@ -32,6 +32,7 @@ FOLLOWING = {  # facts of the protocol that change with a setting
     "engine.backend": ("protocol.backend",),
     "model": ("protocol.model",),
 }
+PROMPTS = ("protocol.calibration.prompts", "protocol.calibration.sha256")  # number and fingerprint of the prompts in use
 PLUGINS = "protocol.plugins"  # code of other packages; that of methods and scores identifies a row
 SPARSITY = "sparsity"
 EVALUATED = ("evaluation", "images", "zero_shot", "speed")  # parts of the protocol that belong to metrics of one kind
@@ -41,6 +42,8 @@ def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str
     """Return everything that a metric depends on except the seed, the setting ``columns`` and what rows compare."""
     settings = settings_of(record["config"], metric, assumed=columns)
     facts = {name: value for name, value in _facts(record["protocol"], metric).items() if _covered(name, settings)}
+    if columns == "calibration.samples" and PROMPTS[0] in facts:  # settings identify the list that the prompts are from
+        facts = without(facts, PROMPTS)
     setting_values = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
     sources = [name for name in facts if name.endswith(".source") and f"{name.rpartition('.')[0]}.sha256" in facts]
     return without(setting_values | facts, [*sources, *OF_SEED, PLUGINS, columns, *FOLLOWING.get(columns, ())])
@@ -82,6 +85,14 @@ def variant(record: Mapping[str, Any], columns: str | None = None) -> dict[str, 
     plugins = record["protocol"].get("plugins") or {}
     values |= flat({group: used for group, used in plugins.items() if group != DATASETS_GROUP}, f"{PLUGINS}.")
     return values if columns in (None, SPARSITY) else without(values, [columns])
+
+
+def depends(record: Mapping[str, Any], metric: str, columns: str) -> bool:
+    """Return whether a metric of the run depends on the setting ``columns``.
+
+    That of a dense model depends on the number of denoising steps, for example, but not on the sparsity.
+    """
+    return any(within(setting.name, columns) for setting in settings_of(record["config"], metric))
 
 
 def is_dense(record: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from ..settings.effects import EFFECTS
 from ..settings.leaves import flat
 from ..tracking.record import REORDERED
 from .cells import Cell, Repeat, mark_best, paired_difference, windows_needed
-from .conditions import SPARSITY, agree, column_of, conditions, differing, is_dense, variant
+from .conditions import SPARSITY, agree, column_of, conditions, depends, differing, is_dense, variant
 from .published import find
 
 ALL = "all"  # column of a dense model in a table without other columns
@@ -186,22 +186,24 @@ def _add(tables: list[Table], record: Mapping[str, Any], row: str, columns: str,
     for metric, at, name, value in _measured(record, column):
         record_conditions = without(conditions(record, metric, columns), allowed)
         kind = metric.partition(".")[0] if metric.startswith("zero_shot") else metric
-        same = [t for t in tables if (t.model, t.metric) == (model, kind) and _fits(t, at, record_conditions, is_dense(record))]
+        everywhere = is_dense(record) and not depends(record, metric, columns)  # in every column
+        same = [table for table in tables if (table.model, table.metric) == (model, kind)]
+        same = [table for table in same if _fits(table, record, record_conditions) and (everywhere or table.at == at)]
         if not same:
             same = [Table(model, kind, at, columns, record_conditions)]
             tables += same
         for table in same:
-            places = (table.names or [ALL]) if is_dense(record) and kind != "zero_shot" else [name]
+            places = (table.names or [ALL]) if everywhere and kind != "zero_shot" else [name]
             for place in places:
                 if not _put(table, record, row, place, value):
                     conflicts.append(f"{row} {record.get('run_id')}: another run occupies its cell in {table.title()}, {place}")
     return conflicts
 
 
-def _fits(table: Table, at: str | None, record_conditions: Mapping[str, Any], dense: bool) -> bool:
-    if dense:
+def _fits(table: Table, record: Mapping[str, Any], record_conditions: Mapping[str, Any]) -> bool:
+    if is_dense(record):  # has no calibration
         return agree(record_conditions, table.conditions)
-    return table.at == at and table.conditions == record_conditions
+    return table.conditions == record_conditions
 
 
 def _measured(record: Mapping[str, Any], column: str) -> Iterable[tuple[str, str | None, str, float]]:

@@ -100,6 +100,6 @@ def record(
         *path, last = name.split("__")
         place = made
         for part in path:
-            place = place[part]
+            place = place.setdefault(part, {})
         place[last] = value
     return made

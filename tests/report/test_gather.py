@@ -187,6 +187,75 @@ def test_any_setting_can_define_the_columns():
     assert table.names == ["16", "128"]
 
 
+def diffusion_record(label: str, value: float, seed: int = 0, **changes) -> dict:
+    """Return the record of a run of a diffusion model with a metric of its images."""
+    images = {"samples": 100}
+    made = record(label, 0.0, seed, config__model__kind="diffusion", config__evaluation__images=images, **changes)
+    made["metrics"] = {"images.digit_distance": value}
+    made["protocol"] |= {"evaluation": None, "images": {"source": "digit_prompts", "sha256": "prompts", "prompts": 100}}
+    return made
+
+
+def test_numbers_of_prompts_from_one_list_share_a_table():
+    """Their fingerprint is that of the prompts in use, so it differs between the columns."""
+    records = []
+    for samples, path in [(10, None), (100, None), (10, "mine.txt"), (100, "mine.txt")]:
+        made = diffusion_record(
+            "SparseGPT", float(samples), config__calibration__samples=samples, config__calibration__path=path
+        )
+        made["protocol"]["calibration"] = {
+            "source": path or "prompts",
+            "prompts": samples,
+            "sha256": f"{path} {samples}",
+            "seed": 0,
+            "noise_sha256": f"noise {samples}",
+        }
+        records.append(made)
+    for columns, names in (("calibration.samples", [["10", "100"]] * 2), ("sparsity", [["0.7"]] * 4)):
+        found = [table for table in gather(records, columns=columns).tables if table.metric == "images.digit_distance"]
+        assert [table.names for table in found] == names
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [("steps", (10, 25, 50)), ("guidance", (1.0, 2.0)), ("scheduler", ("DDIMScheduler", "EulerDiscreteScheduler"))],
+)
+def test_dense_models_that_depend_on_the_columns_are_in_their_own(columns, values):
+    records = []
+    for place, value in enumerate(values):
+        for label, offset in (("Dense", 1.0), ("SparseGPT", 2.0)):
+            records.append(diffusion_record(label, place + offset, **{f"config__diffusion__{columns}": value}))
+    found = gather(records, columns=f"diffusion.{columns}")
+    (table,) = [table for table in found.tables if table.metric == "images.digit_distance"]
+    assert not found.left_out
+    for label, offset in (("Dense", 1.0), ("SparseGPT", 2.0)):
+        assert [table.cells[label][name].mean for name in table.names] == [place + offset for place in range(len(values))]
+
+
+def test_dense_models_depend_on_every_column_that_changes_their_metric():
+    """Zero-shot tables exist for each column. Sparsity and calibration do not change a dense model."""
+    records = []
+    for dtype, window, shift in (("float32", 2048, 0), ("bfloat16", 1024, 10)):
+        texts = {"wikitext2": {"dataset": "Salesforce/wikitext", "window": window}}
+        for label, value in (("Dense", 1.0), ("SparseGPT", 2.0)):
+            made = record(label, value + shift, config__model__dtype=dtype, config__evaluation__perplexity=texts)
+            made["protocol"]["model"]["dtype"] = dtype
+            made["protocol"]["evaluation"]["wikitext2"]["window"] = window
+            made["metrics"]["zero_shot.piqa"] = value + shift
+            records.append(made)
+    found = gather(records, columns="model.dtype", allowed=["evaluation", "protocol.evaluation", "protocol.model"])
+    assert not found.left_out
+    metrics = {table.metric: table for table in found.tables}
+    means = {n: c.mean for n, c in metrics["perplexity.wikitext2"].cells["Dense"].items()}
+    assert means == {"float32": 1.0, "bfloat16": 11.0}
+    zero_shot = {table.at: table.cells for table in found.tables if table.metric == "zero_shot"}
+    assert {at: cells["Dense"]["piqa"].mean for at, cells in zero_shot.items()} == {"float32": 1.0, "bfloat16": 11.0}
+    for columns in ("sparsity", "calibration.samples", "engine.block_size"):
+        same = gather([records[0], records[1]], columns=columns)
+        (table,) = [table for table in same.tables if table.metric == "perplexity.wikitext2"]
+        assert table.cells["Dense"].keys() == table.cells["SparseGPT"].keys()
+
+
 def test_threshold_columns_do_not_split_row_names():
     records = []
     for threshold in (0.25, 0.5):
