@@ -96,17 +96,19 @@ def caption(table: Table) -> str:
     """Return a description of the protocol of a table."""
     conditions = table.conditions
     parts = []
-    if "protocol.calibration.windows" in conditions or (
-        "calibration.samples" in conditions and conditions.get("calibration.draw") != "prompts"
-    ):
-        samples, window = conditions.get("calibration.samples", "varying"), conditions.get("calibration.window", "varying")
+    varies = "protocol.calibration.windows" in conditions or table.columns == "calibration.samples"
+    pruned = any(row != "Dense" for row in table.cells)
+    samples = conditions.get("calibration.samples", "a varying number of" if varies and pruned else None)
+    prompts = conditions.get("calibration.draw") == "prompts"
+    if samples is not None and not prompts:
+        window = conditions.get("calibration.window", "varying")
         cut = conditions.get("protocol.calibration.cut")
         parts.append(f"calibrated on {samples} windows of {window} tokens{_bos(conditions, 'calibration')}, cut as {cut}")
         parts.append(
             f"blocks of {conditions.get('engine.block_size', 'varying')}, damping {conditions.get('engine.damping', 'varying')}"
         )
-    if conditions.get("protocol.calibration.prompts") or "protocol.images.prompts" in conditions:
-        parts.append(_sampling(conditions))
+    if (samples is not None and prompts) or "protocol.images.prompts" in conditions:
+        parts.append(_sampling(conditions, samples))
     if "protocol.evaluation.windows" in conditions:
         parts.append(
             f"measured on {conditions['protocol.evaluation.windows']} windows of "
@@ -133,13 +135,13 @@ def _bos(conditions: Mapping[str, Any], part: str) -> str:
     return {"windows": ", each after BOS", "none": " without BOS"}.get(conditions.get(f"protocol.{part}.bos"), "")
 
 
-def _sampling(conditions: Mapping[str, Any]) -> str:
-    """Describe calibration and sampling of a diffusion model."""
+def _sampling(conditions: Mapping[str, Any], samples: Any) -> str:
+    """Describe calibration and sampling of a diffusion model; ``samples`` is None for a dense model."""
     options = {name: conditions.get(f"diffusion.{name}", "varying") for name in ("steps", "guidance", "weighting", "packages")}
     parts = [f"{options['steps']} steps, guidance {options['guidance']}"]
-    if "calibration.samples" in conditions:
+    if samples is not None:
         parts = [
-            f"calibrated on {conditions['calibration.samples']} prompts",
+            f"calibrated on {samples} prompts",
             *parts,
             f"steps weighted {options['weighting']}, {options['packages']} packages",
         ]

@@ -40,6 +40,20 @@ def test_markdown_report(report):
     assert "seeds 0, 1, 2; mean ± standard deviation over the seeds; torch 2.13.0" in text
 
 
+def test_captions_state_a_varying_number_of_calibration_samples():
+    columns = "calibration.samples"
+    runs = [record("ROSE", float(n), config__calibration__samples=n, protocol__calibration__windows=n) for n in (16, 128)]
+    assert "calibrated on a varying number of windows of 2048 tokens, cut as documents" in markdown(
+        gather(runs, columns=columns)
+    )
+    prompts = {"source": "prompts", "sha256": "p", "prompts": 10, "seed": 0, "noise_sha256": "n"}
+    options = {"config__model__kind": "diffusion", "config__calibration__draw": "prompts", "protocol__calibration": prompts}
+    options |= {"protocol__images": {"prompts": 100}}
+    of_images = [record("SparseGPT", 1.0, config__calibration__samples=n, **options) for n in (10, 100)]
+    assert "calibrated on a varying number of prompts; " in markdown(gather(of_images, columns=columns))
+    assert "calibrated on" not in markdown(gather([record("Dense", 5.0)], columns=columns))
+
+
 def test_run_events_are_summarized():
     one, two = record("SparseGPT", 27.0, 0), record("SparseGPT", 28.0, 1)
     event = {"kind": "dead_columns", "layer": "a", "detail": "3 of 8 inputs never fired"}
