@@ -218,7 +218,10 @@ class _Run:
         piece = PIECE * ITEM if not self.cuda and tokens % PIECE else 0
         size = item * columns**2 + piece * columns
         if self.settings.target:
-            size += item * columns * self._cross_rows(group) + 2 * piece * columns
+            rows = self._cross_rows(group)
+            size += item * columns * rows + 2 * piece * columns
+            if rows < columns and self.width < ITEM:  # the weight in float32
+                size += ITEM * columns * rows
             if self._adds(group):
                 size += (item * columns + piece) * hidden
         return size
