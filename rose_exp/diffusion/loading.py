@@ -98,9 +98,8 @@ def _readable(folder: Path) -> Iterator[Path]:
     for name, entry in read_index(folder).items():
         if entry is None and index[name] is None:
             replaced[name] = [None, None]
-        elif (
-            entry is not None and entry[0] == modeling_narrowed.MODULE
-        ):  # diffusers looks for the class that it is derived from
+        elif entry is not None and entry[0] == modeling_narrowed.MODULE:
+            # the index names a class of the saved module; diffusers expects the class of its own that this one is derived from
             replaced[name] = ["diffusers", entry[1].removeprefix(modeling_narrowed.PREFIX)]
     if not replaced:
         yield folder
