@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..diffusion.denoiser import Unit, candidate_layers, find_units, split_into_packages
+from ..diffusion.denoiser import Unit, candidate_layers, check_stacked, find_units, split_into_packages
 from ..diffusion.narrowed import key_of, remove_masked
 from ..diffusion.packages import PackagePruner
 from ..diffusion.sampling import Sampler, noise_seeds
@@ -28,12 +28,14 @@ class Selection:
     Attributes:
         layers: all layers that the denoiser calls, by name.
         chosen: names of the layers that match the pipeline's patterns.
+        uncalled: names of layers that match the patterns, but that the denoiser does not call; they stay dense.
         structures: for structured sparsity, the heads and neurons to prune.
         packages: the layers to prune; those of a package are pruned together. Empty for a dense model.
     """
 
     layers: Mapping[str, LinearLayer]
     chosen: Sequence[str]
+    uncalled: Sequence[str] = ()
     structures: Sequence[Structure] = ()
     packages: Sequence[Sequence[Unit]] = field(default_factory=list)
 
@@ -74,17 +76,20 @@ def select_layers(sampler: Sampler, settings: Settings) -> Selection:
     """Find the layers of a denoiser, and divide those to prune into packages.
 
     Raises:
-        RoseExpError: a pattern matches no layer, or no layer is left to prune.
+        RoseExpError: a pattern matches no layer, no layer is left to prune, or weights to prune are in no layer.
     """
     denoiser, pipeline = sampler.denoiser, settings.pipeline
     candidates = candidate_layers(denoiser, settings.diffusion.convolutions)
     with torch.no_grad():
-        units = find_units(denoiser, sampler.first_call("a photograph"), candidates)
-    called = {name for unit in units for name in unit.names}
+        layout = find_units(denoiser, sampler.first_call("a photograph"), candidates)
+    called = {name for unit in layout.units for name in unit.names}
     layers = {layer.name: layer for layer in candidates if layer.name in called}
-    check_patterns("pipeline.layers", pipeline.layers, list(layers))
-    check_patterns("pipeline.skip", pipeline.skip, list(layers))
-    names = [name for name in layers if chosen(name, pipeline.layers, pipeline.skip)]
+    stacked = check_stacked(denoiser, lambda name: settings.pruned and chosen(name, pipeline.layers, pipeline.skip))
+    check_patterns("pipeline.layers", pipeline.layers, [*layers, *stacked])
+    check_patterns("pipeline.skip", pipeline.skip, [*layers, *stacked])
+    names, uncalled = (
+        [name for name in found if chosen(name, pipeline.layers, pipeline.skip)] for found in (layers, layout.uncalled)
+    )
     if not settings.pruned:
         return Selection(layers, names)
     pruned, plan, structures = set(names), pruning_plan(settings), []
@@ -95,16 +100,17 @@ def select_layers(sampler: Sampler, settings: Settings) -> Selection:
     if not pruned:
         raise RoseExpError("pipeline.layers, pipeline.skip: expected patterns that select a layer, got none")
     pruned_units = [
-        Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in units
+        Unit(tuple(kept for group in unit.groups if (kept := tuple(n for n in group if n in pruned)))) for unit in layout.units
     ]
     packages = split_into_packages([unit for unit in pruned_units if unit.groups], settings.diffusion.packages)
-    return Selection(layers, names, structures, packages)
+    return Selection(layers, names, uncalled, structures, packages)
 
 
 def package_pruner(
     sampler: Sampler, selection: Selection, prompts: Sequence[str], settings: Settings, context: PruneContext
 ) -> PackagePruner:
     """Return the pruner of a denoiser. Its calibration images use the prompts and the noise of ``settings.seed``."""
+    context.warn("left_dense", selection.uncalled, "each is not called by the denoiser")
     return PackagePruner(
         sampler,
         selection.layers,

@@ -279,7 +279,7 @@ def _pruned_pipeline(name: str, device: torch.device) -> tuple[list[LayerReport]
     sampler = Sampler(pipeline, steps=steps, guidance=4.0, size=(32, 32), batch=2, **text)
     layers = {layer.name: layer for layer in candidate_layers(sampler.denoiser, convolutions=False)}
     with torch.no_grad():
-        units = find_units(sampler.denoiser, sampler.first_call("a photograph"), list(layers.values()))
+        units = find_units(sampler.denoiser, sampler.first_call("a photograph"), list(layers.values())).units
         used = {layer for unit in units for layer in unit.names}
         pruner = PackagePruner(
             sampler,

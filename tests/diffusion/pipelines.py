@@ -37,7 +37,7 @@ def units_of(name: str):
     of = sampler(name)
     layers = candidate_layers(of.denoiser, convolutions=name == "ddpm")
     with torch.no_grad():
-        return find_units(of.denoiser, of.first_call("a photograph"), layers)
+        return find_units(of.denoiser, of.first_call("a photograph"), layers).units
 
 
 def pruner_of(name: str, count: int = 2, sparsity=None, method=None, of: Sampler | None = None, **options) -> PackagePruner:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from rose_exp.diffusion import Unit, split_into_packages
-from rose_exp.diffusion.denoiser import ConvLayer, candidate_layers, find_units, tokens_of
+from rose_exp.diffusion.denoiser import ConvLayer, DenoiserCall, Layout, candidate_layers, check_stacked, find_units, tokens_of
 from rose_exp.runtime.errors import RoseExpError
 
 from .pipelines import NAMES, sampler, units_of
@@ -106,3 +106,131 @@ def test_denoiser_without_candidate_layers_raises_an_error():
     of = sampler("sd3")
     with pytest.raises(RoseExpError, match="no attention or feed-forward layer with tokens as input"), torch.no_grad():
         find_units(of.denoiser, of.first_call("a photograph"), [])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, states):
+        return states + self.to_out(self.to_q(states))
+
+
+class Block(nn.Module):
+    """A transformer block whose feed-forward part is the argument."""
+
+    def __init__(self, ffn: nn.Module):
+        super().__init__()
+        self.attention, self.ffn = Attention(), ffn
+        self.norm = nn.Linear(8, 8)
+
+    def forward(self, states, time):
+        return self.ffn(self.attention(states) * self.norm(time)[:, None])
+
+
+class Denoiser(nn.Module):
+    def __init__(self, *ffns: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(ffn) for ffn in ffns)
+
+    def forward(self, states, time):
+        for block in self.blocks:
+            states = block(states, time)
+        return states
+
+
+class Ffn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, states):
+        return self.down(self.up(states))
+
+
+class Experts(Ffn):
+    """All tokens of all images in one matrix."""
+
+    def forward(self, states):
+        return super().forward(states.flatten(0, 1)).view_as(states)
+
+
+class WithoutGradient(Ffn):
+    @torch.no_grad()
+    def forward(self, states):
+        return super().forward(states)
+
+
+class Detached(Ffn):
+    def forward(self, states):
+        return self.down(self.up(states.detach()).detach())
+
+
+class InPlace(Ffn):
+    """Passes states through a buffer."""
+
+    def forward(self, states):
+        buffer = torch.zeros(*states.shape[:-1], 16)
+        buffer[...] = self.up(states)
+        return self.down(buffer.unsqueeze(0)).squeeze(0)
+
+
+class Split(Ffn):
+    """One call for each half of the tokens."""
+
+    def forward(self, states):
+        return torch.cat([super(Split, self).forward(half) for half in states.chunk(2, dim=1)], dim=1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, states):
+        return self.layer(self.layer(states))
+
+
+class Stacked(nn.Module):
+    """Experts in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, states):
+        return states @ self.weight.sum(dim=0)
+
+
+def layout_of(*ffns: nn.Module) -> Layout:
+    denoiser = Denoiser(*ffns)
+    call = DenoiserCall((torch.randn(2, 4, 8),), {"time": torch.randn(2, 8)})
+    return find_units(denoiser, call, candidate_layers(denoiser, convolutions=False))
+
+
+@pytest.mark.parametrize("ffn", [Ffn, Experts, WithoutGradient, Detached, InPlace, Split])
+def test_order_follows_the_tensors_in_every_kind_of_code(ffn):
+    layout = layout_of(Ffn(), ffn())
+    names = ["attention.to_q", "attention.to_out", "ffn.up", "ffn.down"]
+    assert [unit.names for unit in layout.units] == [[f"blocks.{block}.{name}"] for block in range(2) for name in names]
+    assert layout.per_image == ["blocks.0.norm", "blocks.1.norm"]
+    assert layout.uncalled == []
+
+
+def test_layer_that_depends_on_its_own_output_raises_an_error():
+    with pytest.raises(RoseExpError, match=r"blocks.0.ffn.layer is called several times .* add it to pipeline.skip"):
+        layout_of(Recurrent())
+
+
+def test_uncalled_layers_are_listed():
+    ffn = Ffn()
+    ffn.other = nn.Linear(8, 8)
+    assert layout_of(ffn).uncalled == ["blocks.0.ffn.other"]
+
+
+def test_experts_in_one_tensor_raise_an_error_unless_skipped():
+    denoiser = Denoiser(Ffn(), Stacked())
+    with pytest.raises(RoseExpError, match=r"blocks.1.ffn.weight holds 54% of its block's weights"):
+        check_stacked(denoiser, lambda _name: True)
+    assert check_stacked(denoiser, lambda name: "ffn" not in name) == ["blocks.1.ffn.weight"]
