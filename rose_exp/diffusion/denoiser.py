@@ -37,6 +37,11 @@ class ConvLayer(LinearLayer):
             self.module.weight.copy_(weight.view_as(self.module.weight))
 
 
+def input_of(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """Return the input of a call of a layer, which the denoiser may pass by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def tokens_of(layer: LinearLayer, inputs: Tensor) -> Tensor:
     """Return the vectors that the weight of ``layer`` multiplies, (..., columns): patches for a convolution."""
     if not isinstance(layer, ConvLayer):
@@ -286,8 +291,8 @@ class _Probe:
         self.inputs: list[weakref.ref] = []  # the address of a freed tensor is reused
 
     def watch(self, layer: LinearLayer, stack: ExitStack) -> None:
-        def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            uses, inputs = self.calls.setdefault(layer.name, _Uses()), args[0]
+        def before(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            uses, inputs = self.calls.setdefault(layer.name, _Uses()), input_of(args, kwargs)
             number = next((i for i, kept in enumerate(self.inputs) if kept() is inputs), len(self.inputs))
             if number == len(self.inputs):
                 self.inputs.append(weakref.ref(inputs))
@@ -298,5 +303,6 @@ class _Probe:
         def after(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
             self.origins.mark(output, {layer.name})
 
-        for hook in (layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(after)):
+        pre_hook = layer.module.register_forward_pre_hook(before, with_kwargs=True)
+        for hook in (pre_hook, layer.module.register_forward_hook(after)):
             stack.callback(hook.remove)

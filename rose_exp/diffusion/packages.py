@@ -18,7 +18,7 @@ from ..pruning.loop import Pruner
 from ..pruning.unit import Unit
 from ..runtime.errors import RoseExpError
 from . import denoiser
-from .denoiser import tokens_of
+from .denoiser import input_of, tokens_of
 from .reconstruction import DenoiserReconstruction
 from .sampling import Sampler
 
@@ -139,9 +139,9 @@ class PackagePruner(Pruner):
             alpha = self.weights(step, steps)
 
         def hook_of(layer: LinearLayer, moments: InputMoments) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
                 with clock:
-                    moments.update(tokens_of(layer, args[0]), weight=alpha)
+                    moments.update(tokens_of(layer, input_of(args, kwargs)), weight=alpha)
 
             return hook
 
@@ -150,7 +150,7 @@ class PackagePruner(Pruner):
             for layer, *_ in groups:
                 moments = InputMoments(layer.columns, device=layer.weight.device, precision=self.plan.precision)
                 collected.append(moments)
-                stack.callback(layer.module.register_forward_pre_hook(hook_of(layer, moments)).remove)
+                stack.callback(layer.module.register_forward_pre_hook(hook_of(layer, moments), with_kwargs=True).remove)
             for _ in self.sampler.run(self.prompts, self.seeds, what, decode=False):
                 pass
         return collected

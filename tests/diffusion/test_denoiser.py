@@ -7,11 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rose_exp.diffusion import Unit, split_into_packages
+from rose_exp.diffusion import PackagePruner, Unit, split_into_packages
 from rose_exp.diffusion.denoiser import ConvLayer, DenoiserCall, Layout, candidate_layers, check_stacked, find_units, tokens_of
+from rose_exp.engine import SparseGPT, Unstructured
+from rose_exp.pruning import PruningPlan
+from rose_exp.pruning.collect import Clock
 from rose_exp.runtime.errors import RoseExpError
 
 from .pipelines import NAMES, sampler, units_of
+from .support import Steps
 
 
 def test_units_of_joint_attention_match_the_paper():
@@ -176,6 +180,11 @@ class InPlace(Ffn):
         return self.down(buffer.unsqueeze(0)).squeeze(0)
 
 
+class ByKeyword(Ffn):
+    def forward(self, states):
+        return self.down(input=self.up(input=states))
+
+
 class Split(Ffn):
     """One call for each half of the tokens."""
 
@@ -209,13 +218,28 @@ def layout_of(*ffns: nn.Module) -> Layout:
     return find_units(denoiser, call, candidate_layers(denoiser, convolutions=False))
 
 
-@pytest.mark.parametrize("ffn", [Ffn, Experts, WithoutGradient, Detached, InPlace, Split])
+@pytest.mark.parametrize("ffn", [Ffn, Experts, WithoutGradient, Detached, InPlace, ByKeyword, Split])
 def test_order_follows_the_tensors_in_every_kind_of_code(ffn):
     layout = layout_of(Ffn(), ffn())
     names = ["attention.to_q", "attention.to_out", "ffn.up", "ffn.down"]
     assert [unit.names for unit in layout.units] == [[f"blocks.{block}.{name}"] for block in range(2) for name in names]
     assert layout.per_image == ["blocks.0.norm", "blocks.1.norm"]
     assert layout.uncalled == []
+
+
+@pytest.mark.parametrize("ffn", [Experts, WithoutGradient, ByKeyword, Split])
+def test_moments_cover_all_inputs_of_a_layer(ffn):
+    denoiser = Denoiser(ffn()).requires_grad_(False)
+    call = DenoiserCall((torch.randn(2, 4, 8),), {"time": torch.randn(2, 8)})
+    layers = {layer.name: layer for layer in candidate_layers(denoiser, convolutions=False)}
+    plan = PruningPlan(SparseGPT(), Unstructured(0.5))
+    pruner = PackagePruner(Steps(denoiser, [call]), layers, [], plan, ["a"], [0], lambda *_step: 1.0)
+    layer = layers["blocks.0.ffn.up"]
+    (found,) = pruner.collect_moments([[layer]], "collecting", Clock("cpu"))
+    block = denoiser.blocks[0]
+    inputs = (block.attention(call.args[0]) * block.norm(call.kwargs["time"])[:, None]).flatten(0, 1).double()
+    assert found.tokens == 8
+    torch.testing.assert_close(found.gram, inputs.T @ inputs, rtol=1e-5, atol=1e-5)
 
 
 def test_layer_that_depends_on_its_own_output_raises_an_error():
