@@ -26,11 +26,18 @@ FACTS_OF = {  # facts of the protocol that apply only if a setting acts
     "protocol.images.clip": "evaluation.images.clip",
     "protocol.images.reference": "evaluation.images.reference",
 }
-FOLLOWING = {  # facts of the protocol that change with a setting
-    "calibration.samples": ("protocol.calibration.windows",),
-    "calibration.window": ("protocol.calibration.window",),
-    "engine.backend": ("protocol.backend",),
-    "model": ("protocol.model",),
+FOLLOWING = {  # facts of the protocol that change with a setting; the longest name that contains a setting applies
+    "calibration": "protocol.calibration",
+    "calibration.samples": "protocol.calibration.windows",
+    "calibration.window": "protocol.calibration.window",
+    "diffusion.scheduler": "protocol.model.scheduler",
+    "engine.backend": "protocol.backend",
+    "evaluation.images": "protocol.images",
+    "evaluation.perplexity": "protocol.evaluation",
+    "evaluation.speed": "protocol.speed",
+    "evaluation.zero_shot": "protocol.zero_shot",
+    "model": "protocol.model",
+    "model.dtype": "protocol.model.dtype",
 }
 PROMPTS = ("protocol.calibration.prompts", "protocol.calibration.sha256")  # number and fingerprint of the prompts in use
 PLUGINS = "protocol.plugins"  # code of other packages; that of methods and scores identifies a row
@@ -46,7 +53,9 @@ def conditions(record: Mapping[str, Any], metric: str, columns: str) -> dict[str
         facts = without(facts, PROMPTS)
     setting_values = {s.name: s.value for s in settings if s.effect.role == "condition" and not _recorded(s, facts)}
     sources = [name for name in facts if name.endswith(".source") and f"{name.rpartition('.')[0]}.sha256" in facts]
-    return without(setting_values | facts, [*sources, *OF_SEED, PLUGINS, columns, *FOLLOWING.get(columns, ())])
+    following = max((name for name in FOLLOWING if within(columns, name)), key=len, default=None)
+    facts = without(facts, [FOLLOWING[following]] if following else [])
+    return without(setting_values | facts, [*sources, *OF_SEED, PLUGINS, columns])
 
 
 def _facts(protocol: Mapping[str, Any], metric: str) -> dict[str, Any]:

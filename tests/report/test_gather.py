@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -232,6 +233,31 @@ def test_dense_models_that_depend_on_the_columns_are_in_their_own(columns, value
         assert [table.cells[label][name].mean for name in table.names] == [place + offset for place in range(len(values))]
 
 
+@pytest.mark.parametrize(
+    ("columns", "fact", "metric"),
+    [
+        ("diffusion.scheduler", "model.scheduler", "images.digit_distance"),
+        ("model.dtype", "model.dtype", "images.digit_distance"),
+        ("model.path", "model.sha256", "images.digit_distance"),
+        ("evaluation.images.samples", "images.prompts", "images.digit_distance"),
+        ("evaluation.images.path", "images.sha256", "images.digit_distance"),
+        ("calibration.path", "calibration.sha256", "images.digit_distance"),
+    ],
+)
+def test_facts_that_follow_from_the_columns_do_not_split_tables(columns, fact, metric):
+    records = []
+    for value in ("one", "other"):
+        made = diffusion_record("SparseGPT", 1.0, **{f"config__{columns.replace('.', '__')}": value})
+        made["protocol"]["calibration"] = {"source": "prompts", "prompts": 10, "sha256": "a", "seed": 0, "noise_sha256": "b"}
+        part, name = fact.split(".")
+        made["protocol"][part] = made["protocol"][part] | {name: value}
+        records.append(made)
+    (table,) = [table for table in gather(records, columns=columns).tables if table.metric == metric]
+    assert sorted(table.names) == ["one", "other"]
+    records[1]["config"] = copy.deepcopy(records[0]["config"])  # the fact differs without the setting
+    assert len([table for table in gather(records, columns="sparsity").tables if table.metric == metric]) == 2
+
+
 def test_dense_models_depend_on_every_column_that_changes_their_metric():
     """Zero-shot tables exist for each column. Sparsity and calibration do not change a dense model."""
     records = []
@@ -243,7 +269,7 @@ def test_dense_models_depend_on_every_column_that_changes_their_metric():
             made["protocol"]["evaluation"]["wikitext2"]["window"] = window
             made["metrics"]["zero_shot.piqa"] = value + shift
             records.append(made)
-    found = gather(records, columns="model.dtype", allowed=["evaluation", "protocol.evaluation", "protocol.model"])
+    found = gather(records, columns="model.dtype", allowed=["evaluation", "protocol.evaluation"])
     assert not found.left_out
     metrics = {table.metric: table for table in found.tables}
     means = {n: c.mean for n, c in metrics["perplexity.wikitext2"].cells["Dense"].items()}
