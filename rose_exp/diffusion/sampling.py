@@ -141,13 +141,26 @@ class Sampler:
         Returns:
             Number of values of the image, or of its latents without ``decode``.
         Raises:
-            RoseExpError: the pipeline cannot generate an image, or its values are not finite.
+            RoseExpError: the pipeline needs other inputs or generates no images, it cannot generate an image, or its values are
+                not finite.
         """
         arguments = self._arguments(["a photograph"], [0], decode)
+        kind = type(self.pipeline).__name__
+        needed = [name for name, parameter in self.accepted.items() if parameter.default is inspect.Parameter.empty]
+        needed = [name for name in needed if name not in {*arguments, "args", "kwargs"}]
+        if needed or not arguments.keys() <= self.accepted.keys():
+            inputs = f"that needs {', '.join(needed)}" if needed else f"with the inputs {', '.join(self.accepted)}"
+            raise RoseExpError(
+                "model.path: expected a pipeline that generates images from prompts, or from noise alone, got a "
+                f"{kind} {inputs}"
+            )
         self.pipeline.set_progress_bar_config(disable=True)
-        failed = f"model.path, diffusion: {type(self.pipeline).__name__} cannot generate an image"
+        failed = f"model.path, diffusion: {kind} cannot generate an image"
         with self._float32_images(), torch.no_grad(), outside_errors(failed):
-            images = self.pipeline(**arguments).images
+            output = self.pipeline(**arguments)
+        if not hasattr(output, "images"):
+            raise RoseExpError(f"model.path: expected a pipeline that generates images, got {kind} with {', '.join(output)}")
+        images = output.images
         self._finite(torch.as_tensor(images))
         return math.prod(images.shape[1:])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTPipeline
 
 from rose_exp.diffusion import Sampler
 from rose_exp.diffusion.loading import load_pipeline
@@ -15,6 +16,7 @@ from rose_exp.diffusion.small import small_pipeline
 from rose_exp.runtime.errors import RoseExpError
 from rose_exp.settings.schema import ModelSettings
 
+from . import survey
 from .pipelines import sampler
 
 
@@ -149,3 +151,23 @@ def test_parts_that_do_not_fit_together_are_found_when_loading():
     of.pipeline.text_encoder = sampler("sd").pipeline.text_encoder  # without a projection
     with pytest.raises(RoseExpError, match="model.path, diffusion: StableDiffusion3Pipeline cannot generate an image: "):
         of.rehearse(decode=False)
+
+
+def test_pipelines_that_need_other_inputs_are_rejected_by_name():
+    vae = sampler("sd").pipeline.vae
+    pipeline = DiTPipeline(survey.build("DiTTransformer2DModel"), vae, DDIMScheduler())
+    with pytest.raises(RoseExpError, match="generates images from prompts, .* got a DiTPipeline that needs class_labels"):
+        Sampler(pipeline, steps=1).rehearse(decode=False)
+
+
+def test_pipelines_of_videos_are_rejected(monkeypatch):
+    class VideoPipeline:
+        def __call__(self, prompt=None, generator=None, output_type=None):
+            return {"frames": torch.zeros(1)}
+
+        def set_progress_bar_config(self, disable):
+            assert disable
+
+    monkeypatch.setattr(Sampler, "denoiser", small_pipeline("sd3").transformer)
+    with pytest.raises(RoseExpError, match="expected a pipeline that generates images, got VideoPipeline with frames"):
+        Sampler(VideoPipeline(), steps=1).rehearse(decode=False)
