@@ -138,11 +138,27 @@ class Layout:
         units: layers to prune, sorted by dependency: each unit depends only on the outputs of earlier units.
         per_image: layers whose input is one vector per image, such as the modulation by the time step.
         uncalled: layers that the denoiser does not call.
+        recurrent: layers that the denoiser calls several times, with inputs that depend on their own outputs. They are in no unit.
     """
 
     units: list[Unit]
     per_image: list[str]
     uncalled: list[str]
+    recurrent: list[str]
+
+
+def check_recurrent(layout: Layout, wanted: Callable[[str], bool]) -> None:
+    """Check that no wanted layer depends on its own output.
+
+    Raises:
+        RoseExpError: ``wanted`` is true for such a layer.
+    """
+    for name in layout.recurrent:
+        if wanted(name):
+            raise RoseExpError(
+                f"{name} is called several times in one step, with inputs that depend on its own output, and cannot be pruned; "
+                "add it to pipeline.skip to leave it dense"
+            )
 
 
 def check_stacked(denoiser: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
@@ -181,25 +197,17 @@ def find_units(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearL
     forms a group with layers that have all inputs in common.
 
     Raises:
-        RoseExpError: no layer has tokens as input, or a layer depends on its own output.
+        RoseExpError: no layer has tokens as input.
     """
-    probe = _Probe()
-    with ExitStack() as stack:
-        for layer in layers:
-            probe.watch(layer, stack)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would hide operations
-        stack.enter_context(probe.origins)
-        probe.origins.mark(_first_argument(denoiser, call), {LATENTS})
-        denoiser(*call.args, **call.kwargs)
-    calls = probe.calls
-    try:
-        order = list(TopologicalSorter({name: found.depends_on - {LATENTS} for name, found in calls.items()}).static_order())
-    except CycleError as error:
-        raise RoseExpError(
-            f"{error.args[1][0]} is called several times in one step, with inputs that depend on its own output, and cannot be "
-            "pruned; add it to pipeline.skip"
-        ) from error
+    recurrent: list[str] = []
+    while True:
+        calls = _calls(denoiser, call, [layer for layer in layers if layer.name not in recurrent])
+        graph = {name: found.depends_on - {LATENTS} for name, found in calls.items()}
+        try:
+            order = list(TopologicalSorter(graph).static_order())
+            break
+        except CycleError as error:
+            recurrent += dict.fromkeys(error.args[1])
     levels: dict[str, int] = {}
     from_latents: set[str] = set()
     for name in order:
@@ -217,7 +225,21 @@ def find_units(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearL
     if not by_level:
         raise RoseExpError(f"{type(denoiser).__name__} has no attention or feed-forward layer with tokens as input")
     units = [Unit(tuple(tuple(names) for names in by_level[level].values())) for level in sorted(by_level)]
-    return Layout(units, per_image, [layer.name for layer in layers if layer.name not in calls])
+    return Layout(units, per_image, [layer.name for layer in layers if layer.name not in {*calls, *recurrent}], recurrent)
+
+
+def _calls(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearLayer]) -> dict[str, _Uses]:
+    """Run the denoiser once, and return the calls of each layer, in the order of the first ones."""
+    probe = _Probe()
+    with ExitStack() as stack:
+        for layer in layers:
+            probe.watch(layer, stack)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would hide operations
+        stack.enter_context(probe.origins)
+        probe.origins.mark(_first_argument(denoiser, call), {LATENTS})
+        denoiser(*call.args, **call.kwargs)
+    return probe.calls
 
 
 def _first_argument(denoiser: nn.Module, call: DenoiserCall) -> Any:
@@ -260,7 +282,7 @@ class _Origins(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.of: dict[StorageWeakRef, set[str]] = {}  # the references prevent that a freed address is reused
+        self.of: dict[StorageWeakRef, set[str]] = {}  # the references keep a freed address from being reused
 
     def __torch_dispatch__(self, operation: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = operation(*args, **(kwargs or {}))

@@ -146,8 +146,9 @@ class Sampler:
         """
         arguments = self._arguments(["a photograph"], [0], decode)
         kind = type(self.pipeline).__name__
-        needed = [name for name, parameter in self.accepted.items() if parameter.default is inspect.Parameter.empty]
-        needed = [name for name in needed if name not in {*arguments, "args", "kwargs"}]
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = [name for name, p in self.accepted.items() if p.default is p.empty and p.kind not in variable]
+        needed = [name for name in required if name not in arguments]
         if needed or not arguments.keys() <= self.accepted.keys():
             inputs = f"that needs {', '.join(needed)}" if needed else f"with the inputs {', '.join(self.accepted)}"
             raise RoseExpError(

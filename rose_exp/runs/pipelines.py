@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..diffusion.denoiser import Unit, candidate_layers, check_stacked, find_units, split_into_packages
+from ..diffusion.denoiser import Unit, candidate_layers, check_recurrent, check_stacked, find_units, split_into_packages
 from ..diffusion.narrowed import key_of, remove_masked
 from ..diffusion.packages import PackagePruner
 from ..diffusion.sampling import Sampler, noise_seeds
@@ -76,7 +76,8 @@ def select_layers(sampler: Sampler, settings: Settings) -> Selection:
     """Find the layers of a denoiser, and divide those to prune into packages.
 
     Raises:
-        RoseExpError: a pattern matches no layer, no layer is left to prune, or weights to prune are in no layer.
+        RoseExpError: a pattern matches no layer, no layer is left to prune, or weights to prune are in no layer or in a
+            recurrent one.
     """
     denoiser, pipeline = sampler.denoiser, settings.pipeline
     candidates = candidate_layers(denoiser, settings.diffusion.convolutions)
@@ -84,9 +85,14 @@ def select_layers(sampler: Sampler, settings: Settings) -> Selection:
         layout = find_units(denoiser, sampler.first_call("a photograph"), candidates)
     called = {name for unit in layout.units for name in unit.names}
     layers = {layer.name: layer for layer in candidates if layer.name in called}
-    stacked = check_stacked(denoiser, lambda name: settings.pruned and chosen(name, pipeline.layers, pipeline.skip))
-    check_patterns("pipeline.layers", pipeline.layers, [*layers, *stacked])
-    check_patterns("pipeline.skip", pipeline.skip, [*layers, *stacked])
+
+    def wanted(name: str) -> bool:
+        return settings.pruned and chosen(name, pipeline.layers, pipeline.skip)
+
+    check_recurrent(layout, wanted)
+    others = [*layout.recurrent, *layout.uncalled, *check_stacked(denoiser, wanted)]
+    check_patterns("pipeline.layers", pipeline.layers, [*layers, *others])
+    check_patterns("pipeline.skip", pipeline.skip, [*layers, *others])
     names, uncalled = (
         [name for name in found if chosen(name, pipeline.layers, pipeline.skip)] for found in (layers, layout.uncalled)
     )

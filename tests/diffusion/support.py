@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rose_exp.diffusion import PackagePruner, Unit, candidate_layers, find_units
-from rose_exp.diffusion.denoiser import DenoiserCall, Layout, check_stacked
+from rose_exp.diffusion.denoiser import DenoiserCall, Layout, check_recurrent, check_stacked
 from rose_exp.engine import InputMoments, SolverOptions, SparseGPT, Unstructured, prune_layers
 from rose_exp.pruning import PruningPlan
 from rose_exp.runtime.errors import RoseExpError
@@ -86,6 +86,7 @@ def examine(name: str) -> Support:
     try:
         check_stacked(denoiser, lambda _name: True)
         layout = find_units(denoiser, calls[0], layers)
+        check_recurrent(layout, lambda _name: True)
     except RoseExpError as error:
         return Support(rejected=str(error))
     with torch.no_grad():

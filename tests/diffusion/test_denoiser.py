@@ -8,7 +8,16 @@ from torch import nn
 from torch.nn import functional
 
 from rose_exp.diffusion import PackagePruner, Unit, split_into_packages
-from rose_exp.diffusion.denoiser import ConvLayer, DenoiserCall, Layout, candidate_layers, check_stacked, find_units, tokens_of
+from rose_exp.diffusion.denoiser import (
+    ConvLayer,
+    DenoiserCall,
+    Layout,
+    candidate_layers,
+    check_recurrent,
+    check_stacked,
+    find_units,
+    tokens_of,
+)
 from rose_exp.engine import SparseGPT, Unstructured
 from rose_exp.pruning import PruningPlan
 from rose_exp.pruning.collect import Clock
@@ -242,9 +251,14 @@ def test_moments_cover_all_inputs_of_a_layer(ffn):
     torch.testing.assert_close(found.gram, inputs.T @ inputs, rtol=1e-5, atol=1e-5)
 
 
-def test_layer_that_depends_on_its_own_output_raises_an_error():
+def test_layer_that_depends_on_its_own_output_raises_an_error_unless_skipped():
+    layout = layout_of(Recurrent(), Ffn())
+    assert layout.recurrent == ["blocks.0.ffn.layer"]
+    names = ["blocks.0.attention.to_q", "blocks.0.attention.to_out", "blocks.1.attention.to_q"]
+    assert [unit.names for unit in layout.units][:3] == [[name] for name in names]
     with pytest.raises(RoseExpError, match=r"blocks.0.ffn.layer is called several times .* add it to pipeline.skip"):
-        layout_of(Recurrent())
+        check_recurrent(layout, lambda _name: True)
+    check_recurrent(layout, lambda name: "ffn" not in name)
 
 
 def test_uncalled_layers_are_listed():
