@@ -138,7 +138,7 @@ class Layout:
         units: layers to prune, sorted by dependency: each unit depends only on the outputs of earlier units.
         per_image: layers whose input is one vector per image, such as the modulation by the time step.
         uncalled: layers that the denoiser does not call.
-        recurrent: layers that the denoiser calls several times, with inputs that depend on their own outputs. They are in no unit.
+        recurrent: layers that the denoiser calls several times, with inputs that depend on their own outputs; in no unit.
     """
 
     units: list[Unit]
