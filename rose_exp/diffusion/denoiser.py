@@ -23,6 +23,8 @@ from ..models import LinearLayer
 from ..pruning.plan import SUBSTANTIAL
 from ..runtime.errors import RoseExpError
 
+LATENTS = ""  # origin of tensors that are computed from the denoiser's first argument
+
 
 class ConvLayer(LinearLayer):
     """A two-dimensional convolution, treated as a linear layer applied to patches of its input."""
@@ -193,8 +195,8 @@ def find_units(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[LinearL
 
     The denoiser runs once with the arguments of ``call``. Operations on tensors give the dependencies, in any gradient mode.
     A layer processes tokens if its input has more than two dimensions, or depends on the first argument, which contains the
-    latents; experts have flat inputs. A layer that the denoiser calls several times, such as an FFN that image and text share,
-    forms a group with layers that have all inputs in common.
+    latents. The second case is that of experts, whose inputs are flat. A layer that the denoiser calls several times, such as
+    an FFN that image and text share, forms a group with layers that have all inputs in common.
 
     Raises:
         RoseExpError: no layer has tokens as input.
@@ -252,9 +254,6 @@ def split_into_packages(units: Sequence[Unit], count: int) -> list[list[Unit]]:
     count = min(count, len(units))
     bounds = [len(units) * i // count for i in range(count + 1)]
     return [list(units[start:end]) for start, end in pairwise(bounds)]
-
-
-LATENTS = ""  # origin of tensors that are computed from the denoiser's first argument
 
 
 @dataclass

@@ -34,7 +34,7 @@ class LinearLayer:
     @property
     def of_expert(self) -> bool:
         """Whether the layer belongs to an expert and receives only the tokens routed to it."""
-        return isinstance(self.module, Projection) or bool(re.search(r"(^|\.)experts\.\d+\.", self.name))
+        return isinstance(self.module, Projection) or bool(re.search(r"(^|\.)experts\.\d+(\.|$)", self.name))
 
     @property
     def weight(self) -> Tensor:

@@ -13,7 +13,7 @@ from .unit import Unit
 
 
 class StarvedExperts(Component):
-    """Leaves starved experts dense, prunes them by magnitude, or stops the run, as the plan says."""
+    """Leaves starved experts, and other layers without tokens, dense, prunes them by magnitude, or stops the run."""
 
     @classmethod
     def create(cls, plan: PruningPlan, context: PruneContext) -> StarvedExperts:
@@ -21,11 +21,12 @@ class StarvedExperts(Component):
 
     def solve(self, unit: Unit, group: Group, inputs: dict[str, GroupInputs]) -> list[LayerReport] | None:
         moments, plan = inputs[group[0].name].moments, unit.plan
-        if not group[0].of_expert or moments.tokens >= plan.expert_tokens:
+        needed, of = (plan.expert_tokens, "expert") if group[0].of_expert else (1, "layer")  # none is calibrated without tokens
+        if moments.tokens >= needed:
             return None
         if plan.starved_experts == "stop":
             raise RoseExpError(
-                f"{', '.join(names_of(group))}: expected at least {plan.expert_tokens} calibration tokens for the expert "
+                f"{', '.join(names_of(group))}: expected at least {needed} calibration tokens for the {of} "
                 f"(pipeline.expert_tokens), got {moments.tokens}; raise calibration.samples or set pipeline.starved_experts"
             )
         if plan.starved_experts == "magnitude":

@@ -251,6 +251,37 @@ def test_moments_cover_all_inputs_of_a_layer(ffn):
     torch.testing.assert_close(found.gram, inputs.T @ inputs, rtol=1e-5, atol=1e-5)
 
 
+class Routed(nn.Module):
+    """Two experts, the second of which can be without tokens."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.empty = name, False
+        self.add_module(name, nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]))
+
+    def forward(self, states):
+        tokens = states.flatten(0, 1)
+        count = len(tokens) if self.empty else len(tokens) - 1
+        first, second = self.get_submodule(self.name)
+        return torch.cat([first(tokens[:count]), second(tokens[count:])]).view_as(states)
+
+
+@pytest.mark.parametrize("name", ["experts", "branches"])
+def test_layers_without_calibration_tokens_stay_dense_and_are_reported(name):
+    denoiser = Denoiser(Routed(name)).requires_grad_(False)
+    call = DenoiserCall((torch.randn(2, 4, 8),), {"time": torch.randn(2, 8)})
+    layers = {layer.name: layer for layer in candidate_layers(denoiser, convolutions=False)}
+    units = find_units(denoiser, call, list(layers.values())).units
+    names = [f"blocks.0.ffn.{name}.{place}" for place in range(2)]
+    assert units[-1].names == names
+    denoiser.blocks[0].ffn.empty = True
+    plan = PruningPlan(SparseGPT(), Unstructured(0.5))
+    pruner = PackagePruner(Steps(denoiser, [call]), layers, [units], plan, ["a"], [0], lambda *_step: 1.0)
+    with torch.no_grad(), pruner.unit(0) as unit:
+        reports = {report.name: report for report in pruner.prune_unit(unit)}
+    assert [(reports[layer].sparsity, reports[layer].fallback) for layer in names] == [(0.5, None), (0.0, "dense")]
+
+
 def test_layer_that_depends_on_its_own_output_raises_an_error_unless_skipped():
     layout = layout_of(Recurrent(), Ffn())
     assert layout.recurrent == ["blocks.0.ffn.layer"]
