@@ -1,6 +1,6 @@
 """Which denoiser classes are supported: prunes a small model of every class, and writes the page of the documentation.
 
-``python -m tests.diffusion.support`` prints the page, and ``--write`` stores it. It takes a minute.
+``python -m tests.diffusion.support`` prints the page, and ``--write`` stores it. It takes two minutes.
 """
 
 from __future__ import annotations
@@ -218,6 +218,8 @@ def page(supports: dict[str, Support]) -> str:
         f"{len(pruned)} of {len(supports) + len(NOT_EXAMINED)} are pruned. For each of them, changing a layer does not change "
         "the input of any layer that is pruned before it or with it, and pruning gives, up to rounding, the same weights as a "
         "loop that collects the inputs of each layer separately. This covers the denoiser, not the other parts of a pipeline. "
+        "Runs need a pipeline that generates images, from prompts or from noise alone: those of videos and sounds, and those "
+        "that need other inputs, such as class labels, are rejected. "
         "`python -m tests.diffusion.support --write` generates this page.",
         "",
         "Runs prune the linear layers of transformer blocks, except those whose input is one vector per image, such as the "
