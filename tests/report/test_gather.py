@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from rose_exp.report.cells import Repeat
+from rose_exp.report.conditions import conditions
 from rose_exp.report.gather import MINUTES, gather
 from rose_exp.runtime.errors import RoseExpError
 
@@ -256,6 +257,24 @@ def test_facts_that_follow_from_the_columns_do_not_split_tables(columns, fact, m
     assert sorted(table.names) == ["one", "other"]
     records[1]["config"] = copy.deepcopy(records[0]["config"])  # the fact differs without the setting
     assert len([table for table in gather(records, columns="sparsity").tables if table.metric == metric]) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "part", "name", "metric"),
+    [
+        ("evaluation.perplexity.wikitext2.window", "evaluation.wikitext2", "tokens_sha256", METRIC),
+        ("evaluation.zero_shot.limit", "zero_shot", "documents", "zero_shot.piqa"),
+        ("evaluation.speed.window", "speed", "window", "speed.tokens"),
+    ],
+)
+def test_facts_of_evaluations_follow_from_their_settings(columns, part, name, metric):
+    found = []
+    for value in (512, 1024):
+        made = record("SparseGPT", 1.0, **{f"protocol__{part.replace('.', '__')}__{name}": f"fact {value}"})
+        made["metrics"][metric] = 1.0
+        found.append(conditions(made, metric, columns))
+    assert found[0] == found[1]
+    assert conditions(made, metric, "engine.block_size") != conditions(record("SparseGPT", 1.0), metric, "engine.block_size")
 
 
 def test_dense_models_depend_on_every_column_that_changes_their_metric():
